@@ -1,0 +1,166 @@
+"""Public decode attention: validates, chooses a backend, never falls back from an explicit one.
+
+Every backend is a module with one function,
+`attend_ranges(q, k, v, starts, lengths, *, sm_scale, softcap) -> (out, lse)`,
+called with inputs that this module has validated.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from . import validate
+from .merge import merge_states
+
+__all__ = ["attend_dense", "attend_ranges", "attend_shared_prefix", "merge_states"]
+
+Impl = Literal["reference", "numba", "triton"]
+
+BACKENDS = ("reference", "numba", "triton")
+
+
+def attend_ranges(
+    q: Float[Tensor, "B Hq D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    starts: Int32[Tensor, "B rows R"],
+    lengths: Int32[Tensor, "B rows R"],
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl | None = None,
+) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+    """Exact softmax attention of one query token over ranges of the rows of a KV store.
+
+    Work is divided by tiles over all rows, not by rows (LeanAttention, arXiv 2405.10480).
+
+    Args:
+        q: `[B, Hq, D]`, float32, bfloat16, float16 or (reference only) float64.
+        k, v: `[B, Hkv, N, D]`, one dtype; `Hq` is a multiple of `Hkv`. Strided views are read
+            in place as long as D is contiguous.
+        starts, lengths: int32 `[B, Hkv, R]`, one selection for all query heads of a KV head, or
+            `[B, Hq, R]`, one a query head. Range `i` is rows `[start, start + length)`; length
+            0 is unused. The ranges of one row must not overlap: the reference checks it.
+        sm_scale: factor of the scores; None is `D ** -0.5`.
+        softcap: scores become `softcap * tanh(score / softcap)`; None is off.
+        impl: `"reference"`, `"numba"` (CPU), `"triton"` (GPU, or its interpreter), or None, the
+            best for the tensors' device.
+
+    Returns:
+        `out [B, Hq, D]` in q's dtype and `lse [B, Hq]`, float32, natural-log log-sum-exp of the
+        scaled scores; 0 and -inf where a row's ranges are all empty. Rows that no range selects
+        are never used, whatever they hold. No gradient.
+
+    Raises:
+        ValueError: an argument that does not fit, naming its value and the limit. Values of
+            `starts, lengths` are checked on the CPU always, on a GPU if `SAAP_DEBUG=1`.
+    """
+    validate.check_tensors(q, k, v)
+    validate.check_float_dtypes(q, k)
+    validate.check_ranges(q, k, starts, lengths)
+    if sm_scale is None:
+        sm_scale = q.shape[-1] ** -0.5
+    validate.check_scalars(sm_scale, softcap)
+    backend = _backend(impl, q)
+    out, lse = backend.attend_ranges(q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap)
+    return out, lse.float()
+
+
+def attend_dense(
+    q: Float[Tensor, "B Hq D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    cache_seqlens: Int32[Tensor, " B"],
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl | None = None,
+) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+    """Attention over the first `cache_seqlens[b]` rows of each sequence: a ragged batch.
+
+    One range a row of `attend_ranges`; LeanAttention proper (arXiv 2405.10480).
+
+    Args:
+        cache_seqlens: int32 `[B]`, rows in use of each sequence, 0 to N.
+        q, k, v, sm_scale, softcap, impl: as in `attend_ranges`.
+
+    Returns:
+        `out [B, Hq, D]` in q's dtype and `lse [B, Hq]` float32, as in `attend_ranges`.
+
+    Raises:
+        ValueError: as in `attend_ranges`.
+    """
+    validate.check_tensors(q, k, v)
+    if cache_seqlens.shape != q.shape[:1]:
+        raise ValueError(
+            f"cache_seqlens has shape {tuple(cache_seqlens.shape)}: it must be [B] with "
+            f"B = {q.shape[0]}"
+        )
+    if cache_seqlens.dtype != torch.int32:
+        raise ValueError(f"cache_seqlens has dtype {cache_seqlens.dtype}: it must be int32")
+    lengths = cache_seqlens.view(-1, 1, 1).expand(-1, k.shape[1], 1)
+    starts = torch.zeros_like(lengths)
+    return attend_ranges(q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl)
+
+
+def attend_shared_prefix(
+    q: Float[Tensor, "B Hq D"],
+    prefix_k: Float[Tensor, "Hkv P D"],
+    prefix_v: Float[Tensor, "Hkv P D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    starts: Int32[Tensor, "B rows R"],
+    lengths: Int32[Tensor, "B rows R"],
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl | None = None,
+) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+    """Attention over one prefix that all sequences share and over ranges of their own rows.
+
+    The prefix is read once for the whole batch (once for as many sequences as a backend's
+    `MAX_GROUP` query heads hold), then merged with each sequence's own part by lse.
+
+    Args:
+        prefix_k, prefix_v: `[Hkv, P, D]`, visited in full.
+        q, k, v, starts, lengths, sm_scale, softcap, impl: as in `attend_ranges`.
+
+    Returns:
+        `out [B, Hq, D]` in q's dtype and `lse [B, Hq]` float32, as in `attend_ranges`.
+
+    Raises:
+        ValueError: as in `attend_ranges`.
+    """
+    validate.check_tensors(q, k, v)
+    validate.check_prefix(prefix_k, prefix_v, k)
+    options = {"sm_scale": sm_scale, "softcap": softcap, "impl": impl}
+    own = attend_ranges(q, k, v, starts, lengths, **options)
+
+    batch, q_heads, dim = q.shape
+    kv_heads, prefix_rows = prefix_k.shape[:2]
+    group = q_heads // kv_heads
+    limit = getattr(_backend(impl, q), "MAX_GROUP", None) or batch * group
+    seqlens = torch.full((1,), prefix_rows, dtype=torch.int32, device=q.device)
+    outs, lses = [], []
+    for part in q.split(max(1, limit // group)):
+        packed = part.reshape(-1, kv_heads, group, dim).transpose(0, 1).reshape(1, -1, dim)
+        out, lse = attend_dense(packed, prefix_k[None], prefix_v[None], seqlens, **options)
+        outs.append(out.view(kv_heads, -1, group, dim).transpose(0, 1).reshape(part.shape))
+        lses.append(lse.view(kv_heads, -1, group).transpose(0, 1).reshape(-1, q_heads))
+    return merge_states(torch.cat(outs), torch.cat(lses), *own)
+
+
+def _backend(impl: str | None, q: Tensor) -> ModuleType:
+    if impl is None:
+        impl = _best(q)
+    elif impl not in BACKENDS:
+        raise ValueError(f"impl is {impl!r}: it must be None or one of {', '.join(BACKENDS)}")
+    return importlib.import_module(f".{impl}", __package__)
+
+
+def _best(q: Tensor) -> str:
+    return "triton" if q.device.type == "cuda" else "reference"
