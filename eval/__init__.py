@@ -1,0 +1,1 @@
+"""Evaluation: command line, tasks, metrics, records, scores, plots and the reference model."""

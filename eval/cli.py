@@ -1,0 +1,197 @@
+"""The command `saap`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Attention as vector search: train indexes of a model's KV cache and judge methods.",
+)
+Names = Annotated[str, typer.Option(help="comma-separated; or 'all'")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for results")] = Path("demo"),
+    context: Annotated[int, typer.Option(help="tokens of context")] = 8192,
+    seed: int = 0,
+) -> None:
+    """Train an index for the shipped reference model and compare all methods, in minutes."""
+    from . import demo as steps
+    from . import reference
+    from .run import check_contexts
+
+    check_contexts((context,), reference.CONTEXT, None)
+    steps.demo(out, context, seed)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Argument(help="folder or hub name; 'reference' is the shipped one")
+    ],
+    corpus: Annotated[list[Path], typer.Option(help="text file or folder; may be repeated")],
+    out: Annotated[Path, typer.Option(help="the index file to write")],
+    context: Annotated[int, typer.Option(help="tokens a sequence")] = 8192,
+    texts: Annotated[int, typer.Option(help="sequences, spread over the corpus")] = 24,
+    nlist: Annotated[
+        int | None, typer.Option(help="buckets a KV head; by context if not given")
+    ] = None,
+    router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
+    window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
+    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 1500,
+    baselines: Annotated[
+        bool, typer.Option(help="also cluster keys with RoPE, to compare")
+    ] = False,
+    seed: int = 0,
+) -> None:
+    """Train partitions and routers for all layers of a model: one safetensors file."""
+    from saap import hf
+    from saap.training import train as train_index
+
+    from . import corpus as texts_of
+    from .terminal import console, progress_bars
+
+    check_writable(out.parent)
+    text = texts_of.read_corpus(corpus)
+    loaded, tokenizer = hf.load_model(model_path(model)), hf.load_tokenizer(model_path(model))
+    if context > hf.max_context(loaded):
+        raise ValueError(
+            f"--context {context}: accepted are at most the model's "
+            f"max_position_embeddings={hf.max_context(loaded)}"
+        )
+    sequences = texts_of.sequences(tokenizer, text, context, texts)
+    with progress_bars() as progress:
+        index = train_index(
+            loaded,
+            sequences,
+            nlist=nlist,
+            router=router,
+            seed=seed,
+            window=window,
+            steps=steps,
+            baselines=baselines,
+            progress=progress,
+        )
+    index.save(out)
+    console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="folder or hub name; 'reference' is the shipped one")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for records, scores and report")],
+    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
+    methods: Names = "all",
+    contexts: Annotated[str, typer.Option(help="tokens, comma-separated")] = "8192",
+    budgets: Annotated[
+        str, typer.Option(help="shares of the context")
+    ] = "0.04,0.05,0.075,0.1,0.2",
+    tasks: Names = "all",
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="held-out text; shipped if not given")
+    ] = None,
+    share: Annotated[str, typer.Option(help="one selection a 'group' or a 'head'")] = "group",
+    texts: Annotated[int, typer.Option(help="texts a context, attention task")] = 8,
+    prompts: Annotated[int, typer.Option(help="prompts a context, pass-key task")] = 20,
+    seed: int = 0,
+) -> None:
+    """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
+    from saap import hf
+    from saap.methods import METHODS
+
+    from . import corpus as texts_of
+    from . import reference
+    from .report import main_budget, make_report
+    from .run import TASKS, EvalConfig, check_contexts, load_for_eval, run
+    from .scores import read_scores
+    from .terminal import errors, one_bar, print_scores
+
+    config = EvalConfig(
+        methods=choose(methods, tuple(METHODS)),
+        contexts=numbers(contexts, int, "contexts"),
+        budgets=numbers(budgets, float, "budgets"),
+        tasks=choose(tasks, TASKS),
+        share=share,
+        n_texts=texts,
+        n_prompts=prompts,
+        seed=seed,
+    )
+    check_writable(out)
+    text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
+    loaded, tokenizer, trained = load_for_eval(model_path(model), index)
+    trained_context = None if trained is None else trained.metadata["context"]
+    for warning in check_contexts(config.contexts, hf.max_context(loaded), trained_context):
+        errors.print(f"[yellow]warning[/]: {warning}")
+    with one_bar("evaluate") as progress:
+        run(loaded, tokenizer, trained, text, config, out, model_name=model, progress=progress)
+    report_path = make_report(out)
+    scores = read_scores(out)
+    if "attention" in config.tasks:
+        for context in config.contexts:
+            print_scores(scores, context, main_budget(scores))
+    typer.echo(f"report  {report_path}")
+
+
+@app.command()
+def report(folder: Path) -> None:
+    """Score and plot a result folder again; needs neither model nor index."""
+    from .report import make_report
+
+    typer.echo(make_report(folder))
+
+
+@app.command()
+def info(file: Path) -> None:
+    """What an index file holds, and the recall a head that was measured when it was trained."""
+    from saap.trained_index import TrainedIndex
+
+    from .info import print_index
+
+    print_index(file, TrainedIndex.load(file))
+
+
+def model_path(name: str) -> str | Path:
+    from . import reference
+
+    return reference.FOLDER if name == "reference" else name
+
+
+def choose(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return known if names == "all" else tuple(n.strip() for n in names.split(",") if n.strip())
+
+
+def numbers(text: str, kind: type, name: str) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--{name} {text!r}: accepted are numbers separated by commas") from None
+
+
+def check_writable(folder: Path) -> None:
+    import os
+
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{folder}: not a folder that can be written to")
+
+
+def main() -> None:
+    """Bad input ends in one line on standard error and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, ImportError, FloatingPointError) as error:
+        line = " ".join(str(error).split())
+        print(f"saap: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

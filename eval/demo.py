@@ -1,0 +1,66 @@
+"""`saap demo`: train an index for the reference model, compare methods, make the report."""
+
+from pathlib import Path
+
+import torch
+
+from saap import hf
+from saap.training import train
+
+from . import corpus, reference
+from .report import main_budget, make_report
+from .run import EvalConfig, run
+from .scores import read_scores
+from .terminal import console, one_bar, print_scores, progress_bars
+
+METHODS = ("dense", "oracle", "random", "streaming", "kmeans-rope", "kmeans", "linear", "saap")
+N_TRAINING_TEXTS = 24
+
+
+def demo(out: Path, context: int, seed: int) -> None:
+    """Everything from the shipped model to the report, in `out`. Continues what is there."""
+    model = hf.load_model(reference.FOLDER)
+    tokenizer = hf.load_tokenizer(reference.FOLDER)
+    training_text, evaluation_text = reference.split_held_out()
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"[bold]Reference model[/]: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters, bytes, trained to {reference.CONTEXT:,} tokens. "
+        f"{torch.get_num_threads()} threads."
+    )
+    console.print(
+        f"\n[bold]1. Train an index[/] on {N_TRAINING_TEXTS} texts of {context:,} tokens"
+    )
+    sequences = corpus.sequences(tokenizer, training_text, context, N_TRAINING_TEXTS)
+    with progress_bars() as progress:
+        index = train(model, sequences, seed=seed, baselines=True, progress=progress)
+    index.save(out / "index.safetensors")
+
+    console.print(f"\n[bold]2. Compare {len(METHODS)} methods[/] on text that neither has seen")
+    config = EvalConfig(
+        methods=METHODS,
+        contexts=(context,),
+        budgets=(0.04, 0.05, 0.075, 0.1, 0.2),
+        seed=seed,
+    )
+    results = out / "results"
+    with one_bar("evaluate") as progress:
+        run(
+            model,
+            tokenizer,
+            index,
+            evaluation_text,
+            config,
+            results,
+            model_name="reference",
+            progress=progress,
+        )
+
+    report = make_report(results)
+    scores = read_scores(results)
+    console.print()
+    print_scores(scores, context, main_budget(scores))
+    console.print(
+        f"\nreport  {report}\nscores  {results / 'scores.json'}"
+        f"\nindex   {out / 'index.safetensors'}"
+    )

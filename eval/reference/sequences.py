@@ -1,0 +1,125 @@
+"""Training sequences: real source text mixed with tasks that can only be solved by looking back.
+
+A sequence is `(tokens, weights)`: weights are 0 where nothing could be predicted (the digits of a
+key that is stated for the first time) and above 1 on answers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from saap.eval.tasks import passkey
+
+BOS = 256
+FIRST_DIGIT_WEIGHT, DIGIT_WEIGHT = 10.0, 3.0  # the first digit alone needs the name
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of a batch: plain text, pass keys, copied lines, short periods. They sum to 1."""
+
+    text: float
+    keys: float
+    copies: float
+    periods: float = 0.0
+
+    def shares(self) -> list[float]:
+        return [self.text, self.keys, self.copies, self.periods]
+
+
+class SequenceMaker:
+    """Draws sequences of a given length from a corpus of bytes."""
+
+    def __init__(self, corpus: np.ndarray):
+        self.corpus = corpus
+
+    def chunk(self, rng: np.random.Generator, length: int) -> bytes:
+        start = int(rng.integers(0, len(self.corpus) - length))
+        return self.corpus[start : start + length].tobytes()
+
+    def batch(self, rng, batch: int, length: int, mix: Mix):
+        """`tokens int64 [batch, length + 1]`, first column BOS, and `weights float32` alike."""
+        makers = [self.text, self.pass_keys, self.copies, self.periods]
+        tokens = np.full((batch, length + 1), BOS, np.int64)
+        weights = np.ones((batch, length + 1), np.float32)
+        for row, choice in enumerate(rng.choice(4, batch, p=mix.shares())):
+            body, body_weights = makers[choice](rng, length)
+            tokens[row, 1:] = np.frombuffer(body, np.uint8)[:length]
+            weights[row, 1:] = body_weights[:length]
+        return tokens, weights
+
+    def text(self, rng, length):
+        return self.chunk(rng, length), np.ones(length, np.float32)
+
+    def periods(self, rng, length):
+        period = int(rng.integers(6, max(8, min(80, length // 3))))
+        unit = rng.integers(33, 127, period).astype(np.uint8)
+        body = np.resize(unit, length)
+        return body.tobytes(), np.where(np.arange(length) < period, 0.0, 1.0).astype(np.float32)
+
+    def copies(self, rng, length):
+        """Lines that stood before are repeated: a third of the sequence or less."""
+        pieces, weights, budget = [], [], length // 3
+        inserts = []
+        text = self.chunk(rng, length)
+        starts = passkey.line_starts(text)
+        while budget > 40 and len(inserts) < 12:
+            size = int(min(budget, rng.integers(40, 320)))
+            target = int(rng.choice(starts))
+            earlier = starts[starts + size < target]
+            if len(earlier) == 0:
+                budget -= size
+                continue
+            source = int(rng.choice(earlier))
+            inserts.append((target, text[source : source + size]))
+            budget -= size
+        at = 0
+        for target, span in sorted(inserts):
+            pieces += [text[at:target], span, b"\n"]
+            weights += [np.ones(target - at), np.full(len(span), 1.5), np.ones(1)]
+            at = target
+        pieces.append(text[at:])
+        weights.append(np.ones(len(text) - at))
+        return b"".join(pieces), np.concatenate(weights).astype(np.float32)
+
+    def pass_keys(self, rng, length):
+        """Keys early, questions later: half the time all of them at the end, else spread out."""
+        most = max(2, min(24, length // 60))
+        n_keys = int(rng.integers(2, most + 1))
+        names = [passkey.NAMES[i] for i in rng.permutation(len(passkey.NAMES))[:n_keys]]
+        keys = [passkey.random_key(rng) for _ in names]
+        line = len(passkey.statement("falcon", "0" * 7))
+        text = self.chunk(rng, max(1, length - 2 * n_keys * line))
+        starts = passkey.line_starts(text)
+        at_end = rng.random() < 0.5
+        placed = []
+        for name, key in zip(names, keys, strict=True):
+            first = rng.uniform(0.0, 1.0)
+            again = 1.0 if at_end else rng.uniform(first, 1.0)
+            sentence = passkey.statement(name, key).encode()
+            lead = len(passkey.question(name))
+            hidden = np.ones(len(sentence), np.float32)
+            hidden[lead - 1 - len(name) : lead - 1] = 0.0
+            asked = hidden.copy()
+            hidden[lead : lead + passkey.KEY_DIGITS] = 0.0
+            asked[lead : lead + passkey.KEY_DIGITS] = DIGIT_WEIGHT
+            asked[lead] = FIRST_DIGIT_WEIGHT
+            offsets = [
+                int(starts[np.abs(starts - d * len(text)).argmin()]) for d in (first, again)
+            ]
+            placed.append((offsets[0], 0, rng.random(), sentence, hidden))
+            placed.append((offsets[1], 1, rng.random(), sentence, asked))
+        pieces, weights, at = [], [], 0
+        for offset, _, _, sentence, sentence_weights in sorted(placed, key=lambda p: p[:3]):
+            pieces += [text[at:offset], sentence]
+            weights += [np.ones(offset - at, np.float32), sentence_weights]
+            at = offset
+        pieces.append(text[at:])
+        weights.append(np.ones(len(text) - at, np.float32))
+        body, body_weights = b"".join(pieces), np.concatenate(weights)
+        # Keep the end, where the questions are; pad at the front with more of the same text.
+        short = length - len(body)
+        if short > 0:
+            body = self.chunk(rng, short) + body
+            body_weights = np.concatenate([np.ones(short, np.float32), body_weights])
+        return body[-length:], body_weights[-length:]

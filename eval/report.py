@@ -1,0 +1,168 @@
+"""`report.html`: pictures and tables of one result folder in one file that needs nothing else."""
+
+import base64
+import html
+from pathlib import Path
+from string import Template
+
+from saap.trained_index import write_atomically
+
+from . import plots
+from .records import read_run
+from .scores import score_run
+
+TEMPLATE = Path(__file__).with_name("report.html")
+HEAD_METHODS = ["oracle", "saap", "linear", "kmeans", "kmeans-rope"]
+COLUMNS = (
+    ("method", "method", "{}"),
+    ("selectivity", "visited", "{:.1%}"),
+    ("recall_middle", "recall, middle", "{:.1%}"),
+    ("recall_all", "recall, all", "{:.1%}"),
+    ("recall_of_oracle", "of oracle", "{:.0%}"),
+    ("output_error", "output error", "{:.3f}"),
+    ("worst_head", "worst head", "{:.0%}"),
+    ("kilobytes", "kB a layer-step", "{:,.0f}"),
+    ("router_kilobytes", "router kB", "{:,.0f}"),
+)
+
+
+def main_budget(scores: list[dict]) -> str:
+    """The budget nearest to 5 % among those of the attention task."""
+    budgets = {s["budget"] for s in scores if s["task"] == "attention"}
+    return min(budgets, key=lambda b: abs(float(b) - 0.05))
+
+
+def table_rows(scores: list[dict], context: int, budget: str) -> list[dict]:
+    """Rows of the main table, best first, dense at the top."""
+    own = [
+        s
+        for s in scores
+        if s["task"] == "attention" and s["context"] == context and s["budget"] == budget
+    ]
+    rows = [
+        {**s, "kilobytes": s["bytes_read"] / 1e3, "router_kilobytes": s["router_bytes"] / 1e3}
+        for s in own
+    ]
+    return sorted(rows, key=lambda r: (r["method"] != "dense", -r["recall_middle"]))
+
+
+def cell(value, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def make_plots(scores: list[dict], folder: Path) -> dict[str, Path]:
+    made = {}
+    attention = [s for s in scores if s["task"] == "attention"]
+    if attention:
+        context = max(s["context"] for s in attention)
+        for against, name in (("selectivity", "recall"), ("bytes_read", "recall_bytes")):
+            made[name] = plots.recall_curve(
+                scores, context, folder / f"{name}.png", against=against
+            )
+        made["heads"] = plots.head_maps(
+            scores, context, main_budget(scores), HEAD_METHODS, folder / "heads.png"
+        )
+    if any(s["task"] == "passkey" for s in scores):
+        made["answers"] = plots.answer_bars(scores, folder / "answers.png")
+    return made
+
+
+CAPTIONS = {
+    "recall": "Share of the true attention mass of the middle (everything but sinks and window) "
+    "that the visited rows hold, summed over queries, heads and layers. <b>oracle</b> knows the "
+    "true mass of every bucket; <b>random</b> buckets are the floor.",
+    "recall_bytes": "The same against bytes read in one step of one layer: visited keys and values, "
+    "and what choosing them reads (router weights, centroids).",
+    "heads": "Left: how much of each query head's attention lies in the middle; only heads that look "
+    "there can lose anything. Then each method's recall at the budget of the table; pale numbers "
+    "belong to heads with under 5 % there.",
+    "answers": "A named seven-digit key among distractor keys in source text. The context is "
+    "prefilled densely; question and answer go through the method.",
+}
+
+
+def make_report(folder: Path) -> Path:
+    """Score, plot and write `report.html`; needs the records only, no model."""
+    run, _ = read_run(folder)
+    scores = score_run(folder)
+    pictures = make_plots(scores, folder)
+    sections = []
+    attention = [s for s in scores if s["task"] == "attention"]
+    if attention:
+        for context in sorted({s["context"] for s in attention}, reverse=True):
+            sections.append(table(scores, context, main_budget(scores)))
+    figures = "".join(figure(name, path) for name, path in pictures.items())
+    config, environment = run["config"], run["environment"]
+    page = Template(TEMPLATE.read_text()).substitute(
+        title=html.escape(f"Saap on {Path(run['model']).name}"),
+        headline=headline(scores),
+        figures=figures,
+        tables="".join(sections),
+        settings=definition_list(
+            {
+                "model": run["model"],
+                **{k: v for k, v in config.items()},
+                **{k: environment[k] for k in ("device", "cores", "threads", "python")},
+                **environment["packages"],
+                **({"index": run["index"]} if run["index"] else {}),
+            }
+        ),
+    )
+    path = folder / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def headline(scores: list[dict]) -> str:
+    attention = [s for s in scores if s["task"] == "attention"]
+    if not attention:
+        return ""
+    context = max(s["context"] for s in attention)
+    own = {r["method"]: r for r in table_rows(scores, context, main_budget(scores))}
+    if not {"saap", "kmeans"} <= set(own):
+        return ""
+    saap, kmeans = own["saap"], own["kmeans"]
+    text = (
+        f"At {context:,} tokens, visiting {saap['selectivity']:.1%} of the cache, learned routing "
+        f"finds <b>{saap['recall_middle']:.0%}</b> of the attention mass of the middle, nearest "
+        f"centroids <b>{kmeans['recall_middle']:.0%}</b>"
+    )
+    if saap["recall_of_oracle"] is not None:
+        text += f"; that is {saap['recall_of_oracle']:.0%} of what an oracle finds"
+    return f"<p class=lead>{text}.</p>"
+
+
+def table(scores: list[dict], context: int, budget: str) -> str:
+    head = "".join(f"<th>{title}</th>" for _, title, _ in COLUMNS)
+    body = "".join(
+        "<tr{}>{}</tr>".format(
+            " class=ours" if row["method"] == "saap" else "",
+            "".join(
+                f"<td>{html.escape(cell(row.get(key), form))}</td>" for key, _, form in COLUMNS
+            ),
+        )
+        for row in table_rows(scores, context, budget)
+    )
+    return (
+        f"<h2>{context:,} tokens, {float(budget):.0%} of the cache</h2>"
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def figure(name: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    )
+
+
+def definition_list(items: dict) -> str:
+    return (
+        "<dl>"
+        + "".join(
+            f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
+            for k, v in items.items()
+        )
+        + "</dl>"
+    )

@@ -1,0 +1,150 @@
+"""Attention-level quality: captured queries against an indexed context, every layer and head.
+
+The first N - Q tokens of a text are the context: prefilled densely, indexed. The last Q tokens are
+the queries, as in decoding: query j sees the context and the j tokens before it.
+"""
+
+import torch
+from torch import Tensor
+
+from saap import hf
+from saap.budget import Budget
+from saap.kernels.attention.api import attend_ranges, merge_states
+from saap.methods import Method
+from saap.methods.base import LayerKeys
+from saap.prefill import DensePrefill, LayerCall
+from saap.store import LayerStore, middle_bounds
+
+
+class QueryCapture(DensePrefill):
+    """Dense prefill that also keeps the last `n_queries` queries of each layer."""
+
+    def __init__(self, capacity: int, n_queries: int):
+        super().__init__(capacity)
+        self.n_queries = n_queries
+        self.calls: dict[int, LayerCall] = {}
+
+    def __call__(self, call):
+        self.calls[call.layer] = call
+        return super().__call__(call)
+
+    def queries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`q_rope, q_derope [n, Hq, D]`."""
+        call = self.calls[layer]
+        return tuple(
+            q[0, :, -self.n_queries :].transpose(0, 1).contiguous()
+            for q in (call.q_rope, call.q_derope)
+        )
+
+
+def capture(model, tokens: Tensor, n_queries: int) -> QueryCapture:
+    taken = QueryCapture(len(tokens), n_queries)
+    hf.run_chunks(model, tokens[None], taken, chunk=max(n_queries, 8192))
+    return taken
+
+
+class LayerProblem:
+    """One layer's context and queries, with the exact answer, for any number of methods."""
+
+    def __init__(self, taken: QueryCapture, layer: int, n_sink: int, window: int):
+        self.call = taken.calls[layer]
+        self.q_rope, self.q_derope = taken.queries(layer)
+        self.k_rope, self.v, self.k_derope = taken.caches[layer].views()
+        self.n_queries = taken.n_queries
+        self.n_context = self.k_rope.shape[2] - self.n_queries
+        self.n_sink, self.window = n_sink, window
+        self.first, self.stop = middle_bounds(self.n_context, n_sink, window)
+        self.n_kv = self.k_rope.shape[1]
+        self.keys = LayerKeys(
+            layer,
+            self.k_rope[:, :, self.first : self.stop],
+            self.k_derope[:, :, self.first : self.stop],
+            self.q_rope.shape[1],
+            self.call.sm_scale,
+            self.call.softcap,
+        )
+        everything = torch.tensor([[[self.first, self.stop - self.first]]], dtype=torch.int32)
+        everything = everything.expand(self.n_queries, self.n_kv, 2)
+        self.local = self._attend(self.k_rope, self.v, *self._local_ranges())
+        self.middle = self._attend(
+            self.k_rope, self.v, everything[..., :1].contiguous(), everything[..., 1:].contiguous()
+        )
+        self.exact = merge_states(*self.middle, *self.local)
+
+    def _local_ranges(self) -> tuple[Tensor, Tensor]:
+        tail = self.n_context - self.stop + 1 + torch.arange(self.n_queries)
+        starts = torch.tensor([0, self.stop]).expand(self.n_queries, 2)
+        lengths = torch.stack([torch.full_like(tail, self.first), tail], -1)
+        shape = (self.n_queries, self.n_kv, 2)
+        return tuple(t.int()[:, None].expand(shape).contiguous() for t in (starts, lengths))
+
+    def _attend(self, k, v, starts, lengths):
+        shape = (self.n_queries, -1, -1, -1)
+        return attend_ranges(
+            self.q_rope,
+            k.expand(shape),
+            v.expand(shape),
+            starts,
+            lengths,
+            sm_scale=self.call.sm_scale,
+            softcap=self.call.softcap,
+        )
+
+    def store_for(self, selector) -> LayerStore:
+        context = (t[:, :, : self.n_context] for t in (self.k_rope, self.v))
+        return LayerStore(
+            *context, n_sink=self.n_sink, window=self.window, order=selector.order, spare=0
+        )
+
+    def measure(self, selector, store: LayerStore, budget: Budget) -> dict:
+        """Sums over the queries, a value a query head; lists are `[Hq]`."""
+        starts, lengths = selector.select(self.q_rope, self.q_derope, budget)
+        chosen = self._attend(store.k, store.v, starts + self.first, lengths)
+        out, lse = merge_states(*chosen, *self.local)
+        exact_out, exact_lse = self.exact
+        middle = (self.middle[1] - exact_lse).exp()
+        caught = (chosen[1] - exact_lse).exp()
+        error = (out - exact_out).flatten(1).norm(dim=1) / exact_out.flatten(1).norm(dim=1)
+        local_rows = self._local_ranges()[1].sum(-1).float().mean()
+        rows = lengths.sum(-1).float()
+        row_bytes = 2 * self.k_rope.shape[-1] * self.k_rope.element_size()
+        visited_rows = rows.mean() + local_rows
+        heads_reading = lengths.shape[1]
+        return {
+            "queries": self.n_queries,
+            "middle_mass": rounded(middle.sum(0)),
+            "middle_caught": rounded(caught.sum(0)),
+            "all_caught": rounded((lse - exact_lse).exp().sum(0)),
+            "output_error": float(error.sum()),
+            "selectivity": float(visited_rows) / (self.n_context + (self.n_queries + 1) / 2),
+            "bytes_read": float(visited_rows) * heads_reading * row_bytes + selector.nbytes,
+            "router_bytes": selector.nbytes,
+        }
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(float(x), 6) for x in values]
+
+
+def evaluate(
+    model, tokens: Tensor, methods: dict[str, Method], budgets: dict[str, Budget], n_queries: int
+) -> list[dict]:
+    """Records of every layer, method and budget for one text of token ids `[N]`."""
+    taken = capture(model, tokens, n_queries)
+    records = []
+    any_budget = next(iter(budgets.values()))
+    for layer in sorted(taken.caches):
+        problem = LayerProblem(taken, layer, any_budget.n_sink, any_budget.window)
+        for name, method in methods.items():
+            selector = method.build(problem.keys)
+            store = problem.store_for(selector)
+            for label, budget in budgets.items():
+                records.append(
+                    {
+                        "method": name,
+                        "budget": label,
+                        "layer": layer,
+                        **problem.measure(selector, store, budget),
+                    }
+                )
+    return records

@@ -1,0 +1,224 @@
+"""Named pass keys hidden in real text: `# The pass key amber=4821733`
+
+The last line of a prompt states the beginning of one of those sentences again; the answer is
+right when all seven digits follow. Every other key in the text is a distractor, so finding *a*
+key does not help: the name has to be matched.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NAMES = [
+    "acorn",
+    "agate",
+    "alder",
+    "amber",
+    "anvil",
+    "apple",
+    "arrow",
+    "aspen",
+    "badger",
+    "banjo",
+    "basil",
+    "beacon",
+    "beetle",
+    "birch",
+    "bison",
+    "bramble",
+    "brick",
+    "bronze",
+    "butter",
+    "cactus",
+    "camel",
+    "candle",
+    "canyon",
+    "carbon",
+    "cedar",
+    "cello",
+    "cherry",
+    "cinder",
+    "clover",
+    "cobalt",
+    "comet",
+    "copper",
+    "coral",
+    "cotton",
+    "crane",
+    "cricket",
+    "dahlia",
+    "daisy",
+    "delta",
+    "denim",
+    "dragon",
+    "eagle",
+    "ebony",
+    "ember",
+    "falcon",
+    "fennel",
+    "fern",
+    "flint",
+    "forest",
+    "fossil",
+    "garnet",
+    "ginger",
+    "glacier",
+    "granite",
+    "hazel",
+    "heron",
+    "hickory",
+    "indigo",
+    "iris",
+    "island",
+    "ivory",
+    "jade",
+    "jasmine",
+    "juniper",
+    "kelp",
+    "kettle",
+    "lagoon",
+    "lantern",
+    "laurel",
+    "lemon",
+    "lilac",
+    "linen",
+    "lotus",
+    "magnet",
+    "maple",
+    "marble",
+    "meadow",
+    "mint",
+    "moss",
+    "nectar",
+    "nickel",
+    "nutmeg",
+    "oak",
+    "ocean",
+    "olive",
+    "onyx",
+    "opal",
+    "orchid",
+    "otter",
+    "pearl",
+    "pepper",
+    "pine",
+    "plum",
+    "poplar",
+    "quartz",
+    "quill",
+    "raven",
+    "reed",
+    "robin",
+    "ruby",
+    "saffron",
+    "sage",
+    "salmon",
+    "sand",
+    "silver",
+    "slate",
+    "spruce",
+    "summit",
+    "thistle",
+    "tiger",
+    "timber",
+    "topaz",
+    "tulip",
+    "tundra",
+    "umber",
+    "valley",
+    "velvet",
+    "violet",
+    "walnut",
+    "willow",
+    "winter",
+    "yarrow",
+    "zebra",
+    "zinc",
+]
+KEY_DIGITS = 7
+
+
+def statement(name: str, key: str) -> str:
+    return f"# The pass key {name}={key}\n"
+
+
+def question(name: str) -> str:
+    return f"# The pass key {name}="
+
+
+def random_key(rng: np.random.Generator) -> str:
+    return "".join(str(d) for d in rng.integers(0, 10, KEY_DIGITS))
+
+
+@dataclass(frozen=True)
+class PassKeyPrompt:
+    """One prompt. `context` ends before the question; `question + answer` follows it."""
+
+    context: bytes
+    question: bytes
+    answer: str
+    depth: float
+
+    @property
+    def text(self) -> bytes:
+        return self.context + self.question
+
+
+def line_starts(text: bytes) -> np.ndarray:
+    """Offsets in `text` at which a line starts, 0 and the end included."""
+    breaks = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+    return np.unique(np.concatenate([[0], breaks, [len(text)]]))
+
+
+def insert_lines(text: bytes, inserts: list[tuple[float, bytes]]) -> bytes:
+    """Put each line at the line start nearest to its depth (0 = beginning, 1 = end) of `text`."""
+    starts = line_starts(text)
+    placed = sorted(
+        (int(starts[np.abs(starts - depth * len(text)).argmin()]), order, line)
+        for order, (depth, line) in enumerate(inserts)
+    )
+    pieces, at = [], 0
+    for offset, _, line in placed:
+        pieces += [text[at:offset], line]
+        at = offset
+    return b"".join([*pieces, text[at:]])
+
+
+def make_prompt(
+    haystack: bytes,
+    length: int,
+    rng: np.random.Generator,
+    *,
+    n_distractors: int = 8,
+    depth: float | None = None,
+) -> PassKeyPrompt:
+    """A prompt of about `length` bytes (never more) whose context is cut from `haystack`.
+
+    `depth` is where the asked key stands (0 = beginning); drawn at random when None.
+    Raises ValueError when `haystack` is too short or there are more distractors than names.
+    """
+    if not 0 <= n_distractors < len(NAMES):
+        raise ValueError(f"n_distractors={n_distractors}: accepted are 0 to {len(NAMES) - 1}")
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))[: n_distractors + 1]]
+    keys = [random_key(rng) for _ in names]
+    depth = float(rng.uniform(0.0, 0.95)) if depth is None else depth
+    depths = [depth, *rng.uniform(0.0, 0.95, n_distractors)]
+    lines = [statement(n, k).encode() for n, k in zip(names, keys, strict=True)]
+    ask = question(names[0]).encode()
+    room = length - sum(map(len, lines)) - len(ask) - 1 - KEY_DIGITS
+    if room <= 0 or len(haystack) < room:
+        raise ValueError(
+            f"length={length} with {n_distractors} distractors needs 1 to {len(haystack)} bytes of "
+            f"haystack, not {room}"
+        )
+    start = int(rng.integers(0, len(haystack) - room + 1))
+    text = haystack[start : start + room]
+    context = insert_lines(text, list(zip(depths, lines, strict=True)))
+    if not context.endswith(b"\n"):
+        context += b"\n"
+    return PassKeyPrompt(context, ask, keys[0], depth)
+
+
+def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
+    """All digits right, as the first thing after the question."""
+    return generated.startswith(prompt.answer.encode())

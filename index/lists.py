@@ -1,0 +1,87 @@
+"""Inverted lists as CSR tensors, and the step from scored buckets to ranges of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InvertedLists:
+    """Rows of each bucket, for each (batch, KV head).
+
+    `order [B, Hkv, n]` int64: the points in bucket order, ascending within a bucket (so rows of a
+    bucket stay in time order). `offsets [B, Hkv, nlist + 1]` int32: bucket b holds
+    `order[..., offsets[b] : offsets[b + 1]]`.
+    """
+
+    order: Int[Tensor, "B Hkv n"]
+    offsets: Int[Tensor, "B Hkv nlist_plus_1"]
+
+    @property
+    def nlist(self) -> int:
+        return self.offsets.shape[-1] - 1
+
+    @property
+    def sizes(self) -> Int[Tensor, "B Hkv nlist"]:
+        return self.offsets.diff(dim=-1)
+
+    def imbalance(self) -> Float[Tensor, "B Hkv"]:
+        """FAISS's imbalance factor: `nlist * sum(size^2) / n^2`; 1 when all are equally large."""
+        sizes = self.sizes.double()
+        return self.nlist * (sizes**2).sum(-1) / sizes.sum(-1).clamp(min=1) ** 2
+
+
+def invert(buckets: Int[Tensor, "B Hkv n"], nlist: int) -> InvertedLists:
+    """Sort points by bucket, stably."""
+    order = buckets.argsort(dim=-1, stable=True)
+    counts = torch.zeros(*buckets.shape[:-1], nlist, dtype=torch.int32, device=buckets.device)
+    counts.scatter_add_(-1, buckets.long(), torch.ones_like(buckets, dtype=torch.int32))
+    offsets = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
+    return InvertedLists(order, offsets)
+
+
+def expand_heads(per_kv_head: Tensor, n_heads: int) -> Tensor:
+    """Repeat dimension 1 (KV heads) so that it matches a selection for `n_heads` heads."""
+    group = n_heads // per_kv_head.shape[1]
+    return per_kv_head if group == 1 else per_kv_head.repeat_interleave(group, 1)
+
+
+def bucket_ranges(
+    scores: Float[Tensor, "B H nlist"],
+    offsets: Int[Tensor, "B Hkv nlist_plus_1"],
+    *,
+    nprobe: int | None = None,
+    max_tokens: int | None = None,
+    first_row: int = 0,
+) -> tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]:
+    """The best-scored buckets as ranges `starts, lengths`, int32, of the bucket-sorted rows.
+
+    `H` is Hkv or a multiple of it. Empty buckets are never chosen. `nprobe` visits that many
+    buckets; `max_tokens` visits buckets in the order of their scores until that many rows are
+    reached and cuts the last one to its newest rows; both together stop at whichever comes first.
+    `first_row` is the row at which bucket 0 begins.
+    """
+    nlist = scores.shape[-1]
+    if nprobe is not None and not 1 <= nprobe <= nlist:
+        raise ValueError(f"nprobe={nprobe}: accepted are 1 to nlist={nlist}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens}: accepted are 0 and more")
+    if nprobe is None and max_tokens is None:
+        raise ValueError("nprobe and max_tokens are both None: one of them bounds the selection")
+    offsets = expand_heads(offsets, scores.shape[1]).expand(scores.shape[0], -1, -1)
+    sizes = offsets.diff(dim=-1)
+    scores = scores.masked_fill(sizes == 0, -torch.inf)
+    # A bucket holds at least one row, so max_tokens buckets are enough.
+    n_ranges = min(
+        nlist if nprobe is None else nprobe, nlist if max_tokens is None else max_tokens
+    )
+    best = scores.topk(n_ranges, dim=-1).indices
+    lengths = sizes.gather(-1, best)
+    ends = offsets.gather(-1, best + 1)
+    if max_tokens is not None:
+        before = lengths.cumsum(-1) - lengths
+        lengths = torch.minimum(lengths, (max_tokens - before).clamp(min=0))
+    starts = ends - lengths + first_row
+    return starts.int(), lengths.int()

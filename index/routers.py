@@ -1,0 +1,100 @@
+"""Routers: a score for each bucket from a de-RoPEd query, all heads of a layer at once.
+
+`CentroidRouter` is what IVF does; `LinearRouter` is the closed-form least-squares map from query
+to bucket mass; `MLPRouter` is the classifier of Saap (arXiv 2502.08246, section 4.2). The learned
+ones predict one class more than there are buckets: the mass that sinks and window take. It makes
+scores of different query heads comparable, which a selection shared by a KV group needs.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .lists import expand_heads
+
+
+class Router(ABC):
+    """Scores buckets; `nbytes` counts what one decode step reads of it."""
+
+    nlist: int
+
+    @abstractmethod
+    def mass(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist"]:
+        """Scores that grow with the expected attention mass of each bucket, float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved; the constructor takes the same names."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+class CentroidRouter(Router):
+    """Inner product with the centroids of the head's KV group: symmetric assignment, as in IVF."""
+
+    def __init__(self, centroids: Float[Tensor, "Hkv nlist D"]):
+        self.centroids = centroids
+        self.nlist = centroids.shape[1]
+
+    def mass(self, q):
+        centroids = expand_heads(self.centroids[None], q.shape[1])[0]
+        return torch.einsum("bhd,hnd->bhn", q.float(), centroids.float())
+
+    def tensors(self):
+        return {"centroids": self.centroids}
+
+
+class LinearRouter(Router):
+    """Ridge regression from query to bucket mass: `weight [Hq, nlist, D]`, `bias [Hq, nlist]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = weight, bias
+        self.nlist = weight.shape[1]
+
+    def mass(self, q):
+        return torch.einsum("bhd,hnd->bhn", q.float(), self.weight.float()) + self.bias.float()
+
+    def tensors(self):
+        return {"weight": self.weight, "bias": self.bias}
+
+
+class MLPRouter(Router):
+    """`softmax(w2 @ silu(w1 @ q_hat + b1) + b2)`, without its last class (sinks and window).
+
+    `q_hat = (q - mean) * scale` standardises each head's queries. Shapes: `mean, scale [Hq, D]`,
+    `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`, `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`.
+    """
+
+    def __init__(self, mean, scale, w1, b1, w2, b2):
+        self.mean, self.scale = mean, scale
+        self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
+        self.nlist = w2.shape[1] - 1
+
+    def logits(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist_plus_1"]:
+        x = ((q.float() - self.mean) * self.scale).transpose(0, 1)
+        hidden = torch.nn.functional.silu(torch.baddbmm(self.b1[:, None], x, self.w1.mT))
+        return torch.baddbmm(self.b2[:, None], hidden, self.w2.mT).transpose(0, 1)
+
+    def mass(self, q):
+        return self.logits(q).softmax(-1)[..., :-1]
+
+    def tensors(self):
+        return {
+            "mean": self.mean,
+            "scale": self.scale,
+            "w1": self.w1,
+            "b1": self.b1,
+            "w2": self.w2,
+            "b2": self.b2,
+        }
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "centroid": CentroidRouter,
+    "linear": LinearRouter,
+    "mlp": MLPRouter,
+}

@@ -1,0 +1,32 @@
+"""Every way to choose rows, by name."""
+
+import difflib
+
+from .base import BucketSelector, LayerKeys, Method, Selector
+from .brackets import Oracle, Random
+from .dense import Dense
+from .ivf import KMeans, KMeansRope
+from .learned import Linear, Saap
+from .streaming import Streaming
+
+__all__ = ["METHODS", "BucketSelector", "LayerKeys", "Method", "Selector", "find_method"]
+
+METHODS: dict[str, type[Method]] = {
+    "dense": Dense,
+    "oracle": Oracle,
+    "random": Random,
+    "streaming": Streaming,
+    "kmeans-rope": KMeansRope,
+    "kmeans": KMeans,
+    "linear": Linear,
+    "saap": Saap,
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of that name; ValueError lists the known ones and the nearest."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"method {name!r} is unknown{hint}: accepted are {', '.join(METHODS)}")
+    return METHODS[name]

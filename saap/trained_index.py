@@ -1,0 +1,170 @@
+"""`TrainedIndex`: partitions and routers of all layers of one model, in one safetensors file."""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from saap.index.routers import ROUTERS, CentroidRouter, Router
+
+FORMAT_VERSION = 1
+FORMAT = "saap.TrainedIndex"
+
+
+@dataclass(frozen=True)
+class LayerIndex:
+    """One layer: `centroids [Hkv, nlist, D]` on de-RoPEd keys and the routers trained for it.
+
+    `centroids_rope`, of keys with RoPE left on, exists only to be compared with.
+    """
+
+    centroids: Tensor
+    routers: dict[str, Router] = field(default_factory=dict)
+    centroids_rope: Tensor | None = None
+
+    @property
+    def nlist(self) -> int:
+        return self.centroids.shape[1]
+
+    def router(self, name: str) -> Router:
+        if name == "centroid":
+            return CentroidRouter(self.centroids)
+        if name not in self.routers:
+            raise ValueError(
+                f"router={name!r} was not trained: accepted are {', '.join(['centroid', *self.routers])}"
+            )
+        return self.routers[name]
+
+
+@dataclass(frozen=True)
+class TrainedIndex:
+    """What `saap.train` makes and decoding needs, for every layer of one model.
+
+    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one), `seed`,
+    `context`, `n_sink`, `window`, `corpus` (hash and number of tokens), `recall` (middle recall a
+    router, layer and query head on a held-out part, as measured after training).
+    """
+
+    layers: tuple[LayerIndex, ...]
+    metadata: dict
+
+    @property
+    def nlist(self) -> int:
+        return self.metadata["nlist"]
+
+    @property
+    def default_router(self) -> str:
+        return self.metadata["router"]
+
+    def check_model(self, description: dict) -> None:
+        """Raise ValueError naming what differs when this index was trained for another model."""
+        own = self.metadata["model"]
+        for key in own:
+            same = own[key] == description.get(key)
+            if key == "attention_norms":
+                same = len(own[key]) == len(description[key]) and all(
+                    abs(a - b) <= 0.01 * a for a, b in zip(own[key], description[key], strict=True)
+                )
+            if not same:
+                raise ValueError(
+                    f"this index was trained for another model: its {key} is {own[key]}, the model's "
+                    f"is {description.get(key)}"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for number, layer in enumerate(self.layers):
+            prefix = f"layers.{number}."
+            found[prefix + "centroids"] = layer.centroids
+            if layer.centroids_rope is not None:
+                found[prefix + "centroids_rope"] = layer.centroids_rope
+            for name, router in layer.routers.items():
+                for part, tensor in router.tensors().items():
+                    found[f"{prefix}{name}.{part}"] = tensor
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write one file; a file of that name is replaced only when the new one is complete."""
+        path = Path(path)
+        tensors = self.tensors()
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sha256": checksum(tensors),
+            **self.metadata,
+        }
+        data = serialize(tensors, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainedIndex":
+        """Read a file that `save` wrote. Raises ValueError for any other, and for altered ones."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; accepted is one that `saap train` wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: a safetensors file, but not one that `saap train` wrote")
+        if header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format version {header.get('format_version')}: accepted is {FORMAT_VERSION}"
+            )
+        if header.pop("sha256", None) != checksum(tensors):
+            raise ValueError(
+                f"{path}: its checksum does not fit its content: the file was altered"
+            )
+        metadata = {k: v for k, v in header.items() if k not in ("format", "format_version")}
+        layers = tuple(
+            layer_from_tensors(tensors, f"layers.{number}.")
+            for number in range(metadata["model"]["num_layers"])
+        )
+        return cls(layers, metadata)
+
+
+def layer_from_tensors(tensors: dict[str, Tensor], prefix: str) -> LayerIndex:
+    own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    routers = {}
+    for name, router_class in ROUTERS.items():
+        parts = {k.split(".", 1)[1]: t for k, t in own.items() if k.startswith(name + ".")}
+        if parts:
+            routers[name] = router_class(**parts)
+    return LayerIndex(own["centroids"], routers, own.get("centroids_rope"))
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of `data` at `path`, or what was there before."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""eval -> saap -> {index, kernels}: each arrow in a fresh process, and who may import what."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.split())
+
+
+def belongs(modules: set[str], prefix: str) -> list[str]:
+    return sorted(m for m in modules if m == prefix or m.startswith(prefix + "."))
+
+
+@pytest.mark.parametrize(
+    ("statement", "never"),
+    [
+        ("import saap", ["torch", "faiss", "transformers", "saap.eval", "saap.index"]),
+        (
+            "import saap.index.kmeans, saap.index.fitting",
+            ["saap.kernels", "saap.training", "saap.eval", "transformers", "faiss"],
+        ),
+        (
+            "import saap.kernels.attention.api",
+            ["saap.index", "saap.methods", "saap.eval", "transformers", "faiss"],
+        ),
+        ("import saap.methods, saap.decode, saap.trained_index", ["saap.eval", "transformers"]),
+        ("import saap.training", ["saap.eval", "matplotlib"]),
+        ("import saap.eval.report", ["transformers", "faiss", "saap.hf"]),
+    ],
+)
+def test_arrow(statement, never):
+    modules = loaded_after(statement)
+    for name in never:
+        assert not belongs(modules, name), f"{statement} loads {belongs(modules, name)[:3]}"
+
+
+@pytest.mark.parametrize(
+    ("package", "folder", "allowed"),
+    [("transformers", "saap", ["saap/hf.py"]), ("faiss", "index", ["index/kmeans.py"])],
+)
+def test_one_file_knows(package, folder, allowed):
+    pattern = re.compile(rf"^\s*(import|from) {package}\b", re.MULTILINE)
+    importers = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if not path.is_symlink() and pattern.search(path.read_text())
+    ]
+    if folder == "saap":
+        importers = [i for i in importers if i.split("/")[1] not in ("index", "kernels", "eval")]
+    assert importers == allowed
+
+
+def test_top_level_names_are_not_claimed():
+    """`import kernels` from the root must not find a package: transformers looks for one."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    pattern = re.compile(r"^\s*(import|from) (kernels|index|eval)\b", re.MULTILINE)
+    for folder in ("saap", "index", "kernels", "eval", "tests", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.search(path.read_text()), f"{path}: import saap.<name> instead"
+
+
+def test_explicit_packages_are_complete():
+    """Every folder with modules is named in pyproject.toml, so that the wheel holds it."""
+    import tomllib
+
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    named = set(setuptools["packages"])
+    for top, package in (("saap", "saap"), ("index", "saap.index"), ("kernels", "saap.kernels"),
+                         ("eval", "saap.eval")):  # fmt: skip
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT / top).parent.parts
+            if top == "saap" and parts and parts[0] in ("index", "kernels", "eval"):
+                continue
+            assert ".".join([package, *parts]) in named, path
