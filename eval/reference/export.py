@@ -129,6 +129,7 @@ def main() -> None:
     write_held_out(FOLDER)
     shutil.copyfile(run / "model.safetensors", FOLDER / "model.safetensors")
     shutil.copyfile(run / "log.jsonl", FOLDER / "training_log.jsonl")
+    shutil.copyfile(run / "recipe.json", FOLDER / "recipe.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Run, score, report: whole units, resumable, the right columns, one file that stands alone."""
+
+import json
+
+import pytest
+
+from saap.eval import records as records_module
+from saap.eval import reference
+from saap.eval.records import RecordFile, read_run
+from saap.eval.report import make_report
+from saap.eval.run import EvalConfig, check_contexts, run
+from saap.eval.scores import score_run
+from saap.eval.tasks import passkey
+from saap.methods import METHODS
+
+CONFIG = EvalConfig(
+    methods=tuple(METHODS), contexts=(1024,), budgets=(0.1, 0.2), answer_budgets=(0.1,),
+    n_texts=2, n_queries=8, n_prompts=2, n_distractors=2,
+)  # fmt: skip
+COLUMNS = {
+    "method", "model", "task", "context", "budget", "selectivity", "recall_all", "recall_middle",
+    "recall_of_oracle", "output_error", "bytes_read", "router_bytes", "accuracy",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(reference_model, reference_tokenizer, reference_index, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    text = reference.split_held_out()[1]
+    run(reference_model, reference_tokenizer, reference_index, text, CONFIG, folder,
+        model_name="reference")  # fmt: skip
+    return folder
+
+
+def test_scores(finished):
+    scores = score_run(finished)
+    assert json.loads((finished / "scores.json").read_text()) == scores
+    assert all(set(s) >= COLUMNS for s in scores)
+    attention = {(s["method"], s["budget"]): s for s in scores if s["task"] == "attention"}
+    assert len(attention) == 2 * len(METHODS)
+    for (method, budget), score in attention.items():
+        if method == "dense":
+            assert score["selectivity"] == pytest.approx(1.0)
+            assert score["recall_middle"] == pytest.approx(1.0, abs=1e-4)
+            assert score["output_error"] < 1e-5
+            continue
+        assert score["selectivity"] == pytest.approx(float(budget), abs=0.01)
+        assert 0 < score["recall_middle"] < 1
+        assert score["output_error"] > 1e-3
+        assert score["bytes_read"] > score["router_bytes"]
+    order = [attention[m, "0.1"]["recall_middle"] for m in ("oracle", "saap", "random")]
+    assert order == sorted(order, reverse=True)
+    assert attention["oracle", "0.1"]["recall_of_oracle"] == 1.0
+    answers = [s for s in scores if s["task"] == "passkey"]
+    assert {s["method"] for s in answers} == set(METHODS)
+    assert all(0 <= s["accuracy"] <= 1 for s in answers)
+
+
+def test_a_killed_run_continues_to_the_same_scores(
+    finished, tmp_path, reference_model, reference_tokenizer, reference_index
+):
+    text = reference.split_held_out()[1]
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    whole = (finished / "records.jsonl").read_bytes()
+    first_unit_end = whole.index(b'{"done"')
+    for name, content in (
+        ("run.json", (finished / "run.json").read_bytes()),
+        ("records.jsonl", whole[: first_unit_end + 900]),  # in the middle of a later line
+    ):
+        (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match="is not JSON: the run was cut short"):
+        read_run(folder)
+    run(reference_model, reference_tokenizer, reference_index, text, CONFIG, folder,
+        model_name="reference")  # fmt: skip
+    assert score_run(folder) == score_run(finished)
+
+
+def test_results_of_another_run_are_not_mixed(finished):
+    with pytest.raises(ValueError, match="holds results of another run: its seed is 0, now 1"):
+        RecordFile(finished, {"config": {"seed": 1}})
+
+
+def test_report_stands_alone_and_needs_no_model(finished, monkeypatch):
+    monkeypatch.setattr("saap.hf.load_model", None)
+    page = make_report(finished).read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.split("<body")[0]
+    assert "learned routing finds" in page
+    for method in METHODS:
+        assert f"<td>{method}</td>" in page
+
+
+def test_folder_without_records(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
+        read_run(tmp_path)
+
+
+def test_unwritable_folder(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        RecordFile(blocker / "out", {"config": {}})
+    assert records_module.RUN == "run.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ()}, "methods is empty"),
+        ({"methods": ("saap", "kmean")}, "did you mean 'kmeans'"),
+        ({"tasks": ("poetry",)}, "task 'poetry' is unknown: accepted are attention, passkey"),
+        ({"share": "layer"}, "share='layer'"),
+    ],
+)
+def test_bad_configs(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**{"methods": ("dense",), "contexts": (1024,), **options})
+
+
+def test_contexts():
+    assert check_contexts((4096,), 8192, 8192) == []
+    (warning,) = check_contexts((8192,), 8192, 4096)
+    assert "longer than the 4096 tokens" in warning
+    with pytest.raises(ValueError, match="context 9000: accepted are at most the model's"):
+        check_contexts((9000,), 8192, None)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 0.95])
+def test_pass_key_prompts(depth):
+    import numpy as np
+
+    text = reference.split_held_out()[1]
+    prompt = passkey.make_prompt(text, 3000, np.random.default_rng(1), depth=depth)
+    assert len(prompt.text) <= 3000
+    assert prompt.context.count(b"# The pass key ") == 9
+    asked = prompt.question.decode()
+    assert prompt.context.decode().count(asked + prompt.answer) == 1
+    where = prompt.context.decode().index(asked) / len(prompt.context)
+    assert abs(where - depth) < 0.12
+    assert passkey.is_right(prompt, prompt.answer.encode() + b"\n")
+    assert not passkey.is_right(prompt, b"0" + prompt.answer.encode())
+
+
+def test_pass_key_limits():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="n_distractors=500"):
+        passkey.make_prompt(b"x" * 4000, 3000, rng, n_distractors=500)
+    with pytest.raises(ValueError, match="length=100 with 8 distractors"):
+        passkey.make_prompt(b"x\n" * 4000, 100, rng)
