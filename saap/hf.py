@@ -42,6 +42,10 @@ def load_tokenizer(source: str | Path):
         raise ValueError(
             f"{source}: no tokenizer could be loaded ({first_line(error)})"
         ) from error
+    # Corpora are tokenised whole and cut afterwards; lengths are checked where sequences are used.
+    tokenizer.model_max_length = 10**9
+    return tokenizer
+
 
 
 def _looks_like_path(source: str | Path) -> bool:

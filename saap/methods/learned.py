@@ -6,9 +6,14 @@ group the predicted masses of its query heads are added.
 """
 
 from saap.index.kmeans import assign
-from saap.index.lists import invert
+from saap.index.lists import expand_heads, invert
 
 from .base import BucketSelector, Method, group_sum
+
+
+# Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets are
+# noisy, so the size counts by its root: between mass (0) and mass per row (1), and better than both.
+SIZE_POWER = 0.5
 
 
 class RoutedSelector(BucketSelector):
@@ -20,7 +25,12 @@ class RoutedSelector(BucketSelector):
 
     def scores(self, q_rope, q_derope, budget):
         mass = self.router.mass(q_derope)
-        return mass if budget.share == "head" else group_sum(mass, self.n_kv)
+        if budget.share == "group":
+            mass = group_sum(mass, self.n_kv)
+        if budget.max_tokens is None:
+            return mass
+        sizes = expand_heads(self.lists.sizes.float().clamp(min=1), mass.shape[1])
+        return mass / sizes**SIZE_POWER
 
 
 class Linear(Method):
