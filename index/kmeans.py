@@ -1,30 +1,32 @@
-"""Spherical k-means through FAISS; the only file of the package that imports faiss."""
+"""Spherical k-means: training, assignment, refinement on new points."""
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-def _faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "k-means needs FAISS: pip install 'saap[cpu]' (or 'saap[gpu]', never both)"
-        ) from error
-    return faiss
+from . import faiss_backend
 
 
 def check_points(points: Tensor, nlist: int) -> None:
     if points.ndim != 3:
         raise ValueError(f"points has shape {tuple(points.shape)}: accepted is [H, n, D]")
+    if not points.is_floating_point():
+        raise ValueError(f"points has dtype {points.dtype}: accepted are floating-point vectors")
     if not 1 <= nlist <= points.shape[1]:
         raise ValueError(
             f"nlist={nlist} with {points.shape[1]} points a head: accepted are 1 to that number"
         )
-    if not torch.isfinite(points).all():
-        raise ValueError("points holds NaN or inf: accepted are finite vectors")
+    check_finite(points, "points")
+    zeros = int((points == 0).all(-1).sum())
+    if zeros:
+        raise ValueError(
+            f"points holds {zeros} zero vectors, which have no direction: accepted are others"
+        )
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or inf: accepted are finite vectors")
 
 
 def train_centroids(
@@ -33,29 +35,23 @@ def train_centroids(
     """Spherical k-means of each head's points: float32 unit vectors `[H, nlist, D]`.
 
     `points` are normalised first, so a centroid is a direction; assignment is by largest inner
-    product (`assign`). The same seed gives the same centroids on the same machine and thread count.
-    Raises ValueError for fewer points than buckets and for NaN or inf.
+    product (`assign`). The same seed gives the same centroids on the same machine and number of
+    threads. Raises ValueError for fewer points than buckets, for NaN or inf, and for zero vectors.
 
     Source: Saap, arXiv 2502.08246, section 3.3.
     """
     check_points(points, nlist)
-    faiss = _faiss()
-    use_gpu = points.is_cuda and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
-    centroids = []
-    for head in points:
-        x = torch.nn.functional.normalize(head.float(), dim=-1).cpu().numpy()
-        kmeans = faiss.Kmeans(
-            x.shape[1],
+    use_gpu = points.is_cuda and faiss_backend.has_gpu()
+    centroids = [
+        faiss_backend.cluster(
+            torch.nn.functional.normalize(head.float(), dim=-1),
             nlist,
-            niter=n_iter,
-            spherical=True,
+            n_iter=n_iter,
             seed=seed,
-            gpu=use_gpu,
-            min_points_per_centroid=1,
-            max_points_per_centroid=1 << 30,
+            use_gpu=use_gpu,
         )
-        kmeans.train(np.ascontiguousarray(x))
-        centroids.append(torch.from_numpy(kmeans.centroids.reshape(nlist, -1).copy()))
+        for head in points
+    ]
     return torch.stack(centroids).to(points.device)
 
 
@@ -75,3 +71,38 @@ def assign(
         part = points[..., start : start + chunk, :].float()
         buckets[..., start : start + chunk] = (part @ centroids.mT.to(part)).argmax(-1)
     return buckets
+
+
+def assign_two(
+    points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"], *, chunk: int = 65536
+) -> tuple[Int[Tensor, "H n"], Int[Tensor, "H n"]]:
+    """The best and the second bucket of each point, int32. Needs two buckets at least."""
+    if centroids.shape[1] < 2:
+        raise ValueError("nlist=1: accepted with spill are 2 and more")
+    best = [
+        (points[:, start : start + chunk].float() @ centroids.mT.to(points.device))
+        .topk(2, dim=-1)
+        .indices.int()
+        for start in range(0, points.shape[1], chunk)
+    ]
+    both = torch.cat(best, 1)
+    return both[..., 0].contiguous(), both[..., 1].contiguous()
+
+
+def refine_centroids(
+    points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"], *, n_iter: int = 3
+) -> Float[Tensor, "H nlist D"]:
+    """A few Lloyd steps from `centroids` on `points`; a bucket that gets none keeps its centroid.
+
+    Buckets keep their numbers, so a router trained for `centroids` still means the same ones.
+    Raises ValueError as `train_centroids`, but takes fewer points than buckets.
+    """
+    check_points(points, 1)
+    directions = torch.nn.functional.normalize(points.float(), dim=-1)
+    centroids = centroids.float().clone()
+    for _ in range(n_iter):
+        buckets = assign(directions, centroids).long()[..., None].expand_as(directions)
+        sums = torch.zeros_like(centroids).scatter_add_(1, buckets, directions)
+        length = sums.norm(dim=-1, keepdim=True)
+        centroids = torch.where(length > 1e-6, sums / length.clamp(min=1e-6), centroids)
+    return centroids

@@ -5,8 +5,16 @@ import difflib
 from .base import BucketSelector, LayerKeys, Method, Selector
 from .brackets import Oracle, Random
 from .dense import Dense
+from .exact_tokens import Flat, OracleTokens
+from .hnsw import HNSW
 from .ivf import KMeans, KMeansRope
+from .kmeans_online import KMeansOnline
 from .learned import Linear, Saap
+from .lsh import LSH
+from .mean_pages import MeanPages
+from .moments import Moments, MomentsPages
+from .pq import PQ
+from .quest import Quest
 from .streaming import Streaming
 
 __all__ = ["METHODS", "BucketSelector", "LayerKeys", "Method", "Selector", "find_method"]
@@ -20,6 +28,16 @@ METHODS: dict[str, type[Method]] = {
     "kmeans": KMeans,
     "linear": Linear,
     "saap": Saap,
+    "moments": Moments,
+    "kmeans-online": KMeansOnline,
+    "quest": Quest,
+    "mean-pages": MeanPages,
+    "moments-pages": MomentsPages,
+    "oracle-tokens": OracleTokens,
+    "flat": Flat,
+    "hnsw": HNSW,
+    "pq": PQ,
+    "lsh": LSH,
 }
 
 

@@ -1,0 +1,58 @@
+"""The true top tokens, by exact scores: the ceiling of every method that picks single rows.
+
+`oracle-tokens` ranks rows by true attention weight (soft cap included) and is charged nothing.
+`flat` is exact inner-product search, FAISS `IndexFlatIP` over all keys (Johnson et al., arXiv
+1702.08734), and is charged what it reads: every key. For a KV group `oracle-tokens` adds the
+heads' weights; `flat` merges the heads' results, a row by its best score relative to the head's
+best.
+"""
+
+from saap.index.faiss_backend import flat_search
+
+from .base import Method, Selector, middle_weights
+from .found import merge_found
+from .tokens import TokenSelector, no_ranges, rows_as_ranges, rows_needed
+
+
+class OracleTokensSelector(TokenSelector):
+    def __init__(self, name, keys):
+        super().__init__(name, keys)
+        self.keys = keys
+
+    def scores(self, q_rope):
+        return middle_weights(self.keys, q_rope)
+
+    def combine(self, scores):
+        return scores.unflatten(1, (self.n_kv, -1)).sum(2)
+
+
+class OracleTokens(Method):
+    name = "oracle-tokens"
+    needs_index = False
+
+    def build(self, keys):
+        return OracleTokensSelector(self.name, keys)
+
+
+class FlatSelector(Selector):
+    def __init__(self, name, keys):
+        self.name, self.sm_scale = name, keys.sm_scale
+        self.keys = keys.k_rope[0]
+        self.nbytes = self.keys.numel() * self.keys.element_size()
+
+    def select(self, q_rope, q_derope, budget):
+        n_kv, n_middle = self.keys.shape[:2]
+        k = min(rows_needed(self.name, budget.max_tokens, budget.nprobe), n_middle)
+        if k == 0:
+            return no_ranges(q_rope, n_kv, budget.share)
+        queries = q_rope.unflatten(1, (n_kv, -1))
+        found = [flat_search(self.keys[h], queries[:, h].flatten(0, 1), k) for h in range(n_kv)]
+        return rows_as_ranges(merge_found(found, queries.shape[2], n_middle, k, budget.share))
+
+
+class Flat(Method):
+    name = "flat"
+    needs_index = False
+
+    def build(self, keys):
+        return FlatSelector(self.name, keys)

@@ -1,0 +1,71 @@
+"""Per-context k-means: clusters of this context's own RoPE'd keys, routed by their means.
+
+Source: RetroInfer (Chen et al., arXiv 2505.02922): spherical k-means of mean-centred keys within
+segments of 8192 rows, 16 rows a cluster, 10 iterations; a KV group adds its heads' softmax over
+clusters. Its estimate of the unvisited clusters is not part of the selection and is left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from saap.index.kmeans import assign, train_centroids
+from saap.index.lists import InvertedLists, invert
+
+from .base import BucketSelector, LayerKeys, Method
+from .tokens import combine_heads, key_scores
+
+
+@dataclass(frozen=True)
+class OnlineBuild:
+    rows_per_cluster: int = 16
+    segment: int = 8192
+    n_iter: int = 10
+
+
+def cluster_segments(keys, build: OnlineBuild, seed: int) -> tuple[torch.Tensor, int]:
+    """The cluster of each row `[Hkv, M]` int32 and how many; segments do not share clusters."""
+    parts, n_clusters = [], 0
+    for start in range(0, max(1, keys.shape[1]), build.segment):
+        rows = keys[:, start : start + build.segment].float()
+        centred = rows - rows.mean(1, keepdim=True)
+        nlist = max(1, rows.shape[1] // build.rows_per_cluster)
+        if nlist == 1:
+            parts.append(torch.full(rows.shape[:2], n_clusters, dtype=torch.int32).to(keys.device))
+        else:
+            centroids = train_centroids(centred, nlist, n_iter=build.n_iter, seed=seed)
+            parts.append(assign(centred, centroids) + n_clusters)
+        n_clusters += nlist
+    return torch.cat(parts, 1), n_clusters
+
+
+def bucket_means(keys, buckets, lists: InvertedLists):
+    """Mean of each bucket's keys, float32 `[Hkv, nlist, D]`; 0 for an empty bucket."""
+    sums = keys.new_zeros(keys.shape[0], lists.nlist, keys.shape[2], dtype=torch.float32)
+    sums.scatter_add_(1, buckets.long()[..., None].expand_as(keys), keys.float())
+    return sums / lists.sizes[0, ..., None].clamp(min=1)
+
+
+class OnlineSelector(BucketSelector):
+    def __init__(self, keys: LayerKeys, build: OnlineBuild, seed: int):
+        buckets, n_clusters = cluster_segments(keys.k_rope[0], build, seed)
+        super().__init__(invert(buckets[None], n_clusters))
+        self.means = bucket_means(keys.k_rope[0], buckets, self.lists)
+        self.sm_scale = keys.sm_scale
+        self.nbytes = self.means.numel() * keys.k_rope.element_size()
+
+    def scores(self, q_rope, q_derope, budget):
+        scores = key_scores(q_rope, self.means, self.sm_scale)
+        return combine_heads(scores, self.means.shape[0]) if budget.share == "group" else scores
+
+
+class KMeansOnline(Method):
+    name = "kmeans-online"
+    needs_index = False
+
+    def __init__(self, index=None, *, seed=0, build: OnlineBuild | None = None):
+        super().__init__(index, seed=seed)
+        self.build_options = build or OnlineBuild()
+
+    def build(self, keys):
+        return OnlineSelector(keys, self.build_options, self.seed)

@@ -1,0 +1,71 @@
+"""Locality-sensitive hashing: the rows whose signatures collide with the query's most often.
+
+Source: MagicPIG (Chen et al., arXiv 2410.16179): SimHash with L tables of K hyperplanes over keys
+from which their mean is taken. MagicPIG samples the colliding rows and reweights them; a selection
+of fixed size has no use for that, so here rows are ranked by collisions, equals by recency. A KV
+group adds its heads' collisions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Method
+from .tokens import TokenSelector
+
+
+@dataclass(frozen=True)
+class LSHBuild:
+    """`n_bits` hyperplanes a table (K, at most 15), `n_tables` tables (L)."""
+
+    n_bits: int = 8
+    n_tables: int = 75
+
+    def __post_init__(self):
+        for name, most in (("n_bits", 15), ("n_tables", 4096)):
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name}={value}: accepted are 1 to {most}")
+
+
+class LSHSelector(TokenSelector):
+    def __init__(self, name, keys, build, seed):
+        super().__init__(name, keys)
+        dim = keys.k_rope.shape[-1]
+        generator = torch.Generator().manual_seed(seed + keys.layer)
+        planes = torch.randn(dim, build.n_tables, build.n_bits, generator=generator)
+        self.planes = planes.to(keys.k_rope.device)
+        centred = keys.k_rope[0].float() - keys.k_rope[0].float().mean(1, keepdim=True)
+        self.signatures = self.sign(centred).movedim(-1, 0).contiguous()  # [L, Hkv, M]
+        bits = build.n_tables * build.n_bits
+        self.nbytes = self.n_kv * self.n_middle * ((bits + 7) // 8) + dim * bits * 4
+
+    def sign(self, x):
+        """The `n_tables` signatures of each vector, int16 `[..., L]`."""
+        bits = torch.einsum("...d,dlk->...lk", x, self.planes) > 0
+        weights = 2 ** torch.arange(bits.shape[-1], device=x.device)
+        return (bits * weights).sum(-1).short()
+
+    def scores(self, q_rope):
+        queries = self.sign(q_rope.float()).unflatten(1, (self.n_kv, -1))  # [n, Hkv, G, L]
+        shape = (*queries.shape[:3], self.n_middle)
+        collisions = torch.zeros(shape, dtype=torch.int16, device=q_rope.device)
+        for table, signatures in enumerate(self.signatures):
+            collisions += queries[..., table, None] == signatures[:, None]
+        recency = torch.arange(self.n_middle, device=q_rope.device) / (16 * self.n_middle)
+        return collisions.flatten(1, 2) + recency
+
+    def combine(self, scores):
+        return scores.unflatten(1, (self.n_kv, -1)).sum(2)
+
+
+class LSH(Method):
+    name = "lsh"
+    needs_index = False
+
+    def __init__(self, index=None, *, seed=0, build: LSHBuild | None = None):
+        super().__init__(index, seed=seed)
+        self.build_options = build or LSHBuild()
+
+    def build(self, keys):
+        return LSHSelector(self.name, keys, self.build_options, self.seed)

@@ -1,0 +1,78 @@
+"""What methods that rank single tokens share: the best `max_tokens` rows, as ranges."""
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .base import LayerKeys, Ranges, Selector
+
+
+def rows_needed(name: str, max_tokens: int | None, nprobe: int | None) -> int:
+    """`max_tokens`; ValueError when the budget counts buckets, which method `name` lacks."""
+    if nprobe is not None:
+        raise ValueError(
+            f"nprobe={nprobe}: method {name!r} has no buckets: accepted is max_tokens"
+        )
+    return max_tokens
+
+
+def rows_as_ranges(rows: Int[Tensor, "n H k"]) -> Ranges:
+    """Distinct rows, in any order, as ranges; neighbours join, unused ranges have length 0."""
+    rows = rows.sort(-1).values
+    if rows.shape[-1] == 0:
+        return rows.int(), rows.int()
+    begins = torch.ones_like(rows, dtype=torch.bool)
+    begins[..., 1:] = rows.diff(dim=-1) != 1
+    place = begins.long().cumsum(-1) - 1
+    lengths = torch.zeros_like(rows).scatter_add_(-1, place, torch.ones_like(rows))
+    starts = torch.zeros_like(rows).scatter_reduce_(-1, place, rows, "amax")
+    starts = torch.where(lengths > 0, starts - lengths + 1, 0)
+    n_ranges = int(place[..., -1].max()) + 1
+    return starts[..., :n_ranges].int(), lengths[..., :n_ranges].int()
+
+
+def no_ranges(q_rope: Float[Tensor, "n Hq D"], n_kv: int, share: str) -> Ranges:
+    """A selection of nothing."""
+    heads = n_kv if share == "group" else q_rope.shape[1]
+    empty = torch.zeros(len(q_rope), heads, 0, dtype=torch.int32, device=q_rope.device)
+    return empty, empty
+
+
+def combine_heads(scores: Float[Tensor, "n Hq M"], n_kv: int) -> Float[Tensor, "n Hkv M"]:
+    """One ranking for a KV group: the sum over its query heads of the softmax of their scores."""
+    return scores.softmax(-1).unflatten(1, (n_kv, -1)).sum(2)
+
+
+def key_scores(
+    q_rope: Float[Tensor, "n Hq D"], keys: Float[Tensor, "Hkv M D"], sm_scale: float
+) -> Float[Tensor, "n Hq M"]:
+    """Scaled inner products of each query head with the vectors of its KV head."""
+    q = q_rope.float().unflatten(1, (keys.shape[0], -1))
+    return torch.einsum("nhgd,hmd->nhgm", q, keys.float()).flatten(1, 2) * sm_scale
+
+
+class TokenSelector(Selector):
+    """Ranks every row of the middle; subclasses say how a row is scored.
+
+    `scores` are logits of attention as the method knows them. A KV group ranks rows by the sum
+    over its query heads of the softmax of their scores (`combine_heads`).
+    """
+
+    def __init__(self, name: str, keys: LayerKeys):
+        self.name = name
+        self.n_kv, self.n_middle = keys.k_rope.shape[1:3]
+
+    @abstractmethod
+    def scores(self, q_rope: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq M"]: ...
+
+    def combine(self, scores: Float[Tensor, "n Hq M"]) -> Float[Tensor, "n Hkv M"]:
+        return combine_heads(scores, self.n_kv)
+
+    def select(self, q_rope, q_derope, budget):
+        k = min(rows_needed(self.name, budget.max_tokens, budget.nprobe), self.n_middle)
+        scores = self.scores(q_rope)
+        if budget.share == "group":
+            scores = self.combine(scores)
+        return rows_as_ranges(scores.topk(k, dim=-1).indices)
