@@ -13,9 +13,9 @@ def print_index(path: Path, index: TrainedIndex) -> None:
     meta, model = index.metadata, index.metadata["model"]
     facts = {
         "file": f"{path} ({path.stat().st_size / 1e6:.1f} MB)",
-        "model": f"{model['model_type']}, {model['num_layers']} layers, {model['num_heads']} query "
-        f"and {model['num_kv_heads']} KV heads of {model['head_dim']}, RoPE {model['rope']}",
-        "partition": f"nlist {index.nlist}, spherical k-means on de-RoPEd keys, seed {meta['seed']}",
+        "model": f"{model['model_type']}, {model['num_layers']} layers, {model['num_heads']} "
+        f"query and {model['num_kv_heads']} KV heads of {model['head_dim']}, RoPE {model['rope']}",
+        "partition": f"nlist {index.nlist}, k-means on de-RoPEd keys, seed {meta['seed']}",
         "router": f"{index.default_router}, "
         f"{index.layers[0].router(index.default_router).nbytes / 1e3:,.0f} kB a layer",
         "trained on": f"{meta['corpus']['tokens']:,} tokens in contexts of {meta['context']:,}, "

@@ -71,11 +71,11 @@ CAPTIONS = {
     "recall": "Share of the true attention mass of the middle (everything but sinks and window) "
     "that the visited rows hold, summed over queries, heads and layers. <b>oracle</b> knows the "
     "true mass of every bucket; <b>random</b> buckets are the floor.",
-    "recall_bytes": "The same against bytes read in one step of one layer: visited keys and values, "
-    "and what choosing them reads (router weights, centroids).",
-    "heads": "Left: how much of each query head's attention lies in the middle; only heads that look "
-    "there can lose anything. Then each method's recall at the budget of the table; pale numbers "
-    "belong to heads with under 5 % there.",
+    "recall_bytes": "The same against bytes read in one step of one layer: visited keys and "
+    "values, and what choosing them reads (router weights, centroids).",
+    "heads": "Left: how much of each query head's attention lies in the middle; only heads that "
+    "look there can lose anything. Then each method's recall at the budget of the table; pale "
+    "numbers belong to heads with under 5 % there.",
     "answers": "A named seven-digit key among distractor keys in source text. The context is "
     "prefilled densely; question and answer go through the method.",
 }
@@ -145,7 +145,8 @@ def table(scores: list[dict], context: int, budget: str) -> str:
     )
     return (
         f"<h2>{context:,} tokens, {float(budget):.0%} of the cache</h2>"
-        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

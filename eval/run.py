@@ -63,8 +63,8 @@ def check_contexts(contexts: tuple[int, ...], limit: int, trained: int | None) -
             raise ValueError(f"context {context}: accepted are 256 and more")
         if trained is not None and context > trained:
             warnings.append(
-                f"context {context} is longer than the {trained} tokens that the index was trained "
-                "on: routers have not seen such distances, read their recall with care"
+                f"context {context} is longer than the {trained} tokens that the index was "
+                "trained on: routers have not seen such distances, read their recall with care"
             )
     return warnings
 

@@ -8,8 +8,8 @@ class Budget:
     """What one decode step visits of each layer; validated when made.
 
     `n_sink` first and `window` last tokens are always visited; of the middle, `nprobe` buckets, or
-    buckets until `max_tokens` rows (the last one cut to its newest rows), or whichever comes first.
-    `share`: "group" makes one selection for the query heads of a KV head, so each row is read once;
+    buckets until `max_tokens` rows (the last one cut to its newest rows), or whichever comes
+    first. `share`: "group" makes one selection for the query heads of a KV head;
     "head" one a query head.
     """
 
@@ -44,7 +44,8 @@ class Budget:
         rows = round(selectivity * context)
         if rows <= n_sink + window:
             raise ValueError(
-                f"selectivity={selectivity} of {context} tokens is {rows} rows, and sinks and window "
-                f"take {n_sink + window}: accepted is above {(n_sink + window) / context:.4f}"
+                f"selectivity={selectivity} of {context} tokens is {rows} rows, and sinks and "
+                f"window take {n_sink + window}: accepted is "
+                f"above {(n_sink + window) / context:.4f}"
             )
         return cls(max_tokens=rows - n_sink - window, n_sink=n_sink, window=window, share=share)

@@ -37,7 +37,7 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
 
 def load_tokenizer(source: str | Path):
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source}: no tokenizer could be loaded ({first_line(error)})"
@@ -45,7 +45,6 @@ def load_tokenizer(source: str | Path):
     # Corpora are tokenised whole and cut afterwards; lengths are checked where sequences are used.
     tokenizer.model_max_length = 10**9
     return tokenizer
-
 
 
 def _looks_like_path(source: str | Path) -> bool:
@@ -69,9 +68,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if not rotary or len(found) != text_config.num_hidden_layers:
         raise ValueError(
-            f"model_type={model.config.model_type!r} has no rotary position embedding that saap can "
-            "take off: accepted are decoder-only models with RoPE, such as llama, qwen2, qwen3, "
-            "mistral, phi3"
+            f"model_type={model.config.model_type!r} has no rotary position embedding that saap "
+            "can take off: accepted are decoder-only models with RoPE, such as llama, qwen2, "
+            "qwen3, mistral, phi3"
         )
     return [found[layer] for layer in sorted(found)]
 
@@ -81,7 +80,7 @@ def max_context(model: nn.Module) -> int:
 
 
 def describe(model: nn.Module) -> dict:
-    """What an index has to fit: shapes, RoPE settings and a fingerprint of the attention weights."""
+    """What an index has to fit: shapes, RoPE settings, a fingerprint of the attention weights."""
     config = model.config.get_text_config()
     modules = attention_modules(model)
     heads = config.num_attention_heads

@@ -22,8 +22,8 @@ def bucket_masses(
 
     `positions [T]` are the places of the queries among the N keys; a query sees keys up to its
     own. The middle is everything but the first `n_sink` and the last `window` keys it sees. The
-    last class is the mass outside the middle, so a query's masses sum to 1. Scores are those of the
-    RoPE'd vectors. Memory is bounded by `G * block * N` floats a KV head.
+    last class is the mass outside the middle, so a query's masses sum to 1. Scores are those of
+    the RoPE'd vectors. Memory is bounded by `G * block * N` floats a KV head.
 
     Source: Saap, arXiv 2502.08246, section 4.2.
     """

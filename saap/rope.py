@@ -1,9 +1,9 @@
 """Taking rotary position embedding (RoPE) off again.
 
 A key is de-RoPEd once, when it enters the store, with the very `cos` and `sin` that rotated it:
-dynamic-NTK and longrope change their frequencies as a sequence grows, so nothing is recomputed from
-positions later. Division by `cos^2 + sin^2` undoes the scaling that yarn and longrope put into the
-tables.
+dynamic-NTK and longrope change their frequencies as a sequence grows, so nothing is recomputed
+from positions later. Division by `cos^2 + sin^2` undoes the scaling that yarn and longrope put
+into the tables.
 """
 
 from collections.abc import Callable

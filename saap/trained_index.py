@@ -38,7 +38,8 @@ class LayerIndex:
             return CentroidRouter(self.centroids)
         if name not in self.routers:
             raise ValueError(
-                f"router={name!r} was not trained: accepted are {', '.join(['centroid', *self.routers])}"
+                f"router={name!r} was not trained: accepted are "
+                f"{', '.join(['centroid', *self.routers])}"
             )
         return self.routers[name]
 
@@ -74,8 +75,8 @@ class TrainedIndex:
                 )
             if not same:
                 raise ValueError(
-                    f"this index was trained for another model: its {key} is {own[key]}, the model's "
-                    f"is {description.get(key)}"
+                    f"this index was trained for another model: its {key} is {own[key]}, the "
+                    f"model's is {description.get(key)}"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,7 +120,8 @@ class TrainedIndex:
             raise ValueError(f"{path}: a safetensors file, but not one that `saap train` wrote")
         if header.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: format version {header.get('format_version')}: accepted is {FORMAT_VERSION}"
+                f"{path}: format version {header.get('format_version')}: "
+                f"accepted is {FORMAT_VERSION}"
             )
         if header.pop("sha256", None) != checksum(tensors):
             raise ValueError(

@@ -1,8 +1,8 @@
 """`saap.train`: partitions and routers for every layer and head of a model.
 
-Two passes over the corpus. The first collects de-RoPEd keys and clusters them; the second computes,
-inside each layer's attention, the true mass over buckets of a sample of queries. Then all routers
-are fitted at once. Memory: one sequence's cache, the sampled keys, and the targets.
+Two passes over the corpus. The first collects de-RoPEd keys and clusters them; the second
+computes, inside each layer's attention, the true mass over buckets of a sample of queries. Then
+all routers are fitted at once. Memory: one sequence's cache, the sampled keys, and the targets.
 """
 
 import math
@@ -108,7 +108,8 @@ def as_sequences(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not sequences or any(t.ndim != 1 or t.numel() == 0 for t in sequences):
         shapes = [tuple(t.shape) for t in sequences[:3]]
         raise ValueError(
-            f"token_ids has sequences of shape {shapes}: accepted are [n, T] or 1-D ones, none empty"
+            f"token_ids has sequences of shape {shapes}: accepted are [n, T] or 1-D ones, "
+            "none empty"
         )
     return [t.long() for t in sequences]
 
@@ -130,8 +131,8 @@ def train(
 ) -> TrainedIndex:
     """Partitions and routers for every layer of a Hugging Face model.
 
-    `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back to
-    measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
+    `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
+    to measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
     sequence). `router`: the default router of the result, "mlp", "linear" or "centroid"; the
     linear one is always fitted as well when "mlp" is. `n_sink`, `window`: the tokens that stay
     dense in use (`default_window`). `baselines` also clusters keys with RoPE left on, for
@@ -158,8 +159,8 @@ def train(
     sequences = [t for t in sequences if len(t) > shortest]
     if len(sequences) < 2:
         raise ValueError(
-            f"{len(sequences)} sequences are longer than n_sink + window + nlist = {shortest} tokens: "
-            "accepted are at least 2; lower nlist or bring more text"
+            f"{len(sequences)} sequences are longer than n_sink + window + nlist = {shortest} "
+            "tokens: accepted are at least 2; lower nlist or bring more text"
         )
     progress = progress or (lambda what, done, total: None)
     held = max(1, len(sequences) // 8)
@@ -256,7 +257,7 @@ def _fit_routers(observed, router, hidden, steps, seed, progress) -> list[dict]:
 
 
 def held_out_recall(index: TrainedIndex, observed) -> dict:
-    """Middle recall of each router at `nlist / 16` buckets, `[layer][query head]`, and the oracle's."""
+    """Middle recall of each router at `nlist / 16` buckets, `[layer][head]`, and the oracle's."""
     nprobe = max(1, index.nlist // RECALL_SHARE)
     found: dict[str, list] = {"nprobe": nprobe, "middle_mass": [], "oracle": []}
     for layer, (q, mass) in zip(index.layers, observed, strict=True):

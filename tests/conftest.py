@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random model of each family, and captured tensors of the reference model."""
+"""Shared fixtures: tiny random models, and captured tensors of the reference model."""
 
 import os
 

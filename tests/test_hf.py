@@ -38,7 +38,7 @@ def test_dense_prefill_equals_the_model(family, chunk):
 
 
 def test_derope_is_position_free():
-    """The same token at two places has the same de-RoPEd key in layer 0, and another RoPE'd one."""
+    """The same token at two places has one de-RoPEd key in layer 0, and two RoPE'd ones."""
     model = random_model("llama")
     tokens = torch.tensor([[5, 7, 9, 5, 7, 5]])
     taken = DensePrefill(6)

@@ -24,7 +24,7 @@ def test_kmeans_finds_blobs_and_is_seeded():
     buckets = kmeans.assign(points, first)
     truth = torch.arange(8).repeat_interleave(60)
     purity = sum(
-        (torch.bincount(truth[buckets[h] == b], minlength=8).max() if (buckets[h] == b).any() else 0)
+        int(torch.bincount(truth[buckets[h] == b], minlength=8).max())
         for h in range(2)
         for b in range(8)
     )

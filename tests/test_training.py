@@ -31,7 +31,9 @@ def test_masses_against_a_loop():
 
 
 def test_training_is_seeded_and_learned_routing_helps(tiny_model, tiny_tokens, tiny_index):
-    again = train(tiny_model, tiny_tokens, nlist=16, steps=20, hidden=16, window=32, baselines=True)
+    again = train(
+        tiny_model, tiny_tokens, nlist=16, steps=20, hidden=16, window=32, baselines=True
+    )
     for name, tensor in tiny_index.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
     recall = tiny_index.metadata["recall"]
@@ -114,5 +116,6 @@ def test_bad_training_input(tiny_model, tokens, options, message):
 
 
 def test_rules():
-    assert [default_nlist(n) for n in (100, 2048, 8192, 32768, 500_000)] == [16, 64, 256, 1024, 1024]
+    contexts = (100, 2048, 8192, 32768, 500_000)
+    assert [default_nlist(n) for n in contexts] == [16, 64, 256, 1024, 1024]
     assert default_window(8192) == 256

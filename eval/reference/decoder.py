@@ -1,4 +1,4 @@
-"""The reference model's architecture in plain PyTorch, with the parameter names of `LlamaForCausalLM`.
+"""The reference model's architecture in plain PyTorch, parameters named as in `LlamaForCausalLM`.
 
 Training needs nothing else of transformers; the saved file loads with `AutoModelForCausalLM`.
 """
@@ -146,3 +146,18 @@ class Decoder(nn.Module):
         )
         weights = weights[:, 1:].flatten()
         return (losses * weights).sum() / weights.sum()
+
+    @torch.no_grad()
+    def reset_head(self, layer: int, head: int, source: int, shift: int) -> None:
+        """Make `head` a copy of `source` that attends `shift` tokens further back, with new output
+        weights. Raises ValueError when they do not share a KV head."""
+        config, attention = self.config, self.model.layers[layer].self_attn
+        group = config.num_attention_heads // config.num_key_value_heads
+        if head // group != source // group:
+            raise ValueError(f"heads {head} and {source} of layer {layer} share no KV head")
+        rows = [slice(h * config.head_dim, (h + 1) * config.head_dim) for h in (head, source)]
+        weight = attention.q_proj.weight
+        cos, sin = rope_tables(torch.tensor([[-shift]], device=weight.device), config)
+        weight[rows[0]] = rotate(weight[rows[1]].T, cos[0, 0], sin[0, 0]).T
+        out = attention.o_proj.weight[:, rows[0]]
+        out.copy_(0.5 * torch.randn_like(out) * attention.o_proj.weight[:, rows[1]].std())

@@ -120,7 +120,7 @@ def write_held_out(folder: Path, n_bytes: int = 720_000, most_a_file: int = 40_0
 
 
 def main() -> None:
-    """`python -m saap.eval.reference.export RUN_FOLDER`: the shipped folder from a training run."""
+    """`python -m saap.eval.reference.export RUN_FOLDER`: the shipped folder from a run."""
     run = Path(sys.argv[1])
     FOLDER.mkdir(exist_ok=True)
     recipe = json.loads((run / "recipe.json").read_text())

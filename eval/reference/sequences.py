@@ -11,7 +11,7 @@ import numpy as np
 from saap.eval.tasks import passkey
 
 BOS = 256
-FIRST_DIGIT_WEIGHT, DIGIT_WEIGHT = 10.0, 3.0  # the first digit alone needs the name
+FIRST_DIGIT_WEIGHT, DIGIT_WEIGHT = 20.0, 8.0  # the first digit alone needs the name
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class SequenceMaker:
         return self.chunk(rng, length), np.ones(length, np.float32)
 
     def periods(self, rng, length):
-        period = int(rng.integers(6, max(8, min(80, length // 3))))
-        unit = rng.integers(33, 127, period).astype(np.uint8)
+        """A random string over few symbols, repeated: the fewer the symbols, the longer the
+        context that tells where in the period one is."""
+        period = int(rng.integers(12, max(16, min(160, length // 3))))
+        symbols = rng.permutation(np.arange(33, 127))[: int(rng.integers(2, 13))]
+        unit = rng.choice(symbols, period).astype(np.uint8)
         body = np.resize(unit, length)
         return body.tobytes(), np.where(np.arange(length) < period, 0.0, 1.0).astype(np.float32)
 
@@ -84,8 +87,9 @@ class SequenceMaker:
 
     def pass_keys(self, rng, length):
         """Keys early, questions later: half the time all of them at the end, else spread out."""
-        most = max(2, min(24, length // 60))
-        n_keys = int(rng.integers(2, most + 1))
+        most = max(2, min(48, length // 70))
+        crowded = rng.random() < 0.5
+        n_keys = most if crowded else int(rng.integers(max(2, most // 4), most + 1))
         names = [passkey.NAMES[i] for i in rng.permutation(len(passkey.NAMES))[:n_keys]]
         keys = [passkey.random_key(rng) for _ in names]
         line = len(passkey.statement("falcon", "0" * 7))

@@ -52,9 +52,10 @@ def make_positions(rng, batch: int, length: int, jump: float, longest: int) -> n
 
 
 def stage_of(step: int, stages) -> tuple[int, object]:
-    for index, stage in enumerate(stages):
+    """How many steps of its stage are done, and the stage."""
+    for stage in stages:
         if step < stage.steps:
-            return index, stage
+            return step, stage
         step -= stage.steps
     raise AssertionError("step beyond the recipe")
 
@@ -101,7 +102,10 @@ def train(
         )
 
     while step < total:
-        index, stage = stage_of(step, recipe.stages)
+        done_of_stage, stage = stage_of(step, recipe.stages)
+        if done_of_stage == 0:
+            for reset in stage.resets:
+                model.reset_head(**asdict(reset))
         rng = np.random.default_rng([recipe.seed, step])
         tokens, weights = makers.batch(rng, stage.batch, stage.length, stage.mix)
         positions = make_positions(
@@ -136,7 +140,7 @@ def train(
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
             print(
-                f"step {step}/{total}  stage {stage.name}  loss {record['loss']:.3f}  {spent:.0f} s",
+                f"step {step}/{total}  {stage.name}  loss {record['loss']:.3f}  {spent:.0f} s",
                 flush=True,
             )
         if time.time() - saved_at > save_every:

@@ -1,4 +1,4 @@
-"""Task accuracy: the context is prefilled densely, question and generation go through the method."""
+"""Task accuracy: the context is prefilled densely, the rest goes through the method."""
 
 import torch
 from torch import Tensor
