@@ -83,6 +83,8 @@ class InvertedFile:
 
     def add(self, x: Float[Tensor, "n D"], ids: Int[Tensor, " n"], buckets: Int[Tensor, " n"]):
         """Add vectors to the buckets given; `ids` are what `search` returns."""
+        if len(x) == 0:
+            return
         x, ids, buckets = x.float().contiguous(), ids.long().contiguous(), buckets.long()
         buckets = buckets.contiguous()
         with self._stream():
@@ -96,6 +98,8 @@ class InvertedFile:
         q, buckets = q.float().contiguous(), buckets.long().contiguous()
         scores = q.new_empty(len(q), k)
         ids = buckets.new_empty(len(q), k)
+        if len(q) == 0:
+            return scores, ids
         centroid_scores = torch.zeros(buckets.shape, device=q.device)  # None is a segfault
         self.index.nprobe = buckets.shape[1]
         with self._stream():

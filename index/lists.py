@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -48,28 +48,62 @@ def expand_heads(per_kv_head: Tensor, n_heads: int) -> Tensor:
     return per_kv_head if group == 1 else per_kv_head.repeat_interleave(group, 1)
 
 
+def check_bounds(
+    nlist: int, nprobe: int | None, max_tokens: int | None, top_p: float | None
+) -> None:
+    """Raise ValueError when nothing bounds a selection, or a bound is out of range."""
+    if nprobe is not None and not 1 <= nprobe <= nlist:
+        raise ValueError(f"nprobe={nprobe}: accepted are 1 to nlist={nlist}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens}: accepted are 0 and more")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: accepted are 0 < top_p <= 1")
+    if nprobe is None and max_tokens is None and top_p is None:
+        raise ValueError(
+            "nprobe, max_tokens and top_p are all None: one of them bounds the selection"
+        )
+
+
+def within_share(
+    best: Float[Tensor, "B H R"], scores: Float[Tensor, "B H nlist"], top_p: float
+) -> Bool[Tensor, "B H R"]:
+    """Which of the best scores, in descending order, are needed to reach `top_p` of all mass."""
+    if top_p == 1.0:  # sums are rounded: a share of all is all
+        return torch.ones_like(best, dtype=torch.bool)
+    total = scores.clamp(min=0).sum(-1, keepdim=True)
+    mass = best.clamp(min=0)
+    needed = mass.cumsum(-1) - mass < top_p * total
+    needed[..., :1] = True
+    return needed
+
+
+def bucket_of_row(offsets: Int[Tensor, "H nlist_plus_1"], n_rows: int) -> Int[Tensor, "H n_rows"]:
+    """The bucket of each row of bucket-sorted rows, int64."""
+    rows = torch.arange(n_rows, dtype=offsets.dtype, device=offsets.device)
+    ends = offsets[:, 1:].contiguous()
+    return torch.searchsorted(ends, rows.expand(len(offsets), -1).contiguous(), right=True)
+
+
 def bucket_ranges(
     scores: Float[Tensor, "B H nlist"],
     offsets: Int[Tensor, "B Hkv nlist_plus_1"],
     *,
     nprobe: int | None = None,
     max_tokens: int | None = None,
+    top_p: float | None = None,
     first_row: int = 0,
 ) -> tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]:
     """The best-scored buckets as ranges `starts, lengths`, int32, of the bucket-sorted rows.
 
     `H` is Hkv or a multiple of it. Empty buckets are never chosen. `nprobe` visits that many
     buckets; `max_tokens` visits buckets in the order of their scores until that many rows are
-    reached and cuts the last one to its newest rows; both together stop at whichever comes first.
+    reached and cuts the last one to its newest rows; `top_p` visits buckets until their scores,
+    which must be masses, add up to that share of all; several together stop at whichever comes
+    first.
     `first_row` is the row at which bucket 0 begins.
     """
     nlist = scores.shape[-1]
-    if nprobe is not None and not 1 <= nprobe <= nlist:
-        raise ValueError(f"nprobe={nprobe}: accepted are 1 to nlist={nlist}")
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens={max_tokens}: accepted are 0 and more")
-    if nprobe is None and max_tokens is None:
-        raise ValueError("nprobe and max_tokens are both None: one of them bounds the selection")
+    check_bounds(nlist, nprobe, max_tokens, top_p)
     offsets = expand_heads(offsets, scores.shape[1]).expand(scores.shape[0], -1, -1)
     sizes = offsets.diff(dim=-1)
     scores = scores.masked_fill(sizes == 0, -torch.inf)
@@ -77,9 +111,11 @@ def bucket_ranges(
     n_ranges = min(
         nlist if nprobe is None else nprobe, nlist if max_tokens is None else max_tokens
     )
-    best = scores.topk(n_ranges, dim=-1).indices
+    values, best = scores.topk(n_ranges, dim=-1)
     lengths = sizes.gather(-1, best)
     ends = offsets.gather(-1, best + 1)
+    if top_p is not None:
+        lengths = lengths * within_share(values, scores, top_p)
     if max_tokens is not None:
         before = lengths.cumsum(-1) - lengths
         lengths = torch.minimum(lengths, (max_tokens - before).clamp(min=0))

@@ -19,6 +19,8 @@ class Router(ABC):
     """Scores buckets; `nbytes` counts what one decode step reads of it."""
 
     nlist: int
+    n_heads: int | None = None
+    """Query heads it was made for; None for any multiple of the KV heads."""
 
     @abstractmethod
     def mass(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist"]:
@@ -53,7 +55,7 @@ class LinearRouter(Router):
 
     def __init__(self, weight: Tensor, bias: Tensor):
         self.weight, self.bias = weight, bias
-        self.nlist = weight.shape[1]
+        self.n_heads, self.nlist = weight.shape[:2]
 
     def mass(self, q):
         return torch.einsum("bhd,hnd->bhn", q.float(), self.weight.float()) + self.bias.float()
@@ -72,7 +74,7 @@ class MLPRouter(Router):
     def __init__(self, mean, scale, w1, b1, w2, b2):
         self.mean, self.scale = mean, scale
         self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
-        self.nlist = w2.shape[1] - 1
+        self.n_heads, self.nlist = w2.shape[0], w2.shape[1] - 1
 
     def logits(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist_plus_1"]:
         x = ((q.float() - self.mean) * self.scale).transpose(0, 1)

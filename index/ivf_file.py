@@ -1,0 +1,222 @@
+"""Index files: one safetensors file, mapped when opened; checked cheaply then, fully on demand.
+
+The metadata holds a JSON header: format version, shape, options, the SHA-256 of each tensor, and
+its own SHA-256. `load` reads the header and the bucket offsets alone: an altered header, a missing
+or misshapen tensor, or a truncated file is refused, and keys are read as they are searched.
+`verify` reads all. There is no pickle in the format, and FAISS reads nothing but what the caller
+vouches for.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .faiss_backend import InvertedFile, read_inverted_file
+from .ivf import AsymmetricIVF
+from .routers import ROUTERS
+from .rows import BucketRows
+
+FORMAT = "saap.AsymmetricIVF"
+FORMAT_VERSION = 1
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def save(index: AsymmetricIVF, path: str | Path) -> None:
+    """Merge the pending keys and write the index; an older file stays whole until that is done."""
+    if not index.is_trained:
+        raise ValueError("save before training: call train, or use from_trained")
+    index.flush()
+    tensors = {
+        "vectors": index.vectors,
+        "positions": index.positions,
+        "offsets": index.offsets,
+        "centroids": index.centroids,
+    }
+    if index.spill:
+        tensors["second"] = index._rows.second
+    name = next(n for n, kind in ROUTERS.items() if type(index.router) is kind)
+    if name != "centroid":
+        tensors |= {f"router.{part}": t for part, t in index.router.tensors().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "d": index.d,
+        "n_kv": index.n_kv,
+        "nlist": index.nlist,
+        "ntotal": index.ntotal,
+        "spill": index.spill,
+        "flush_every": index.flush_every,
+        "dtype": str(index.dtype).removeprefix("torch."),
+        "router": name,
+        "tensors": {
+            name: {**shape_and_dtype(t), "sha256": tensor_digest(t)} for name, t in tensors.items()
+        },
+    }
+    header["sha256"] = header_digest(header)
+
+    def write(temporary: str) -> None:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+
+    write_atomically(Path(path), write)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> AsymmetricIVF:
+    """Open a file that `save` wrote. Raises ValueError for any other and for altered ones."""
+    path = Path(path)
+    header, tensors = open_tensors(path)
+    offsets, n = tensors["offsets"], header["ntotal"]
+    if (
+        (offsets[:, 0] != 0).any()
+        or (offsets[:, -1] != n).any()
+        or (offsets.diff(dim=1) < 0).any()
+    ):
+        raise ValueError(f"{path}: its bucket offsets do not lead from 0 to {n}: it was altered")
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    parts = {k.removeprefix("router."): t for k, t in tensors.items() if k.startswith("router.")}
+    index = AsymmetricIVF.from_trained(
+        tensors["centroids"],
+        ROUTERS[header["router"]](**parts) if parts else None,
+        spill=header["spill"],
+        flush_every=header["flush_every"],
+        dtype=DTYPES[header["dtype"]],
+    )
+    index._rows = BucketRows.from_sorted(
+        tensors["vectors"], tensors["positions"], offsets.to(device), tensors.get("second")
+    )
+    return index
+
+
+def verify(path: str | Path) -> None:
+    """Read a whole index file; ValueError names the first tensor that is not as it was saved."""
+    header, tensors = open_tensors(Path(path))
+    for name, tensor in tensors.items():
+        if tensor_digest(tensor) != header["tensors"][name]["sha256"]:
+            raise ValueError(f"{path}: {name} does not fit its checksum: the file was altered")
+
+
+def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The checked header and the mapped tensors of an index file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; accepted is one that AsymmetricIVF.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: a safetensors file, but not one that AsymmetricIVF.save wrote")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {header.get('format_version')}: accepted is {FORMAT_VERSION}"
+        )
+    if header.get("sha256") != header_digest(header):
+        raise ValueError(f"{path}: its header does not fit its checksum: the file was altered")
+    found = {name: shape_and_dtype(t) for name, t in tensors.items()}
+    promised = {
+        name: {key: entry[key] for key in ("shape", "dtype")}
+        for name, entry in header["tensors"].items()
+    }
+    for name in {**promised, **found}:
+        if found.get(name) != promised.get(name):
+            raise ValueError(
+                f"{path}: {name} is {found.get(name)}: its header says {promised.get(name)}"
+            )
+    return header, tensors
+
+
+def shape_and_dtype(tensor: Tensor) -> dict:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+
+
+def header_digest(header: dict) -> str:
+    signed = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    described = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        described.update(tensor.contiguous().view(torch.uint8).numpy())
+    return described.hexdigest()
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then put that file in the place of `path`, or raise ValueError."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def to_faiss(index: AsymmetricIVF, path: str | Path, head: int) -> None:
+    """One KV head as a plain FAISS `IndexIVFFlat` file, ids the positions, for FAISS users.
+
+    FAISS visits the buckets of the nearest centroids unless it is given others: use
+    `search_preassigned` with the buckets of `route`. A spilled key is written in its best bucket.
+    """
+    if not 0 <= head < index.n_kv:
+        raise ValueError(f"head={head}: accepted are 0 to {index.n_kv - 1}")
+    index.flush()
+    inverted = InvertedFile(index.centroids[head])
+    inverted.add(index.vectors[head], index.positions[head], index._rows.buckets[head])
+    data = inverted.serialized()
+    write_atomically(Path(path), lambda temporary: Path(temporary).write_bytes(data))
+
+
+def from_faiss(
+    paths: list[str | Path], *, trusted: bool = False, flush_every: int = 1024
+) -> AsymmetricIVF:
+    """An index from one `IndexIVFFlat` file a KV head, with the same ids in each.
+
+    FAISS's reader can be made to run over memory by a crafted file: `trusted=True` says that these
+    come from a source you vouch for. Raises ValueError otherwise, and for files that do not fit.
+    """
+    if not trusted:
+        raise ValueError(
+            "trusted=False: FAISS files are only read with trusted=True, for files you vouch for"
+        )
+    heads = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; accepted is a FAISS IndexIVFFlat file")
+        heads.append(read_inverted_file(Path(path).read_bytes()))
+    if not heads:
+        raise ValueError("paths is empty: accepted is one file a KV head")
+    first = heads[0]
+    for path, (centroids, vectors, ids, _) in zip(paths, heads, strict=True):
+        same = torch.equal(ids.sort().values, first[2].sort().values)
+        if centroids.shape != first[0].shape or vectors.shape != first[1].shape or not same:
+            raise ValueError(
+                f"{path}: its nlist, dimension or ids differ from those of {paths[0]}"
+            )
+    ids = first[2].sort().values
+    if len(ids.unique()) < len(ids) or (len(ids) and int(ids[0]) < 0):
+        raise ValueError(f"{paths[0]}: accepted are ids from 0, each once")
+    index = AsymmetricIVF.from_trained(
+        torch.stack([centroids for centroids, *_ in heads]), flush_every=flush_every
+    )
+    orders = [own.argsort() for _, _, own, _ in heads]
+    if len(ids):
+        vectors = [own[o] for (_, own, _, _), o in zip(heads, orders, strict=True)]
+        index._rows.append(torch.stack(vectors), ids)
+        buckets = [own[o] for (_, _, _, own), o in zip(heads, orders, strict=True)]
+        index._rows.merge(torch.stack(buckets), None)
+    return index

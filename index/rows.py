@@ -1,0 +1,135 @@
+"""The rows of an index: vectors and positions of each head in bucket order, then those pending."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .lists import bucket_of_row
+
+GROWTH = 1.25
+
+
+class BucketRows:
+    """`vectors [H, n, D]`, `positions [H, n]` int64 and `offsets [H, nlist + 1]` int32.
+
+    The first `n_sorted` rows are in bucket order, in order of addition within a bucket; the other
+    `n_pending`, the same ones for each head, have no bucket yet. `second [H, n_sorted]` int32 is
+    the second bucket of each sorted row when keys spill. Buffers are written in place and grow by
+    a quarter; buffers that are mapped from a file are copied before the first write.
+    """
+
+    def __init__(
+        self,
+        n_kv: int,
+        dim: int,
+        nlist: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spill: bool,
+    ):
+        self.nlist = nlist
+        self.n_sorted = self.n_pending = 0
+        self.mapped = False
+        self._highest: int | None = -1
+        self.offsets = torch.zeros(n_kv, nlist + 1, dtype=torch.int32, device=device)
+        self._vectors = torch.empty(n_kv, 0, dim, dtype=dtype, device=device)
+        self._positions = torch.empty(n_kv, 0, dtype=torch.int64, device=device)
+        self.second = torch.empty(n_kv, 0, dtype=torch.int32, device=device) if spill else None
+
+    @classmethod
+    def from_sorted(cls, vectors, positions, offsets, second) -> "BucketRows":
+        """Over tensors that may be mapped from a file."""
+        heads, n, dim = vectors.shape
+        nlist = offsets.shape[1] - 1
+        rows = cls(heads, dim, nlist, vectors.dtype, vectors.device, second is not None)
+        rows._vectors, rows._positions = vectors, positions
+        rows.offsets, rows.second, rows.n_sorted, rows.mapped = offsets, second, n, True
+        rows._highest = None
+        return rows
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_sorted + self.n_pending
+
+    @property
+    def vectors(self) -> Float[Tensor, "H n D"]:
+        return self._vectors[:, : self.n_rows]
+
+    @property
+    def positions(self) -> Int[Tensor, "H n"]:
+        return self._positions[:, : self.n_rows]
+
+    @property
+    def buckets(self) -> Int[Tensor, "H n_sorted"]:
+        return bucket_of_row(self.offsets, self.n_sorted)
+
+    @property
+    def highest(self) -> int:
+        """The highest position; -1 when there are no rows."""
+        if self._highest is None:
+            self._highest = int(self.positions[0].max()) if self.n_rows else -1
+        return self._highest
+
+    @property
+    def nbytes(self) -> int:
+        held = [self._vectors, self._positions, self.offsets]
+        held += [] if self.second is None else [self.second]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def append(self, vectors: Float[Tensor, "H n D"], positions: Int[Tensor, " n"]) -> None:
+        """Add rows that have no bucket yet."""
+        end = self.n_rows + vectors.shape[1]
+        self._make_room(end)
+        self._vectors[:, self.n_rows : end] = vectors
+        self._positions[:, self.n_rows : end] = positions.to(self._positions.device)
+        self._highest = max(self.highest, int(positions.max()))
+        self.n_pending += vectors.shape[1]
+
+    def merge(
+        self, buckets: Int[Tensor, "H n_pending"], second: Int[Tensor, "H n_pending"] | None
+    ) -> None:
+        """Put the pending rows into their buckets, behind the rows that are there."""
+        everyone = torch.cat([self.buckets, buckets.long()], 1)
+        order = everyone.argsort(dim=1, stable=True)
+        if second is not None:
+            self.second = torch.cat([self.second, second.int()], 1).gather(1, order)
+        self._move(order)
+        self._count(everyone)
+        self.n_sorted, self.n_pending = self.n_rows, 0
+
+    def keep(self, kept: Bool[Tensor, "H n"], n_pending: int) -> None:
+        """Forget the other rows. Each head keeps as many, and `n_pending` of them are pending."""
+        left = kept.nonzero()[:, 1].view(len(kept), -1)
+        in_buckets = left[:, : left.shape[1] - n_pending]
+        buckets = self.buckets.gather(1, in_buckets)
+        if self.second is not None:
+            self.second = self.second.gather(1, in_buckets)
+        self._move(left)
+        self._count(buckets)
+        self.n_sorted, self.n_pending = in_buckets.shape[1], n_pending
+        self._highest = None
+
+    def _move(self, order: Int[Tensor, "H m"]) -> None:
+        """Row i becomes the one that was `order[:, i]`; one head's copy at a time."""
+        self._make_room(self.n_rows)
+        n = order.shape[1]
+        for head, rows in enumerate(order):
+            self._vectors[head, :n] = self._vectors[head, rows]
+            self._positions[head, :n] = self._positions[head, rows]
+
+    def _count(self, buckets: Int[Tensor, "H n"]) -> None:
+        sizes = torch.zeros(len(buckets), self.nlist, dtype=torch.int32, device=buckets.device)
+        sizes.scatter_add_(1, buckets, torch.ones_like(buckets, dtype=torch.int32))
+        self.offsets = torch.nn.functional.pad(sizes.cumsum(1, dtype=torch.int32), (1, 0))
+
+    def _make_room(self, n: int) -> None:
+        capacity = self._vectors.shape[1]
+        if n <= capacity and not self.mapped:
+            return
+        size = max(n, int(capacity * GROWTH)) if n > capacity else capacity
+        for name in ("_vectors", "_positions"):
+            old = getattr(self, name)
+            new = old.new_empty(old.shape[0], size, *old.shape[2:])
+            new[:, : self.n_rows] = old[:, : self.n_rows]
+            setattr(self, name, new)
+        self.mapped = False
