@@ -35,7 +35,7 @@ COMBINE_DIMS = 64
 COMBINE_PARTS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workspace:
     """Everything that a step writes, so that a step allocates nothing.
 
@@ -88,7 +88,7 @@ def attend_ranges(
         k, v: `[B, Hkv, N, D]` in q's dtype, or int8 or float8_e4m3fn with scales; any strides
             but D's.
         starts, lengths: int32 `[B, Hkv, R]` or `[B, Hq, R]`, any strides; at most 16 query
-            heads share one list.
+            heads share one list. Values are not checked; a length below 0 counts as unused.
         sm_scale: factor of the scores.
         softcap: scores become `softcap * tanh(score / softcap)`; None is off.
         k_scale, v_scale: float32, broadcastable to `[B, Hkv, N]`, not negative: one scale a row

@@ -133,7 +133,10 @@ def _attend_part(
 
 
 @triton.jit(
-    do_not_specialize=["n_groups", "heads", "group_size", "heads_per_kv", "n_ranges", "programs"]
+    do_not_specialize=[
+        *("starts_batch", "starts_head", "slots_batch", "slots_head", "n_groups", "heads"),
+        *("group_size", "heads_per_kv", "n_ranges", "programs"),
+    ]
 )
 def attend_tiles(
     q,  # [B, Hq, HEAD_DIM]
@@ -221,8 +224,8 @@ def attend_tiles(
     while tile < end:
         batch = (group // heads).to(tl.int64)
         head = group % heads
-        kv_head = head // heads_per_kv
-        n_slots = tl.load(slots + batch * slots_batch + head * slots_head)
+        kv_head = (head // heads_per_kv).to(tl.int64)
+        n_slots = tl.maximum(tl.load(slots + batch * slots_batch + head * slots_head), 0)
         n_tiles = tl.cdiv(n_slots, BLOCK_N)
         stop = tl.minimum(end, group_tile + n_tiles) if SPLIT else n_tiles
         head_row = group.to(tl.int64) * group_size
@@ -240,8 +243,8 @@ def attend_tiles(
                 v_scales += batch * v_scale_batch + kv_head * v_scale_head
             value, log_mass = _attend_part(
                 q + batch * q_batch + (head * group_size).to(tl.int64) * q_head,
-                k + batch * k_batch + kv_head.to(tl.int64) * k_head,
-                v + batch * v_batch + kv_head.to(tl.int64) * v_head,
+                k + batch * k_batch + kv_head * k_head,
+                v + batch * v_batch + kv_head * v_head,
                 k_scales,
                 v_scales,
                 bounds + group.to(tl.int64) * n_ranges if PACKED else bounds,

@@ -34,7 +34,11 @@ def program_of(tile, tiles, programs):
     )
 
 
-@triton.jit(do_not_specialize=["heads", "n_ranges"])
+@triton.jit(
+    do_not_specialize=[
+        *("starts_batch", "starts_head", "lengths_batch", "lengths_head", "heads", "n_ranges"),
+    ]
+)
 def pack_ranges(
     starts,  # int32 [B, heads, n_ranges]
     lengths,
@@ -66,6 +70,7 @@ def pack_ranges(
         index = base + tl.arange(0, RANGE_BLOCK)
         start = tl.load(starts + index * starts_range, mask=index < n_ranges, other=0)
         length = tl.load(lengths + index * lengths_range, mask=index < n_ranges, other=0)
+        length = tl.maximum(length, 0)
         in_use = length > 0
         first = next_slot + tl.cumsum(length, 0) - length
         place = next_range + tl.cumsum(in_use.to(tl.int32), 0) - 1
@@ -85,7 +90,7 @@ def _group_tiles(slots, slots_batch, slots_head, group, n_groups, heads, BLOCK_N
         mask=group < n_groups,
         other=0,
     )
-    return tl.cdiv(count, BLOCK_N)
+    return tl.cdiv(tl.maximum(count, 0), BLOCK_N)
 
 
 @triton.jit

@@ -1,0 +1,110 @@
+"""What the Triton backend promises beside numbers: workspaces, limits, the choice of mode."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from saap.kernels.attention.triton_plan import Device, make_plan
+
+from .triton_cases import CUDA, DEVICE, MARKS, Case, Inputs, attend, backend, check, make_inputs
+
+pytestmark = MARKS
+INT8 = torch.int8
+
+
+def poison(workspace: backend.Workspace) -> None:
+    for buffer in vars(workspace).values():
+        if isinstance(buffer, torch.Tensor):
+            buffer.fill_(torch.nan if buffer.is_floating_point() else -(2**31))
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+def test_a_workspace_serves_other_lengths_and_ranges(kind):
+    """What a replayed CUDA graph does: the same launches over buffers full of old values."""
+    case = Case(kind, batch=2, rows=400)
+    first = make_inputs(case, torch.float16)
+    workspace = backend.make_workspace(first.q, first.k, first.starts)
+    for seed in range(3):
+        inputs = make_inputs(case, torch.float16, seed)
+        poison(workspace)
+        out, lse = attend(inputs, case, workspace=workspace)
+        assert out is workspace.out
+        check(inputs, case, (out, lse))
+
+
+REFUSED = {
+    "q's dtype": ({"q": torch.float64}, "float64"),
+    "k's dtype": ({"k": torch.float32, "v": torch.float32}, "k has dtype torch.float32"),
+    "no scales": ({"k": INT8, "v": INT8}, "k_scale is None"),
+    "8 bits with fp32": ({"q": torch.float32, "k": INT8, "v": INT8}, "16 bits"),
+}
+
+
+@pytest.mark.parametrize(("dtypes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_dtypes(dtypes, message):
+    inputs = make_inputs(Case(), torch.float16)
+    tensors = {name: x.to(dtypes.get(name, x.dtype)) for name, x in vars(inputs).items()}
+    with pytest.raises(ValueError, match=message):
+        backend.attend_ranges(**tensors, sm_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(head_dim=72), "head_dim is 72: .*multiple of 16"),
+        (Case(head_dim=272, rows=20, n_ranges=1), "head_dim is 272"),
+        (Case(q_heads=17, kv_heads=1), "17 query heads .*16"),
+        (Case(options={"mode": "split"}), "mode is 'split'"),
+        (Case(options={"programs": 0}), "programs is 0"),
+        (Case(options={"programs": 2, "mode": "group"}), "programs is 2 with mode 'group'"),
+        (Case(options={"k_scale": torch.ones(1)}), "k_scale is given"),
+    ],
+    ids=str,
+)
+def test_refused_limits(case, message):
+    with pytest.raises(ValueError, match=message):
+        attend(make_inputs(case, torch.float16), case)
+
+
+def test_refused_strides_scales_and_workspaces():
+    case = Case()
+    inputs = make_inputs(case, torch.float16)
+    swapped = inputs.k.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match="k has strides"):
+        attend(Inputs(inputs.q, swapped, *list(vars(inputs).values())[2:]), case)
+    eight = Inputs(inputs.q, inputs.k.to(INT8), inputs.v.to(INT8), inputs.starts, inputs.lengths)
+    one, wrong = torch.ones(1, device=DEVICE), torch.ones(7, device=DEVICE)
+    with pytest.raises(ValueError, match=r"v_scale is torch.float32 \(7,\)"):
+        attend(eight, case, k_scale=one, v_scale=wrong)
+    workspace = backend.make_workspace(inputs.q, inputs.k, inputs.starts[..., :2])
+    with pytest.raises(ValueError, match="groups of 2 ranges"):
+        attend(inputs, case, workspace=workspace)
+    with pytest.raises(ValueError, match="a workspace has its own"):
+        attend(inputs, case, workspace=workspace, programs=2)
+
+
+@pytest.mark.skipif(CUDA, reason="about the interpreter")
+def test_the_interpreter_refuses_bfloat16():
+    with pytest.raises(ValueError, match="bfloat16"):
+        attend(make_inputs(Case(), torch.bfloat16), Case())
+
+
+def test_the_gate_looks_at_shapes_and_explains_itself():
+    h200 = Device(capability=90, sms=132)
+
+    def plan(batch: int, rows: int, n_ranges: int = 1, **options: Any):
+        q = torch.empty(batch, 32, 128, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(batch, 8, rows, 128, dtype=torch.bfloat16, device="meta")
+        starts = torch.empty(batch, 8, n_ranges, dtype=torch.int32, device="meta")
+        return make_plan(h200, q, k, starts, **options)
+
+    assert plan(1, 2**17).mode == "stream"
+    assert plan(64, 2**17).mode == "stream"
+    assert plan(64, 1024).mode == "group"
+    assert plan(64, 1024).programs == 512
+    assert plan(8, 1024).mode == "stream"
+    assert plan(64, 1024, mode="stream").mode == "stream"
+    assert plan(1, 2**17, mode="group").programs == 8
+    assert "264 programs for 8 groups of 4" in str(plan(1, 2**17))
+    assert "packed" in str(plan(1, 2**17, n_ranges=64))
