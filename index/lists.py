@@ -79,9 +79,10 @@ def within_share(
 
 def bucket_of_row(offsets: Int[Tensor, "H nlist_plus_1"], n_rows: int) -> Int[Tensor, "H n_rows"]:
     """The bucket of each row of bucket-sorted rows, int64."""
-    rows = torch.arange(n_rows, dtype=offsets.dtype, device=offsets.device)
-    ends = offsets[:, 1:].contiguous()
-    return torch.searchsorted(ends, rows.expand(len(offsets), -1).contiguous(), right=True)
+    numbers = torch.arange(offsets.shape[1] - 1, device=offsets.device)
+    return torch.stack(
+        [torch.repeat_interleave(numbers, own.diff(), output_size=n_rows) for own in offsets]
+    )
 
 
 def bucket_ranges(

@@ -7,6 +7,7 @@ from torch import Tensor
 from .lists import bucket_of_row
 
 GROWTH = 1.25
+MOVED_AT_ONCE = 2048
 
 
 class BucketRows:
@@ -93,7 +94,7 @@ class BucketRows:
         order = everyone.argsort(dim=1, stable=True)
         if second is not None:
             self.second = torch.cat([self.second, second.int()], 1).gather(1, order)
-        self._move(order)
+        self._insert(order)
         self._count(everyone)
         self.n_sorted, self.n_pending = self.n_rows, 0
 
@@ -104,18 +105,39 @@ class BucketRows:
         buckets = self.buckets.gather(1, in_buckets)
         if self.second is not None:
             self.second = self.second.gather(1, in_buckets)
-        self._move(left)
+        self._compact(left)
         self._count(buckets)
         self.n_sorted, self.n_pending = in_buckets.shape[1], n_pending
         self._highest = None
 
-    def _move(self, order: Int[Tensor, "H m"]) -> None:
-        """Row i becomes the one that was `order[:, i]`; one head's copy at a time."""
+    def _insert(self, order: Int[Tensor, "H n"]) -> None:
+        """Sorted rows move back to make room for the pending ones.
+
+        From the last row to the first, a few at a time through a buffer that stays in the cache:
+        no second copy of the keys is made, and none is read after it was written over.
+        """
         self._make_room(self.n_rows)
-        n = order.shape[1]
+        pending = self._vectors[:, self.n_sorted : self.n_rows].clone()
+        self._positions[:, : self.n_rows] = self._positions.gather(1, order)
         for head, rows in enumerate(order):
-            self._vectors[head, :n] = self._vectors[head, rows]
-            self._positions[head, :n] = self._positions[head, rows]
+            for stop in range(self.n_rows, 0, -MOVED_AT_ONCE):
+                start = max(0, stop - MOVED_AT_ONCE)
+                source = rows[start:stop]
+                moved = self._vectors[head].index_select(0, source)
+                new = (source >= self.n_sorted).nonzero()[:, 0]
+                moved[new] = pending[head, source[new] - self.n_sorted]
+                self._vectors[head, start:stop] = moved
+
+    def _compact(self, kept_rows: Int[Tensor, "H m"]) -> None:
+        """The rows that stay move to the front, in their order."""
+        self._make_room(self.n_rows)
+        n = kept_rows.shape[1]
+        self._positions[:, :n] = self._positions.gather(1, kept_rows)
+        for head, rows in enumerate(kept_rows):
+            for start in range(0, n, MOVED_AT_ONCE):
+                source = rows[start : start + MOVED_AT_ONCE]
+                moved = self._vectors[head].index_select(0, source)
+                self._vectors[head, start : start + len(source)] = moved
 
     def _count(self, buckets: Int[Tensor, "H n"]) -> None:
         sizes = torch.zeros(len(buckets), self.nlist, dtype=torch.int32, device=buckets.device)

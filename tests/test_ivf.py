@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap.index import kmeans
+from saap.index import kmeans, rows
 from saap.index.ivf import AsymmetricIVF
 from saap.index.lists import bucket_ranges
 from saap.index.routers import LinearRouter
@@ -130,7 +130,9 @@ def test_spill_visits_both_buckets_of_a_key():
 
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("flush_every", [1, 50, 1000])
-def test_append_in_steps_is_build_at_once(spill, flush_every):
+@pytest.mark.parametrize("moved_at_once", [7, 2048])
+def test_append_in_steps_is_build_at_once(monkeypatch, spill, flush_every, moved_at_once):
+    monkeypatch.setattr(rows, "MOVED_AT_ONCE", moved_at_once)
     at_once = filled(200, spill=spill)
     at_once.flush()
     grown = filled(0, spill=spill, flush_every=flush_every)
@@ -150,7 +152,8 @@ def test_append_in_steps_is_build_at_once(spill, flush_every):
 
 
 @pytest.mark.parametrize("spill", [False, True])
-def test_remove_and_truncate_forget_positions(spill):
+def test_remove_and_truncate_forget_positions(monkeypatch, spill):
+    monkeypatch.setattr(rows, "MOVED_AT_ONCE", 31)
     index = filled(300, spill=spill, flush_every=128)
     assert index.n_pending == 0
     index.add(random(N_KV, 40, DIM, seed=11))
