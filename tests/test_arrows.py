@@ -27,7 +27,7 @@ def belongs(modules: set[str], prefix: str) -> list[str]:
     [
         ("import saap", ["torch", "faiss", "transformers", "saap.eval", "saap.index"]),
         (
-            "import saap.index.kmeans, saap.index.fitting",
+            "import saap.index.kmeans, saap.index.fitting, saap.index.ivf, saap.index.ivf_file",
             ["saap.kernels", "saap.training", "saap.eval", "transformers", "faiss"],
         ),
         (
