@@ -44,7 +44,7 @@ def train(
     ] = None,
     router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
     window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
-    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 1500,
+    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 800,
     baselines: Annotated[
         bool, typer.Option(help="also cluster keys with RoPE, to compare")
     ] = False,

@@ -40,12 +40,14 @@ def default_window(context: int) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much of the corpus is used: `key_sample` keys a head, every `query_stride`-th query."""
+    """How much of the corpus is used: `key_sample` keys a head, from at most `key_sequences`
+    sequences, and every `query_stride`-th query of all."""
 
     n_sink: int
     window: int
     key_sample: int = 65536
-    query_stride: int = 4
+    key_sequences: int = 12
+    query_stride: int = 8
 
 
 class KeySampler(DensePrefill):
@@ -125,7 +127,7 @@ def train(
     n_sink: int = 16,
     window: int | None = None,
     hidden: int = 128,
-    steps: int = 1500,
+    steps: int = 800,
     baselines: bool = False,
     progress: Progress | None = None,
 ) -> TrainedIndex:
@@ -214,6 +216,7 @@ def train(
 def _partition(model, sequences, nlist, sampling, seed, baselines, progress):
     generator = torch.Generator().manual_seed(seed)
     kept: dict[int, list] = {}
+    sequences = sequences[:: -(-len(sequences) // sampling.key_sequences)]
     each = max(1, sampling.key_sample // len(sequences))
     for number, tokens in enumerate(sequences):
         middle = torch.arange(sampling.n_sink, len(tokens))

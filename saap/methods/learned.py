@@ -10,9 +10,8 @@ from saap.index.lists import expand_heads, invert
 
 from .base import BucketSelector, Method, group_sum
 
-
-# Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets are
-# noisy, so the size counts by its root: between mass (0) and mass per row (1), and better than both.
+# Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets
+# are noisy, so the size counts by its root: between mass and mass per row, better than both.
 SIZE_POWER = 0.5
 
 
