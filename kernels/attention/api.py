@@ -6,6 +6,7 @@ called with inputs that this module has validated.
 """
 
 import importlib
+import importlib.util
 from types import ModuleType
 from typing import Literal
 
@@ -65,7 +66,7 @@ def attend_ranges(
     if sm_scale is None:
         sm_scale = q.shape[-1] ** -0.5
     validate.check_scalars(sm_scale, softcap)
-    backend = _backend(impl, q)
+    backend = _backend(impl, q, k, v)
     out, lse = backend.attend_ranges(q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap)
     return out, lse.float()
 
@@ -143,7 +144,7 @@ def attend_shared_prefix(
     batch, q_heads, dim = q.shape
     kv_heads, prefix_rows = prefix_k.shape[:2]
     group = q_heads // kv_heads
-    limit = getattr(_backend(impl, q), "MAX_GROUP", None) or batch * group
+    limit = getattr(_backend(impl, q, k, v), "MAX_GROUP", None) or batch * group
     seqlens = torch.full((1,), prefix_rows, dtype=torch.int32, device=q.device)
     outs, lses = [], []
     for part in q.split(max(1, limit // group)):
@@ -154,13 +155,22 @@ def attend_shared_prefix(
     return merge_states(torch.cat(outs), torch.cat(lses), *own)
 
 
-def _backend(impl: str | None, q: Tensor) -> ModuleType:
+def _backend(impl: str | None, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     if impl is None:
-        impl = _best(q)
+        impl = _best(q, k, v)
     elif impl not in BACKENDS:
         raise ValueError(f"impl is {impl!r}: it must be None or one of {', '.join(BACKENDS)}")
-    return importlib.import_module(f".{impl}", __package__)
+    backend = importlib.import_module(f".{impl}", __package__)
+    limit = getattr(backend, "limit", lambda *_: None)(q, k, v)
+    if limit is not None:
+        raise ValueError(limit)
+    return backend
 
 
-def _best(q: Tensor) -> str:
-    return "triton" if q.device.type == "cuda" else "reference"
+def _best(q: Tensor, k: Tensor, v: Tensor) -> str:
+    if q.device.type == "cuda":
+        return "triton"
+    if importlib.util.find_spec("numba") is None:
+        return "reference"
+    fits = importlib.import_module(".numba", __package__).limit(q, k, v) is None
+    return "numba" if fits else "reference"

@@ -134,8 +134,10 @@ def _attend_part(
 
 @triton.jit(
     do_not_specialize=[
-        *("starts_batch", "starts_head", "slots_batch", "slots_head", "n_groups", "heads"),
-        *("group_size", "heads_per_kv", "n_ranges", "programs"),
+        *("k_scale_batch", "k_scale_head", "k_scale_row"),
+        *("v_scale_batch", "v_scale_head", "v_scale_row"),
+        *("starts_batch", "starts_head", "slots_batch", "slots_head"),
+        *("n_groups", "heads", "group_size", "heads_per_kv", "n_ranges", "programs"),
     ]
 )
 def attend_tiles(

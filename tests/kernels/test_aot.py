@@ -60,13 +60,12 @@ class Case(NamedTuple):
     n_ranges: int
     mode: str
     softcap: float | None
-    scale_per_row: bool = True
     rows: int = 8192
 
     def __str__(self) -> str:
         kind = TRITON_TYPES[self.q_dtype]
         if self.k_dtype != self.q_dtype:
-            kind += f"/{TRITON_TYPES[self.k_dtype]}-{'row' if self.scale_per_row else 'head'}"
+            kind += f"/{TRITON_TYPES[self.k_dtype]}"
         ranges = "packed" if self.n_ranges > 1 else "single"
         cap = "cap" if self.softcap else "nocap"
         name = f"sm_{self.capability}-{kind}-{self.head_dim}-{ranges}-{self.mode}-{cap}"
@@ -89,12 +88,11 @@ class Usage(NamedTuple):
 def all_cases() -> list[Case]:
     halves = (torch.float16, torch.bfloat16)
     eighths = (torch.int8, torch.float8_e4m3fn)
-    plain = [(t, t, True) for t in (*halves, torch.float32)]
-    quantised = list(itertools.product(halves, eighths, (True, False)))
+    dtypes = [(t, t) for t in (*halves, torch.float32)] + list(itertools.product(halves, eighths))
     return [
-        Case(capability, q, k, head_dim, n_ranges, mode, softcap, per_row)
-        for capability, (q, k, per_row), head_dim, n_ranges, mode, softcap in itertools.product(
-            CHIPS, plain + quantised, (64, 96, 128, 256), (1, 8), ("stream", "group"), (None, 30.0)
+        Case(capability, q, k, head_dim, n_ranges, mode, softcap)
+        for capability, (q, k), head_dim, n_ranges, mode, softcap in itertools.product(
+            CHIPS, dtypes, (64, 96, 128, 256), (1, 8), ("stream", "group"), (None, 30.0)
         )
         if not (capability == 80 and k == torch.float8_e4m3fn)
     ]
@@ -130,8 +128,7 @@ def launches_of(case: Case) -> tuple[Plan, list[backend.Launch]]:
     starts = meta(batch, kv_heads, case.n_ranges, dtype=torch.int32)
     scale = None
     if case.k_dtype != case.q_dtype:
-        scale = meta(batch, kv_heads, rows if case.scale_per_row else 1, dtype=torch.float32)
-        scale = scale.expand(batch, kv_heads, rows)
+        scale = meta(batch, kv_heads, rows, dtype=torch.float32)
     device = Device(case.capability, CHIPS[case.capability].sms)
     plan = make_plan(device, q, k, starts, mode=case.mode)
     workspace = backend.make_workspace(q, k, starts, plan=plan)

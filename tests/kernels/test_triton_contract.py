@@ -5,12 +5,22 @@ from typing import Any
 import pytest
 import torch
 
+from saap.kernels.attention import api
 from saap.kernels.attention.triton_plan import Device, make_plan
 
 from .triton_cases import CUDA, DEVICE, MARKS, Case, Inputs, attend, backend, check, make_inputs
 
 pytestmark = MARKS
 INT8 = torch.int8
+
+
+def test_through_the_api():
+    case = Case("dense", batch=2, q_heads=8, rows=150)
+    inputs = make_inputs(case, torch.float16)
+    seqlens = torch.tensor([150, 77], dtype=torch.int32, device=DEVICE)
+    lengths = seqlens[:, None, None].expand(2, case.kv_heads, 1)
+    dense = Inputs(inputs.q, inputs.k, inputs.v, torch.zeros_like(lengths), lengths)
+    check(dense, case, api.attend_dense(inputs.q, inputs.k, inputs.v, seqlens, impl="triton"))
 
 
 def poison(workspace: backend.Workspace) -> None:

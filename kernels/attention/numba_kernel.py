@@ -1,0 +1,363 @@
+"""The stream-K kernel of the CPU backend: plan and work, as plain C functions.
+
+Rows of the store that one list of ranges selects are its *tokens*, counted in the order of the
+ranges; `TILE` of them are a tile. The tiles of all lists are laid end to end and cut into shares.
+"""
+
+import ctypes
+import math
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from .numba_simd import (
+    CACHE_LINE,
+    LANES,
+    TILE,
+    accumulate,
+    fetch_increment,
+    float32_pointer,
+    int32_pointer,
+    int64_pointer,
+    prefetch,
+    score,
+    softmax,
+)
+
+SHARES = 4
+"""Shares of a thread, so that one which is held up leaves its last ones to the others."""
+
+MIN_TILES_PER_WORKER = 8
+
+ROWS_PER_PREFETCH = 8
+
+_FIELDS = (
+    "q k v starts lengths out lse "  # addresses; q, out, lse float32, without gaps
+    "k_batch k_head k_row v_batch v_head v_row row_bytes "  # strides and size in bytes
+    "lists list_heads kv_heads group ranges dim "  # lists: B * list_heads; group: heads of a list
+    "threads workers shares next_worker next_share done_shares "  # from workers on set by plan
+    "tiles tokens slots "  # addresses of int64 [lists + 1], [lists], [2 * threads * SHARES]
+    "scratch partials"  # addresses of what `float_counts` says
+).split()
+_SCALARS = ("sm_scale", "softcap")  # softcap 0: none
+_NEXT_WORKER = 8 * _FIELDS.index("next_worker")
+_NEXT_SHARE = 8 * _FIELDS.index("next_share")
+_DONE_SHARES = 8 * _FIELDS.index("done_shares")
+
+_record = numba.from_dtype(
+    np.dtype([(name, "i8") for name in _FIELDS] + [(name, "f8") for name in _SCALARS])
+)
+SIGNATURE = types.void(types.CPointer(_record))
+
+_njit = numba.njit(error_model="numpy")
+
+
+class Job(ctypes.Structure):
+    """What one call works on; the same memory as the kernel's record."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in _FIELDS) + tuple(
+        (name, ctypes.c_double) for name in _SCALARS
+    )
+
+
+def float_counts(threads: int, group: int, dim: int) -> tuple[int, int]:
+    """Sizes of a job's `scratch` and `partials` in float32, both aligned to a cache line."""
+    state = group * (dim + LANES)
+    return threads * (8 * TILE + group * TILE + state), 2 * threads * SHARES * state
+
+
+def entries(kind, stamp):
+    """C functions `plan` and `work` to compile; `stamp` becomes a part of the cache's key."""
+
+    def plan_entry(jobs):
+        _ = stamp
+        plan(carray(jobs, 1))
+
+    def work_entry(jobs):
+        _ = stamp
+        work(carray(jobs, 1), kind)
+
+    return plan_entry, work_entry
+
+
+@_njit
+def plan(jobs):
+    """Counts tokens and tiles, decides on shares and workers, writes the empty lists' output."""
+    job = jobs[0]
+    lengths = carray(int32_pointer(job.lengths), job.lists * job.ranges)
+    tiles = carray(int64_pointer(job.tiles), job.lists + 1)
+    tokens = carray(int64_pointer(job.tokens), job.lists)
+    tiles[0] = 0
+    for row in range(job.lists):
+        count = np.int64(0)
+        for i in range(row * job.ranges, (row + 1) * job.ranges):
+            count += lengths[i]
+        tokens[row] = count
+        tiles[row + 1] = tiles[row] + (count + TILE - 1) // TILE
+        if count == 0:
+            out, lse = _output(job, row)
+            for i in range(job.group * job.dim):
+                out[i] = 0
+            for i in range(job.group):
+                lse[i] = -np.inf
+    total = tiles[job.lists]
+    job.workers = max(1, min(job.threads, total // MIN_TILES_PER_WORKER))
+    job.shares = 1 if job.workers == 1 else min(total, job.workers * SHARES)
+    job.next_worker = job.next_share = job.done_shares = 0
+
+
+@_njit
+def work(jobs, kind):
+    """Takes shares until none is left; `kind` is a value of the type that stores K and V."""
+    job = jobs[0]
+    tiles = carray(int64_pointer(job.tiles), job.lists + 1)
+    tokens = carray(int64_pointer(job.tokens), job.lists)
+    slots = carray(int64_pointer(job.slots), 2 * job.shares)
+    total = tiles[job.lists]
+    counters = jobs.ctypes.data
+    state_size = job.group * (job.dim + LANES)
+    worker = fetch_increment(counters + _NEXT_WORKER)
+    addresses = job.scratch + 4 * worker * (8 * TILE + job.group * TILE + state_size)
+    scores = addresses + 32 * TILE
+    state = carray(float32_pointer(scores + 4 * job.group * TILE), state_size)
+    while True:
+        share = fetch_increment(counters + _NEXT_SHARE)
+        if share >= job.shares:
+            break
+        first, last = share * total // job.shares, (share + 1) * total // job.shares
+        slots[2 * share] = slots[2 * share + 1] = -1
+        row = _row_of(tiles, first)
+        tile = first
+        while tile < last:
+            stop = min(last, tiles[row + 1])
+            if stop > tile:
+                begin = (tile - tiles[row]) * TILE
+                end = min((stop - tiles[row]) * TILE, tokens[row])
+                _attend(job, kind, row, begin, end, addresses, scores, state)
+                if begin == 0 and end == tokens[row]:
+                    _finish(job, row, state)
+                else:
+                    slot = 2 * share if tile == first else 2 * share + 1
+                    slots[slot] = row
+                    _copy(state, _partial(job, slot))
+            tile = stop
+            row += 1
+        if fetch_increment(counters + _DONE_SHARES) == job.shares - 1:
+            _combine(job, slots, state)
+
+
+@_njit
+def _row_of(tiles, tile):
+    """The list that a tile belongs to: the last one with `tiles[row] <= tile`."""
+    low, high = 0, len(tiles) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tiles[middle] <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@_njit
+def _combine(job, slots, state):
+    """Merges the partial results of each list, in the order of its tiles."""
+    row = -1
+    for slot in range(2 * job.shares):
+        if slots[slot] < 0:
+            continue
+        if slots[slot] == row:
+            _merge(job, state, _partial(job, slot))
+            continue
+        if row >= 0:
+            _finish(job, row, state)
+        row = slots[slot]
+        _copy(_partial(job, slot), state)
+    if row >= 0:
+        _finish(job, row, state)
+
+
+@_njit
+def _output(job, row):
+    out = carray(float32_pointer(job.out + 4 * row * job.group * job.dim), job.group * job.dim)
+    return out, carray(float32_pointer(job.lse + 4 * row * job.group), job.group)
+
+
+@_njit
+def _partial(job, slot):
+    """State of one piece of a list: for each head `dim` sums, maximum score, sum of weights."""
+    size = job.group * (job.dim + LANES)
+    return carray(float32_pointer(job.partials + 4 * slot * size), size)
+
+
+@_njit
+def _copy(source, target):
+    for i in range(len(source)):
+        target[i] = source[i]
+
+
+@_njit
+def _rescale(state, head, dim, maximum):
+    """Brings the sums of one head, which begin at `head`, to a larger maximum."""
+    factor = np.float32(math.exp(state[head + dim] - maximum))
+    for d in range(dim):
+        state[head + d] *= factor
+    state[head + dim] = maximum
+    state[head + dim + 1] *= factor
+
+
+@_njit
+def _merge(job, state, other):
+    dim = job.dim
+    for head in range(0, len(state), dim + LANES):
+        maximum = other[head + dim]
+        if maximum == -np.inf:
+            continue
+        if maximum > state[head + dim]:
+            _rescale(state, head, dim, maximum)
+        factor = np.float32(math.exp(maximum - state[head + dim]))
+        for d in range(dim):
+            state[head + d] += factor * other[head + d]
+        state[head + dim + 1] += factor * other[head + dim + 1]
+
+
+@_njit
+def _finish(job, row, state):
+    dim = job.dim
+    out, lse = _output(job, row)
+    for i in range(job.group):
+        head = i * (dim + LANES)
+        total = state[head + dim + 1]
+        for d in range(dim):
+            out[i * dim + d] = state[head + d] / total
+        lse[i] = state[head + dim] + math.log(np.float64(total))
+
+
+@_njit
+def _attend(job, kind, row, begin, end, addresses, scores, state):
+    """Attention of one list's heads over its tokens from `begin` to `end`, into `state`.
+
+    addresses: memory for those of two tiles' K and V rows; scores: for `[group, TILE]` float32.
+    """
+    starts = carray(int32_pointer(job.starts + 4 * row * job.ranges), job.ranges)
+    lengths = carray(int32_pointer(job.lengths + 4 * row * job.ranges), job.ranges)
+    batch, list_head = row // job.list_heads, row % job.list_heads
+    kv_head = list_head * job.kv_heads // job.list_heads
+    k = job.k + batch * job.k_batch + kv_head * job.k_head
+    v = job.v + batch * job.v_batch + kv_head * job.v_head
+    q = job.q + 4 * row * job.group * job.dim
+    sums, stride = state.ctypes.data, job.dim + LANES
+    for i in range(len(state)):
+        state[i] = 0
+    for i in range(job.group):
+        state[i * stride + job.dim] = -np.inf
+
+    at, within = 0, begin
+    while within >= lengths[at]:
+        within -= lengths[at]
+        at += 1
+    keys, next_keys = addresses, addresses + 16 * TILE
+    left = end - begin
+    count, at, within, scattered = _locate(job, starts, lengths, at, within, left, k, v, keys)
+    while count > 0:
+        left -= count
+        next_count, at, within, next_scattered = _locate(
+            job, starts, lengths, at, within, left, k, v, next_keys
+        )
+        values = keys + 8 * TILE
+        _score(job, kind, q, keys, values if scattered else 0, count, scores)
+        for i in range(job.group):
+            head = i * stride
+            maximum, total = softmax(
+                scores + 4 * TILE * i,
+                count,
+                np.float32(job.sm_scale),
+                np.float32(job.softcap),
+                state[head + job.dim],
+            )
+            if maximum > state[head + job.dim]:
+                _rescale(state, head, job.dim, maximum)
+            state[head + job.dim + 1] += total
+        _accumulate(job, kind, scores, values, next_keys if next_scattered else 0, count, sums)
+        count, scattered = next_count, next_scattered
+        keys, next_keys = next_keys, keys
+
+
+@_njit
+def _locate(job, starts, lengths, at, within, left, k, v, addresses):
+    """Writes the addresses of a tile of tokens, the last one repeated where `left` ends it.
+
+    Tokens follow from the one that is `within` range `at`. Returns how many there are, where the
+    one after them is, and whether they lie in several places, where the core's own prefetcher
+    does not find them.
+    """
+    rows = carray(int64_pointer(addresses), 2 * TILE)
+    wanted = min(left, TILE)
+    found = pieces = 0
+    while found < wanted:
+        take = min(lengths[at] - within, wanted - found)
+        first = starts[at] + within
+        for i in range(take):
+            rows[found + i] = k + (first + i) * job.k_row
+            rows[TILE + found + i] = v + (first + i) * job.v_row
+        found += take
+        within += take
+        pieces += take > 0
+        if within == lengths[at]:
+            at += 1
+            within = 0
+    for i in range(found, TILE if found else 0):
+        rows[i], rows[TILE + i] = rows[found - 1], rows[TILE + found - 1]
+    return found, at, within, pieces > 1
+
+
+@_njit
+def _score(job, kind, q, keys, ahead, count, scores):
+    """Scores of all heads; asks for the rows of the list `ahead`, if it is not 0, meanwhile."""
+    vectors = job.dim // LANES
+    width = 8 if vectors % 8 == 0 else 4 if vectors % 4 == 0 else 1
+    head = 0
+    while head < job.group:
+        heads = _heads_at_once(4, job.group - head)
+        rows = LANES // heads
+        query, to = q + 4 * head * job.dim, scores + 4 * head * TILE
+        for i in range(0, count, rows):
+            if ahead:
+                _prefetch_rows(ahead + 8 * i, rows, job.row_bytes)
+            score(kind, heads, width, query, keys + 8 * i, job.dim, to + 4 * i)
+        head += heads
+        ahead = 0
+
+
+@_njit
+def _accumulate(job, kind, scores, rows, ahead, count, sums):
+    """Weighted values of all heads, a whole row at once where registers hold it; see `_score`."""
+    vectors, stride = job.dim // LANES, job.dim + LANES
+    width = vectors & -vectors if vectors % LANES else LANES
+    step = ROWS_PER_PREFETCH if ahead else count
+    head = 0
+    while head < job.group:
+        heads = _heads_at_once(LANES // width, job.group - head)
+        weights, to = scores + 4 * head * TILE, sums + 4 * head * stride
+        for i in range(0, count, step):
+            if ahead:
+                _prefetch_rows(ahead + 8 * i, step, job.row_bytes)
+            here, at, number = rows + 8 * i, weights + 4 * i, min(step, count - i)
+            for column in range(0, job.dim, width * LANES):
+                accumulate(kind, heads, width, at, here, number, column, to, stride)
+        head += heads
+        step, ahead = count, 0
+
+
+@_njit
+def _prefetch_rows(rows, count, row_bytes):
+    addresses = carray(int64_pointer(rows), count)
+    for i in range(count):
+        for offset in range(0, row_bytes, CACHE_LINE):
+            prefetch(addresses[i] + offset)
+
+
+@_njit
+def _heads_at_once(most, left):
+    return 4 if most >= 4 and left >= 4 else 2 if most >= 2 and left >= 2 else 1

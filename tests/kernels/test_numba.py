@@ -1,0 +1,79 @@
+"""The CPU backend against the reference: ragged, empty, strided, every dtype; bit-equal runs."""
+
+import pytest
+import torch
+
+from saap.kernels.attention import attend_dense, attend_ranges, merge_states
+
+from .budget import assert_within_budget
+
+
+def make(batch, q_heads, kv_heads, dim, rows, n_ranges, dtype, *, per_head=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, q_heads, dim, generator=generator).to(dtype)
+    k, v = torch.randn(2, batch, kv_heads, rows, dim, generator=generator).to(dtype)
+    lists = q_heads if per_head else kv_heads
+    cuts = torch.randint(0, rows, (batch, lists, 2 * n_ranges), generator=generator)
+    cuts = cuts.sort(-1).values.int()
+    starts = cuts[..., ::2].contiguous()
+    return q, k, v, starts, (cuts[..., 1::2] - starts).contiguous()
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 4, 2, 64, 1001, 7), torch.float32),
+        ((3, 8, 2, 128, 777, 20), torch.float32),
+        ((2, 4, 4, 64, 333, 5), torch.bfloat16),
+        ((1, 16, 1, 256, 501, 3), torch.float16),
+    ],
+)
+def test_against_float64(shape, dtype, softcap, per_head):
+    q, k, v, starts, lengths = make(*shape, dtype, per_head=per_head)
+    lengths[0, 0] = 0  # a row whose ranges are all empty
+    result = attend_ranges(q, k, v, starts, lengths, softcap=softcap, impl="numba")
+    assert_within_budget(
+        result, (q, k, v, starts, lengths), sm_scale=q.shape[-1] ** -0.5, softcap=softcap
+    )
+    again = attend_ranges(q, k, v, starts, lengths, softcap=softcap, impl="numba")
+    assert torch.equal(result[0], again[0])
+    assert torch.equal(result[1], again[1])
+
+
+def test_one_store_for_many_queries_is_read_in_place():
+    q, k, v, starts, lengths = make(8, 4, 2, 64, 300, 4, torch.float32)
+    k, v = (t[:1].expand(8, -1, -1, -1) for t in (k, v))
+    result = attend_ranges(q, k, v, starts, lengths, impl="numba")
+    assert_within_budget(result, (q, k, v, starts, lengths), sm_scale=64**-0.5)
+
+
+def test_nan_in_rows_that_no_range_selects():
+    q, k, v, _, _ = make(1, 4, 2, 64, 100, 2, torch.float32)
+    starts = torch.tensor([[[0, 60]]] * 1).expand(1, 2, 2).int().contiguous()
+    lengths = torch.tensor([[[20, 30]]]).expand(1, 2, 2).int().contiguous()
+    clean = attend_ranges(q, k, v, starts, lengths, impl="numba")
+    k[:, :, 20:60], v[:, :, 90:] = torch.nan, torch.inf
+    dirty = attend_ranges(q, k, v, starts, lengths, impl="numba")
+    assert torch.equal(clean[0], dirty[0])
+
+
+def test_halves_merge_to_the_whole():
+    q, k, v, _, _ = make(2, 8, 2, 64, 400, 1, torch.float32)
+    whole = attend_dense(q, k, v, torch.tensor([400, 300], dtype=torch.int32), impl="numba")
+    zero = torch.zeros(2, 2, 1, dtype=torch.int32)
+    first = attend_ranges(q, k, v, zero, zero + 150, impl="numba")
+    rest = torch.tensor([250, 150], dtype=torch.int32)[:, None, None].expand(2, 2, 1).contiguous()
+    second = attend_ranges(q, k, v, zero + 150, rest, impl="numba")
+    out, lse = merge_states(*first, *second)
+    assert (out - whole[0]).abs().max() < 8 * torch.finfo(torch.float32).eps * out.abs().max() + 1e-6
+    assert (lse - whole[1]).abs().max() < 1e-5
+
+
+def test_what_it_cannot_do_is_named():
+    q, k, v, starts, lengths = make(1, 4, 2, 64, 50, 2, torch.float64)
+    with pytest.raises(ValueError, match="impl 'numba' does float32, bfloat16, float16"):
+        attend_ranges(q, k, v, starts, lengths, impl="numba")
+    # None takes what can do it.
+    assert attend_ranges(q, k, v, starts, lengths)[0].dtype == torch.float64
