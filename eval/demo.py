@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from saap import hf
 from saap.training import train
 
-from . import corpus, reference
+from . import reference
+from .reference.sequences import Mix, SequenceMaker
 from .report import main_budget, make_report
 from .run import EvalConfig, run
 from .scores import read_scores
@@ -29,9 +31,14 @@ def demo(out: Path, context: int, seed: int) -> None:
         f"{torch.get_num_threads()} threads."
     )
     console.print(
-        f"\n[bold]1. Train an index[/] on {N_TRAINING_TEXTS} texts of {context:,} tokens"
+        f"\n[bold]1. Train an index[/] on {N_TRAINING_TEXTS} texts of {context:,} tokens, "
+        "half of them with pass keys"
     )
-    sequences = corpus.sequences(tokenizer, training_text, context, N_TRAINING_TEXTS)
+    # Routers learn from the queries that a model is asked to answer; names and digits are random.
+    makers = SequenceMaker(np.frombuffer(training_text, np.uint8))
+    mix = Mix(text=0.5, keys=0.5, copies=0.0)
+    tokens, _ = makers.batch(np.random.default_rng(seed), N_TRAINING_TEXTS, context - 1, mix)
+    sequences = torch.from_numpy(tokens)
     with progress_bars() as progress:
         index = train(model, sequences, seed=seed, baselines=True, progress=progress)
     index.save(out / "index.safetensors")
