@@ -1,10 +1,12 @@
 """Public decode attention: validates, chooses a backend, never falls back from an explicit one.
 
-Every backend is a module with one function,
+Every backend is a module with a function
 `attend_ranges(q, k, v, starts, lengths, *, sm_scale, softcap) -> (out, lse)`,
-called with inputs that this module has validated.
+called with inputs that this module has validated; what else it cannot do its
+`limit(q, k, v) -> str | None` names, if it has one.
 """
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -157,20 +159,29 @@ def attend_shared_prefix(
 
 def _backend(impl: str | None, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     if impl is None:
-        impl = _best(q, k, v)
-    elif impl not in BACKENDS:
+        return _best(q, k, v)
+    if impl not in BACKENDS:
         raise ValueError(f"impl is {impl!r}: it must be None or one of {', '.join(BACKENDS)}")
-    backend = importlib.import_module(f".{impl}", __package__)
-    limit = getattr(backend, "limit", lambda *_: None)(q, k, v)
-    if limit is not None:
-        raise ValueError(limit)
+    backend = _module(impl)
+    refusal = backend.limit(q, k, v) if hasattr(backend, "limit") else None
+    if refusal is not None:
+        raise ValueError(refusal)
     return backend
 
 
-def _best(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _best(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     if q.device.type == "cuda":
-        return "triton"
-    if importlib.util.find_spec("numba") is None:
-        return "reference"
-    fits = importlib.import_module(".numba", __package__).limit(q, k, v) is None
-    return "numba" if fits else "reference"
+        return _module("triton")
+    if not _has_numba() or _module("numba").limit(q, k, v) is not None:
+        return _module("reference")
+    return _module("numba")
+
+
+@functools.cache
+def _module(impl: str) -> ModuleType:
+    return importlib.import_module(f".{impl}", __package__)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

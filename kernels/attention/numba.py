@@ -30,6 +30,7 @@ DIM_STEP = 16
 
 _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_compiled = []  # keeps the machine code alive
 
 
 def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -57,16 +58,11 @@ def attend_ranges(
     sm_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.attend_ranges`, whose validation is taken for granted; computes in float32.
+    """As `api.attend_ranges`, whose validation, `limit` included, is taken for granted.
 
-    K and V are read in place through their strides and may be stored in another dtype than q.
-
-    Raises:
-        ValueError: what `limit` names.
+    Computes in float32. K and V are read in place through their strides and may be stored in
+    another dtype than q.
     """
-    refused = limit(q, k, v)
-    if refused:
-        raise ValueError(refused)
     batch, q_heads, dim = q.shape
     list_heads, ranges = starts.shape[1:]
     lists, group = batch * list_heads, q_heads // list_heads
@@ -139,13 +135,16 @@ def warmup(*dtypes: torch.dtype) -> float:
 def _functions(dtype: torch.dtype) -> tuple[Callable, Callable]:
     """`plan` and `work` for one storage dtype, taking the address of a `Job`."""
     begin = time.perf_counter()
-    functions = tuple(
-        _C_FUNCTION(numba.cfunc(kernel.SIGNATURE, cache=True)(entry).address)
+    compiled = [
+        numba.cfunc(kernel.SIGNATURE, cache=True)(entry)
         for entry in kernel.entries(_KINDS[dtype](0), _stamp())
-    )
+    ]
+    _compiled.extend(compiled)
     seconds = time.perf_counter() - begin
-    log.info("CPU attention for %s ready in %.1f s (compiled, or from the cache)", dtype, seconds)
-    return functions
+    source = "Numba's cache" if all(c.cache_hits for c in compiled) else "compiled"
+    log.info("CPU attention kernel for %s: %s, %.1f s", dtype, source, seconds)
+    plan, work = (_C_FUNCTION(c.address) for c in compiled)
+    return plan, work
 
 
 def _stamp() -> int:

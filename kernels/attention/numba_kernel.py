@@ -315,8 +315,6 @@ def _locate(job, starts, lengths, at, within, left, k, v, addresses):
 @_njit
 def _score(job, kind, q, keys, ahead, count, scores):
     """Scores of all heads; asks for the rows of the list `ahead`, if it is not 0, meanwhile."""
-    vectors = job.dim // LANES
-    width = 8 if vectors % 8 == 0 else 4 if vectors % 4 == 0 else 1
     head = 0
     while head < job.group:
         heads = _heads_at_once(4, job.group - head)
@@ -325,7 +323,7 @@ def _score(job, kind, q, keys, ahead, count, scores):
         for i in range(0, count, rows):
             if ahead:
                 _prefetch_rows(ahead + 8 * i, rows, job.row_bytes)
-            score(kind, heads, width, query, keys + 8 * i, job.dim, to + 4 * i)
+            score(kind, heads, query, keys + 8 * i, job.dim, to + 4 * i)
         head += heads
         ahead = 0
 

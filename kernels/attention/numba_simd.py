@@ -7,7 +7,6 @@ float32, uint16 for bfloat16, int16 for float16.
 """
 
 import functools
-import itertools
 
 import llvmlite.binding
 import numpy as np
@@ -202,37 +201,30 @@ def prefetch(typing_context, address):
 
 
 @intrinsic
-def score(typing_context, kind, heads, vectors, q, keys, dim, scores):
+def score(typing_context, kind, heads, q, keys, dim, scores):
     """Dot products of `heads` (4, 2 or 1) queries with `LANES // heads` keys.
 
     q: float32 `[heads, dim]`; keys: list of row addresses; scores: float32, one row of `TILE` a
-    head. `vectors` of a key are taken at once: 8, 4 or 1. Keys are read row by row, in a loop
-    that LLVM cannot interleave: the core's prefetcher follows that order at twice the speed.
+    head. Keys are read row by row, each in a loop of its own that LLVM cannot interleave with
+    the next: the core's prefetcher follows that order at twice the speed.
     """
     size = kind.bitwidth // 8
 
-    def emit_for(emit, partials, heads, vectors, q, keys, dim, scores):
+    def emit_for(emit, heads, q, keys, dim, scores):
         builder, rows = emit.builder, LANES // heads
-        strides = [builder.mul(dim, _I64(4 * h)) for h in range(heads)]
-        with cgutils.for_range(builder, _I64(rows)) as row:
-            key = emit.load(emit.at(keys, builder.mul(row.index, _I64(8))), _I64)
-            sums = [emit.register(emit.same(0.0)) for _ in range(heads)]
-            with cgutils.for_range(builder, builder.sdiv(dim, _I64(LANES * vectors))) as loop:
-                column = builder.mul(loop.index, _I64(LANES * vectors))
-                query = emit.at(q, builder.mul(column, _I64(4)))
-                part = emit.at(key, builder.mul(column, _I64(size)))
-                for i in range(vectors):
-                    values = emit.load_stored(emit.at(part, size * LANES * i), kind)
-                    for h in range(heads):
-                        factors = emit.load(emit.at(query, strides[h], 4 * LANES * i), _VECTOR)
-                        total = emit.fma(factors, values, builder.load(sums[h]))
-                        builder.store(total, sums[h])
-            for h in range(heads):
-                index = builder.add(row.index, _I64(h * rows))
-                builder.store(builder.load(sums[h]), builder.gep(partials, [_I64(0), index]))
-        totals = emit.totals(
-            [builder.load(builder.gep(partials, [_I64(0), _I64(i)])) for i in range(LANES)]
-        )
+        sums = [emit.register(emit.same(0.0)) for _ in range(LANES)]
+        for r in range(rows):
+            key = emit.load(emit.at(keys, 8 * r), _I64)
+            with cgutils.for_range(builder, builder.sdiv(dim, _I64(LANES))) as loop:
+                column = builder.mul(loop.index, _I64(LANES * size))
+                part = emit.load_stored(emit.at(key, column), kind)
+                query = emit.at(q, builder.mul(loop.index, _I64(LANES * 4)))
+                for h in range(heads):
+                    slot = sums[h * rows + r]
+                    total = emit.fma(emit.load(query, _VECTOR), part, builder.load(slot))
+                    builder.store(total, slot)
+                    query = emit.at(query, builder.mul(dim, _I64(4)))
+        totals = emit.totals([builder.load(slot) for slot in sums])
         for h in range(heads):
             lanes = [h * rows + r for r in range(rows)]
             mask = ir.Constant(ir.VectorType(_I32, rows), lanes)
@@ -240,13 +232,12 @@ def score(typing_context, kind, heads, vectors, q, keys, dim, scores):
             emit.store(part, emit.at(scores, 4 * TILE * h))
 
     def codegen(context, builder, signature, args):
-        partials = cgutils.alloca_once(builder, ir.ArrayType(_VECTOR, LANES))
-        for heads, vectors in itertools.product((4, 2, 1), (8, 4, 1)):
-            with builder.if_then(_equal(builder, args[1:3], (heads, vectors))):
-                emit_for(_Emitter(builder), partials, heads, vectors, *args[3:])
+        for heads in (4, 2, 1):
+            with builder.if_then(builder.icmp_signed("==", args[1], _I64(heads))):
+                emit_for(_Emitter(builder), heads, *args[2:])
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 6), codegen
+    return types.void(kind, *[types.int64] * 5), codegen
 
 
 @intrinsic
@@ -325,19 +316,14 @@ def accumulate(typing_context, kind, heads, vectors, weights, rows, count, colum
             emit.store(builder.load(slots[at]), place)
 
     def codegen(context, builder, signature, args):
-        for heads, vectors in itertools.product((4, 2, 1), (16, 8, 4, 2, 1)):
-            if heads * vectors <= LANES:
-                with builder.if_then(_equal(builder, args[1:3], (heads, vectors))):
+        for heads in (4, 2, 1):
+            for vectors in (1 << i for i in range((LANES // heads).bit_length())):
+                here = builder.and_(
+                    builder.icmp_signed("==", args[1], _I64(heads)),
+                    builder.icmp_signed("==", args[2], _I64(vectors)),
+                )
+                with builder.if_then(here):
                     emit_for(_Emitter(builder), heads, vectors, *args[3:])
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 8), codegen
-
-
-def _equal(builder, values, numbers):
-    """Whether a pair of integers has these values."""
-    first, second = (
-        builder.icmp_signed("==", value, _I64(number))
-        for value, number in zip(values, numbers, strict=True)
-    )
-    return builder.and_(first, second)
