@@ -64,7 +64,7 @@ class Job(ctypes.Structure):
 def float_counts(threads: int, group: int, dim: int) -> tuple[int, int]:
     """Sizes of a job's `scratch` and `partials` in float32, both aligned to a cache line."""
     state = group * (dim + LANES)
-    return threads * (8 * TILE + group * TILE + state), 2 * threads * SHARES * state
+    return threads * (4 * TILE + group * TILE + state), 2 * threads * SHARES * state
 
 
 def entries(kind, stamp):
@@ -118,8 +118,8 @@ def work(jobs, kind):
     counters = jobs.ctypes.data
     state_size = job.group * (job.dim + LANES)
     worker = fetch_increment(counters + _NEXT_WORKER)
-    addresses = job.scratch + 4 * worker * (8 * TILE + job.group * TILE + state_size)
-    scores = addresses + 32 * TILE
+    rows = job.scratch + 4 * worker * (4 * TILE + job.group * TILE + state_size)
+    scores = rows + 16 * TILE
     state = carray(float32_pointer(scores + 4 * job.group * TILE), state_size)
     while True:
         share = fetch_increment(counters + _NEXT_SHARE)
@@ -134,7 +134,7 @@ def work(jobs, kind):
             if stop > tile:
                 begin = (tile - tiles[row]) * TILE
                 end = min((stop - tiles[row]) * TILE, tokens[row])
-                _attend(job, kind, row, begin, end, addresses, scores, state)
+                _attend(job, kind, row, begin, end, rows, scores, state)
                 if begin == 0 and end == tokens[row]:
                     _finish(job, row, state)
                 else:
@@ -235,10 +235,10 @@ def _finish(job, row, state):
 
 
 @_njit
-def _attend(job, kind, row, begin, end, addresses, scores, state):
+def _attend(job, kind, row, begin, end, rows, scores, state):
     """Attention of one list's heads over its tokens from `begin` to `end`, into `state`.
 
-    addresses: memory for those of two tiles' K and V rows; scores: for `[group, TILE]` float32.
+    rows: memory for two tiles' row numbers, int64; scores: for `[group, TILE]` float32.
     """
     starts = carray(int32_pointer(job.starts + 4 * row * job.ranges), job.ranges)
     lengths = carray(int32_pointer(job.lengths + 4 * row * job.ranges), job.ranges)
@@ -257,16 +257,14 @@ def _attend(job, kind, row, begin, end, addresses, scores, state):
     while within >= lengths[at]:
         within -= lengths[at]
         at += 1
-    keys, next_keys = addresses, addresses + 16 * TILE
-    left = end - begin
-    count, at, within, scattered = _locate(job, starts, lengths, at, within, left, k, v, keys)
+    left, next_rows = end - begin, rows + 8 * TILE
+    count, at, within, scattered = _locate(starts, lengths, at, within, left, rows)
     while count > 0:
         left -= count
         next_count, at, within, next_scattered = _locate(
-            job, starts, lengths, at, within, left, k, v, next_keys
+            starts, lengths, at, within, left, next_rows
         )
-        values = keys + 8 * TILE
-        _score(job, kind, q, keys, values if scattered else 0, count, scores)
+        _score(job, kind, q, k, v, rows, count, scattered, scores)
         for i in range(job.group):
             head = i * stride
             maximum, total = softmax(
@@ -279,28 +277,27 @@ def _attend(job, kind, row, begin, end, addresses, scores, state):
             if maximum > state[head + job.dim]:
                 _rescale(state, head, job.dim, maximum)
             state[head + job.dim + 1] += total
-        _accumulate(job, kind, scores, values, next_keys if next_scattered else 0, count, sums)
+        _accumulate(job, kind, scores, k, v, rows, count, next_rows, next_scattered, sums)
         count, scattered = next_count, next_scattered
-        keys, next_keys = next_keys, keys
+        rows, next_rows = next_rows, rows
 
 
 @_njit
-def _locate(job, starts, lengths, at, within, left, k, v, addresses):
-    """Writes the addresses of a tile of tokens, the last one repeated where `left` ends it.
+def _locate(starts, lengths, at, within, left, rows):
+    """Writes the rows of a tile of tokens, the last one repeated where `left` ends it.
 
     Tokens follow from the one that is `within` range `at`. Returns how many there are, where the
     one after them is, and whether they lie in several places, where the core's own prefetcher
     does not find them.
     """
-    rows = carray(int64_pointer(addresses), 2 * TILE)
+    tile = carray(int64_pointer(rows), TILE)
     wanted = min(left, TILE)
     found = pieces = 0
     while found < wanted:
         take = min(lengths[at] - within, wanted - found)
         first = starts[at] + within
         for i in range(take):
-            rows[found + i] = k + (first + i) * job.k_row
-            rows[TILE + found + i] = v + (first + i) * job.v_row
+            tile[found + i] = first + i
         found += take
         within += take
         pieces += take > 0
@@ -308,52 +305,56 @@ def _locate(job, starts, lengths, at, within, left, k, v, addresses):
             at += 1
             within = 0
     for i in range(found, TILE if found else 0):
-        rows[i], rows[TILE + i] = rows[found - 1], rows[TILE + found - 1]
+        tile[i] = tile[found - 1]
     return found, at, within, pieces > 1
 
 
 @_njit
-def _score(job, kind, q, keys, ahead, count, scores):
-    """Scores of all heads; asks for the rows of the list `ahead`, if it is not 0, meanwhile."""
+def _score(job, kind, q, k, v, rows, count, scattered, scores):
+    """Scores of all heads; of scattered rows asks for the values meanwhile."""
     head = 0
     while head < job.group:
         heads = _heads_at_once(4, job.group - head)
-        rows = LANES // heads
+        step = LANES // heads
         query, to = q + 4 * head * job.dim, scores + 4 * head * TILE
-        for i in range(0, count, rows):
-            if ahead:
-                _prefetch_rows(ahead + 8 * i, rows, job.row_bytes)
-            score(kind, heads, query, keys + 8 * i, job.dim, to + 4 * i)
+        for i in range(0, count, step):
+            here = rows + 8 * i
+            if scattered and head == 0:
+                _prefetch_rows(v, job.v_row, here, step, job.row_bytes)
+            score(kind, heads, query, k, job.k_row, here, job.dim, to + 4 * i)
         head += heads
-        ahead = 0
 
 
 @_njit
-def _accumulate(job, kind, scores, rows, ahead, count, sums):
-    """Weighted values of all heads, a whole row at once where registers hold it; see `_score`."""
+def _accumulate(job, kind, scores, k, v, rows, count, next_rows, scattered, sums):
+    """Weighted values of all heads; if the next rows are scattered, asks for their keys.
+
+    A row of V is taken whole where registers hold that many sums: see `score` on the order.
+    """
     vectors, stride = job.dim // LANES, job.dim + LANES
     width = vectors & -vectors if vectors % LANES else LANES
-    step = ROWS_PER_PREFETCH if ahead else count
     head = 0
     while head < job.group:
         heads = _heads_at_once(LANES // width, job.group - head)
         weights, to = scores + 4 * head * TILE, sums + 4 * head * stride
+        prefetching = scattered and head == 0
+        step = ROWS_PER_PREFETCH if prefetching else count
         for i in range(0, count, step):
-            if ahead:
-                _prefetch_rows(ahead + 8 * i, step, job.row_bytes)
+            if prefetching:
+                _prefetch_rows(k, job.k_row, next_rows + 8 * i, step, job.row_bytes)
             here, at, number = rows + 8 * i, weights + 4 * i, min(step, count - i)
-            for column in range(0, job.dim, width * LANES):
-                accumulate(kind, heads, width, at, here, number, column, to, stride)
+            for c in range(0, job.dim, width * LANES):
+                accumulate(kind, heads, width, at, v, job.v_row, here, number, c, to, stride)
         head += heads
-        step, ahead = count, 0
 
 
 @_njit
-def _prefetch_rows(rows, count, row_bytes):
-    addresses = carray(int64_pointer(rows), count)
+def _prefetch_rows(base, row_stride, rows, count, row_bytes):
+    tile = carray(int64_pointer(rows), count)
     for i in range(count):
+        row = base + tile[i] * row_stride
         for offset in range(0, row_bytes, CACHE_LINE):
-            prefetch(addresses[i] + offset)
+            prefetch(row + offset)
 
 
 @_njit

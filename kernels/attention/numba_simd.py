@@ -74,6 +74,10 @@ class _Emitter:
         pointer = self.builder.inttoptr(address, value.type.as_pointer())
         self.builder.store(value, pointer, align=4)
 
+    def row(self, base, row_bytes, entry):
+        """Address of the row whose number, int64, is at `entry`."""
+        return self.at(base, self.builder.mul(self.load(entry, _I64), row_bytes))
+
     def load_stored(self, address, kind):
         """`LANES` elements of a K or V row, as float32."""
         if kind == types.float32:
@@ -201,33 +205,34 @@ def prefetch(typing_context, address):
 
 
 @intrinsic
-def score(typing_context, kind, heads, q, keys, dim, scores):
+def score(typing_context, kind, heads, q, k, k_row, rows, dim, scores):
     """Dot products of `heads` (4, 2 or 1) queries with `LANES // heads` keys.
 
-    q: float32 `[heads, dim]`; keys: list of row addresses; scores: float32, one row of `TILE` a
-    head. Keys are read row by row, each in a loop of its own that LLVM cannot interleave with
-    the next: the core's prefetcher follows that order at twice the speed.
+    q: float32 `[heads, dim]`; k: rows `k_row` bytes apart, of which `rows`, int64, lists those
+    to take; scores: float32, one row of `TILE` a head. Keys are read row by row, each in a loop
+    of its own that LLVM cannot interleave with the next: the core's prefetcher follows that
+    order at twice the speed.
     """
     size = kind.bitwidth // 8
 
-    def emit_for(emit, heads, q, keys, dim, scores):
-        builder, rows = emit.builder, LANES // heads
+    def emit_for(emit, heads, q, k, k_row, rows, dim, scores):
+        builder, row_count = emit.builder, LANES // heads
         sums = [emit.register(emit.same(0.0)) for _ in range(LANES)]
-        for r in range(rows):
-            key = emit.load(emit.at(keys, 8 * r), _I64)
+        for r in range(row_count):
+            key = emit.row(k, k_row, emit.at(rows, 8 * r))
             with cgutils.for_range(builder, builder.sdiv(dim, _I64(LANES))) as loop:
                 column = builder.mul(loop.index, _I64(LANES * size))
                 part = emit.load_stored(emit.at(key, column), kind)
                 query = emit.at(q, builder.mul(loop.index, _I64(LANES * 4)))
                 for h in range(heads):
-                    slot = sums[h * rows + r]
+                    slot = sums[h * row_count + r]
                     total = emit.fma(emit.load(query, _VECTOR), part, builder.load(slot))
                     builder.store(total, slot)
                     query = emit.at(query, builder.mul(dim, _I64(4)))
         totals = emit.totals([builder.load(slot) for slot in sums])
         for h in range(heads):
-            lanes = [h * rows + r for r in range(rows)]
-            mask = ir.Constant(ir.VectorType(_I32, rows), lanes)
+            lanes = [h * row_count + r for r in range(row_count)]
+            mask = ir.Constant(ir.VectorType(_I32, row_count), lanes)
             part = builder.shuffle_vector(totals, totals, mask)
             emit.store(part, emit.at(scores, 4 * TILE * h))
 
@@ -237,7 +242,7 @@ def score(typing_context, kind, heads, q, keys, dim, scores):
                 emit_for(_Emitter(builder), heads, *args[2:])
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 5), codegen
+    return types.void(kind, *[types.int64] * 7), codegen
 
 
 @intrinsic
@@ -281,16 +286,18 @@ def softmax(typing_context, scores, count, sm_scale, softcap, maximum):
 
 
 @intrinsic
-def accumulate(typing_context, kind, heads, vectors, weights, rows, count, column, sums, stride):
-    """`sums += weights @ rows` in `vectors * LANES` columns from `column` on.
+def accumulate(
+    typing_context, kind, heads, vectors, weights, v, v_row, rows, count, column, sums, stride
+):
+    """`sums += weights @ v[rows]` in `vectors * LANES` columns from `column` on.
 
     heads (4, 2 or 1) times vectors, a power of 2, is at most LANES: they stay in registers.
-    weights: float32, one row of `TILE` a head; rows: list of `count` row addresses; sums:
-    float32, `heads` rows, `stride` apart.
+    weights: float32, one row of `TILE` a head; v: rows `v_row` bytes apart, of which `rows`,
+    int64, lists `count`; sums: float32, `heads` rows, `stride` apart.
     """
     size = kind.bitwidth // 8
 
-    def emit_for(emit, heads, vectors, weights, rows, count, column, sums, stride):
+    def emit_for(emit, heads, vectors, weights, v, v_row, rows, count, column, sums, stride):
         builder = emit.builder
         offset = builder.mul(column, _I64(size))
         sums = emit.at(sums, builder.mul(column, _I64(4)))
@@ -301,8 +308,8 @@ def accumulate(typing_context, kind, heads, vectors, weights, rows, count, colum
         }
         slots = {at: emit.register(emit.load(place, _VECTOR)) for at, place in places.items()}
         with cgutils.for_range(builder, count) as loop:
-            entry = builder.mul(loop.index, _I64(8))
-            row = emit.at(emit.load(emit.at(rows, entry), _I64), offset)
+            entry = emit.at(rows, builder.mul(loop.index, _I64(8)))
+            row = emit.at(emit.row(v, v_row, entry), offset)
             weight = emit.at(weights, builder.mul(loop.index, _I64(4)))
             factors = [
                 emit.splat(emit.load(emit.at(weight, 4 * TILE * h), _F32)) for h in range(heads)
@@ -326,4 +333,4 @@ def accumulate(typing_context, kind, heads, vectors, weights, rows, count, colum
                     emit_for(_Emitter(builder), heads, vectors, *args[3:])
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 8), codegen
+    return types.void(kind, *[types.int64] * 10), codegen
