@@ -5,31 +5,25 @@ with the closed-form least-squares map from query to bucket mass. For a selectio
 group the predicted masses of its query heads are added.
 """
 
-from saap.index.kmeans import assign
-from saap.index.lists import expand_heads, invert
+from saap.index.lists import invert
+from saap.routing import LayerRouting
 
-from .base import BucketSelector, Method, group_sum
-
-# Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets
-# are noisy, so the size counts by its root: between mass and mass per row, better than both.
-SIZE_POWER = 0.5
+from .base import BucketSelector, Method
 
 
 class RoutedSelector(BucketSelector):
-    def __init__(self, keys, centroids, router):
-        super().__init__(invert(assign(keys.k_derope, centroids), centroids.shape[1]))
-        self.router = router
-        self.nbytes = router.nbytes
-        self.n_kv = centroids.shape[0]
+    def __init__(self, keys, routing: LayerRouting):
+        super().__init__(invert(routing.assign(keys.k_derope), routing.n_lists))
+        self.routing = routing
+        self.nbytes = routing.nbytes
 
     def scores(self, q_rope, q_derope, budget):
-        mass = self.router.mass(q_derope)
-        if budget.share == "group":
-            mass = group_sum(mass, self.n_kv)
-        if budget.max_tokens is None:
-            return mass
-        sizes = expand_heads(self.lists.sizes.float().clamp(min=1), mass.shape[1])
-        return mass / sizes**SIZE_POWER
+        return self.routing.scores(
+            q_derope,
+            self.lists.sizes,
+            share=budget.share,
+            per_row=budget.max_tokens is not None,
+        )
 
 
 class Linear(Method):
@@ -37,8 +31,7 @@ class Linear(Method):
     router = "linear"
 
     def build(self, keys):
-        layer = self.index.layers[keys.layer]
-        return RoutedSelector(keys, layer.centroids, layer.router(self.router))
+        return RoutedSelector(keys, LayerRouting.of(self.index.layers[keys.layer], self.router))
 
 
 class Saap(Linear):
