@@ -1,6 +1,5 @@
 """What `benchmarks.gpu` times: dense, ragged and selected attention of Llama-3-8B's heads."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from saap.kernels.attention import triton as backend
 
 from . import gpu_peers as peers
+from . import workloads
 from .gpu_timing import Call, Pool, host_us, time_calls
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -140,8 +140,8 @@ def difference(q: Tensor, store: tuple, starts: Tensor, lengths: Tensor) -> floa
 
 def ragged_lengths(bench: Bench, batch: int) -> np.ndarray:
     """Log-uniform from 1k to 128k; the same for the same batch."""
-    exponents = np.random.default_rng(batch).uniform(0, math.log(128), batch)
-    return (np.exp(exponents) * bench.context("128k") / 128).astype(int)
+    longest = bench.context("128k")
+    return workloads.ragged_lengths(batch, longest // 128, longest)
 
 
 def ragged(bench: Bench, batches: list[int], known: dict[str, peers.Peer]) -> None:
@@ -172,23 +172,12 @@ def bucket_lists(
     """
     first = -(-SINKS // bench.shrink) if edges else 0
     last = rows - WINDOW // bench.shrink if edges else rows
-    starts, lengths = [], []
-    for _ in range(lists):
-        weights = bench.draw.lognormal(0, 0.7, NLIST)
-        ends = np.floor(np.cumsum(weights) / weights.sum() * (last - first)).astype(int)
-        sizes = np.diff(ends, prepend=0)
-        order = bench.draw.permutation(NLIST)
-        wanted = selected - (rows - last + first)
-        chosen = order[: 1 + np.searchsorted(np.cumsum(sizes[order]), wanted)]
-        begin = first + (ends - sizes)[chosen]
-        starts.append(np.concatenate([[0, last], begin] if edges else [begin]))
-        lengths.append(
-            np.concatenate([[first, rows - last], sizes[chosen]] if edges else [sizes[chosen]])
-        )
-    width = max(map(len, starts))
-    return tuple(
-        np.stack([np.pad(x, (0, width - len(x))) for x in lists]) for lists in (starts, lengths)
-    )
+    wanted = selected - (rows - last + first)
+    starts, lengths = workloads.bucket_lists(bench.draw, lists, NLIST, first, last, wanted)
+    if edges:
+        starts = [np.concatenate([[0, last], x]) for x in starts]
+        lengths = [np.concatenate([[first, rows - last], x]) for x in lengths]
+    return workloads.padded(starts), workloads.padded(lengths)
 
 
 def selection(bench: Bench, batch: int, context: str, share: float, edges: bool = False) -> None:
