@@ -71,5 +71,10 @@ CPU = Recipe(
         ),
         Stage("4k again", 4096, 2, 60, Mix(text=0.25, keys=0.5, copies=0.2, periods=0.05)),
         Stage("8k", 8192, 1, 150, Mix(text=0.25, keys=0.5, copies=0.2, periods=0.05)),
+        # Up to here the sentence was "amber=4821733": the "=" took the place of a letter in the
+        # match, so two keys that began with the same two digits were confused.
+        Stage("1k, last", 1024, 8, 240, Mix(text=0.3, keys=0.5, copies=0.15, periods=0.05)),
+        Stage("4k, last", 4096, 2, 60, Mix(text=0.35, keys=0.45, copies=0.2)),
+        Stage("8k, last", 8192, 1, 130, Mix(text=0.4, keys=0.4, copies=0.2)),
     ),
 )

@@ -103,7 +103,7 @@ class SequenceMaker:
             sentence = passkey.statement(name, key).encode()
             lead = len(passkey.question(name))
             hidden = np.ones(len(sentence), np.float32)
-            hidden[lead - 1 - len(name) : lead - 1] = 0.0
+            hidden[lead - len(name) : lead] = 0.0
             asked = hidden.copy()
             hidden[lead : lead + passkey.KEY_DIGITS] = 0.0
             asked[lead : lead + passkey.KEY_DIGITS] = DIGIT_WEIGHT

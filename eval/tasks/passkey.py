@@ -1,4 +1,4 @@
-"""Named pass keys hidden in real text: `# The pass key amber=4821733`
+"""Named pass keys hidden in real text: `# The pass key amber4821733`
 
 The last line of a prompt states the beginning of one of those sentences again; the answer is
 right when all seven digits follow. Every other key in the text is a distractor, so finding *a*
@@ -21,11 +21,11 @@ KEY_DIGITS = 7
 
 
 def statement(name: str, key: str) -> str:
-    return f"# The pass key {name}={key}\n"
+    return f"# The pass key {name}{key}\n"
 
 
 def question(name: str) -> str:
-    return f"# The pass key {name}="
+    return f"# The pass key {name}"
 
 
 def random_key(rng: np.random.Generator) -> str:
