@@ -1,16 +1,22 @@
-"""How much of the cache a decode step may visit."""
+"""How much of the cache a decode step may visit, and where the cache stays dense."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True)
 class Budget:
     """What one decode step visits of each layer; validated when made.
 
-    `n_sink` first and `window` last tokens are always visited; of the middle, `nprobe` buckets, or
-    buckets until `max_tokens` rows (the last one cut to its newest rows), or whichever comes
-    first. `share`: "group" makes one selection for the query heads of a KV head;
-    "head" one a query head.
+    The first `n_sink` and the last `window` tokens are always visited. Of the middle, buckets are
+    visited in the order of their scores until `nprobe` of them, or `max_tokens` rows (the last
+    bucket cut to its newest rows), or the share `top_p` of the mass that the router predicts:
+    whichever comes first of those that are given, at least one.
+
+    `share`: "group" makes one selection for the query heads of a KV head; "head" one a query head.
+    `flush_every`: tokens that leave the window are put into buckets this many at a time.
+    `dense_layers`: numbers of layers that visit everything. `dense_below`: contexts of at most so
+    many tokens are visited whole, because choosing costs more than it saves.
     """
 
     nprobe: int | None = None
@@ -18,18 +24,38 @@ class Budget:
     n_sink: int = 16
     window: int = 256
     share: str = "group"
+    top_p: float | None = None
+    flush_every: int = 512
+    dense_layers: tuple[int, ...] = ()
+    dense_below: int = 0
 
     def __post_init__(self):
-        if self.nprobe is None and self.max_tokens is None:
+        if self.nprobe is None and self.max_tokens is None and self.top_p is None:
             raise ValueError(
-                "nprobe and max_tokens are both None: one of them bounds the selection"
+                "nprobe, max_tokens and top_p are all None: one of them bounds the selection"
             )
-        for name, least in (("nprobe", 1), ("max_tokens", 0), ("n_sink", 0), ("window", 1)):
+        for name, least in (
+            ("nprobe", 1),
+            ("max_tokens", 0),
+            ("n_sink", 0),
+            ("window", 1),
+            ("flush_every", 1),
+            ("dense_below", 0),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and not is_integer(value, least):
                 raise ValueError(f"{name}={value!r}: accepted are integers from {least}")
+        if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r}: accepted are 0 < top_p <= 1")
         if self.share not in ("group", "head"):
             raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
+        if isinstance(self.dense_layers, str) or not all(
+            is_integer(layer, 0) for layer in self.dense_layers
+        ):
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r}: accepted is a tuple of layer numbers from 0"
+            )
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     @classmethod
     def for_selectivity(
@@ -49,3 +75,7 @@ class Budget:
                 f"above {(n_sink + window) / context:.4f}"
             )
         return cls(max_tokens=rows - n_sink - window, n_sink=n_sink, window=window, share=share)
+
+
+def is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

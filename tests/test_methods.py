@@ -100,7 +100,7 @@ def test_method_without_index():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nprobe and max_tokens are both None"),
+        ({}, "nprobe, max_tokens and top_p are all None"),
         ({"nprobe": 0}, "nprobe=0: accepted are integers from 1"),
         ({"max_tokens": -1}, "max_tokens=-1"),
         ({"nprobe": 1, "window": 0}, "window=0"),

@@ -72,7 +72,11 @@ class BucketSelector(Selector):
     def select(self, q_rope, q_derope, budget):
         scores = self.scores(q_rope, q_derope, budget)
         return bucket_ranges(
-            scores, self.lists.offsets, nprobe=budget.nprobe, max_tokens=budget.max_tokens
+            scores,
+            self.lists.offsets,
+            nprobe=budget.nprobe,
+            max_tokens=budget.max_tokens,
+            top_p=budget.top_p,
         )
 
 

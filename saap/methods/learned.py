@@ -22,7 +22,7 @@ class RoutedSelector(BucketSelector):
             q_derope,
             self.lists.sizes,
             share=budget.share,
-            per_row=budget.max_tokens is not None,
+            per_row=budget.max_tokens is not None and budget.top_p is None,
         )
 
 

@@ -1,0 +1,104 @@
+"""Dense attention of a chunk of new tokens over a cache that ends with that chunk.
+
+A prefill in pieces, the verification of drafted tokens and the next turn of a chat all ask for it.
+Every new token sees the whole past, whatever order its rows are in, so only the chunk against
+itself needs a causal mask: the two parts are computed apart and merged by their lse.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saap.kernels.attention.merge import merge_states
+
+SCORES_AT_ONCE = 1 << 24
+
+OutAndLse = tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]
+
+
+def attend_chunk(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    *,
+    sm_scale: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> OutAndLse:
+    """Exact attention of the last T of N tokens, causal, aligned at the bottom right.
+
+    The last T rows are the new tokens in time order; with `sliding_window`, which shows a token
+    itself and the `sliding_window - 1` before it, all rows have to be in time order. `lse` is
+    float32. Memory beside the result does not grow with N.
+    """
+    past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    if sliding_window is not None and k.shape[2] <= sliding_window:
+        sliding_window = None
+    fused = None if softcap is not None or sliding_window is not None else _fused_kernel(q)
+    if fused is None:
+        return _blockwise(q, k, v, sm_scale, softcap, sliding_window)
+    # The chunk is short beside the cache: repeating its own keys for the query heads is cheap.
+    own = (t[:, :, past:].repeat_interleave(group, 1) for t in (k, v))
+    own = fused(q, *own, True, sm_scale)
+    if past == 0:
+        return own
+    packed = q.unflatten(1, (-1, group)).flatten(2, 3)
+    out, lse = fused(packed, k[:, :, :past], v[:, :, :past], False, sm_scale)
+    out = out.unflatten(2, (group, -1)).flatten(1, 2)
+    return merge_states(out.contiguous(), lse.unflatten(2, (group, -1)).flatten(1, 2), *own)
+
+
+def _fused_kernel(q: Tensor):
+    """`kernel(q, k, v, is_causal, sm_scale) -> out, lse` of torch for these tensors, or None.
+
+    `scaled_dot_product_attention` computes the lse and drops it; these are the kernels behind it.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return _fused_cpu
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return _fused_cuda
+    return None
+
+
+def _fused_cpu(q, k, v, is_causal, sm_scale):
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, scale=sm_scale
+    )
+    return found[0], found[1].float()
+
+
+def _fused_cuda(q, k, v, is_causal, sm_scale):
+    dim = q.shape[-1]
+    if dim % 8:
+        q, k, v = (torch.nn.functional.pad(t, (0, 8 - dim % 8)) for t in (q, k, v))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, is_causal, False, scale=sm_scale
+    )
+    return found[0][..., :dim], found[1].float()
+
+
+def _blockwise(q, k, v, sm_scale, softcap, sliding_window) -> OutAndLse:
+    """A few query rows at a time against all that they see, in float32 at least."""
+    n, length, group = k.shape[2], q.shape[2], q.shape[1] // k.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    block = max(16, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * n))
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        rows = torch.arange(start, stop, device=q.device) + n - length
+        first = 0 if sliding_window is None else max(0, start + n - length - sliding_window + 1)
+        last = n - length + stop
+        columns = torch.arange(first, last, device=q.device)
+        hidden = columns > rows[:, None]
+        if sliding_window is not None:
+            hidden |= columns <= rows[:, None] - sliding_window
+        packed = q[:, :, start:stop].unflatten(1, (-1, group)).to(compute)
+        keys, values = (t[:, :, first:last].unsqueeze(2).to(compute) for t in (k, v))
+        scores = packed @ keys.mT * sm_scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        out[:, :, start:stop] = (scores.softmax(-1) @ values).flatten(1, 2).to(out.dtype)
+        lse[:, :, start:stop] = scores.logsumexp(-1).flatten(1, 2)
+    return out, lse

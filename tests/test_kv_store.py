@@ -1,0 +1,392 @@
+"""The KV store of a layer: every way to come to the same tokens gives the same attention."""
+
+import pytest
+import torch
+
+from saap.budget import Budget
+from saap.chunks import attend_chunk
+from saap.index.routers import CentroidRouter
+from saap.kernels.attention import reference
+from saap.kv_store import KVStore
+from saap.routing import LayerRouting
+
+HKV, HQ, DIM, NLIST = 2, 4, 16, 8
+FULL = Budget(nprobe=NLIST, n_sink=4, window=8, flush_every=8)
+SMALL = Budget(nprobe=2, n_sink=4, window=8, flush_every=8)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def routing():
+    centroids = torch.nn.functional.normalize(random(HKV, NLIST, DIM, seed=9), dim=-1)
+    return LayerRouting(centroids, CentroidRouter(centroids))
+
+
+def tokens(n, batch=1, seed=1):
+    """`k_rope, v, k_derope` and `q_rope, q_derope` of n tokens."""
+    k, v, kd = random(3, batch, HKV, n, DIM, seed=seed)
+    q, qd = random(2, batch, HQ, n, DIM, seed=seed + 1)
+    return (k, v, kd), (q, qd)
+
+
+def part(tensors, start, stop):
+    return tuple(t[:, :, start:stop] for t in tensors)
+
+
+def fed(routing, budget, keys, cuts, queries=None):
+    """A store that got tokens up to each cut in one append, and the last `(out, lse)`."""
+    store, found, start = KVStore(routing, budget), None, 0
+    for stop in cuts:
+        store.append(*part(keys, start, stop))
+        if queries is not None:
+            found = store.attend(*part(queries, start, stop))
+        start = stop
+    return store, found
+
+
+def expected(keys, q, n, n_queries=1):
+    """Attention in float64 of the last of n tokens, causal."""
+    k, v = (t[:, :, :n].double() for t in keys[:2])
+    return attend_chunk(q[:, :, n - n_queries : n].double(), k, v, sm_scale=DIM**-0.5)
+
+
+def assert_close(found, true):
+    for got, exact in zip(found, true, strict=True):
+        assert (got.double() - exact.double()).abs().max() < 4e-6
+
+
+def rows_of(store, b=0):
+    """Tokens by row and list of each head: the layout."""
+    return store.rows.tokens[b, :, : store.lengths[b]], store.middles[b]
+
+
+def every(n):
+    return range(1, n + 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("cuts", [[60], [59, 60], [1, 30, 41, 60], list(every(60))])
+def test_full_budget_is_dense(routing, cuts, softcap):
+    keys, queries = tokens(60)
+    store, _ = fed(routing, FULL, keys, cuts[:-1])
+    start = cuts[-2] if len(cuts) > 1 else 0
+    store.append(*part(keys, start, 60))
+    found = store.attend(*part(queries, start, 60), softcap=softcap)
+    k, v = (t.double() for t in keys[:2])
+    true = attend_chunk(
+        queries[0][:, :, start:].double(), k, v, sm_scale=DIM**-0.5, softcap=softcap
+    )
+    assert_close(found, true)
+
+
+def test_dense_chunks_agree_with_the_kernel_reference():
+    (k, v, _), (q, _) = tokens(40)
+    out, lse = attend_chunk(q[:, :, 25:], k, v, sm_scale=0.3)
+    for t in range(15):
+        starts, lengths = torch.zeros(1, HKV, 1, dtype=torch.int32), torch.tensor([26 + t])
+        lengths = lengths.int().expand(1, HKV, 1)
+        true = reference.attend_ranges(
+            q[:, :, 25 + t], k, v, starts, lengths, sm_scale=0.3, softcap=None
+        )
+        assert_close((out[:, :, t], lse[:, :, t]), true)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_sliding_window_of_chunks(length, window):
+    (k, v, _), (q, _) = tokens(40)
+    out, _ = attend_chunk(q[:, :, 40 - length :], k, v, sm_scale=0.3, sliding_window=window)
+    places = torch.arange(40)
+    seen = (places <= places[:, None]) & (places > places[:, None] - window)
+    true = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=0.3, enable_gqa=True
+    )
+    assert (out - true[:, :, 40 - length :]).abs().max() < 2e-6
+
+
+def test_step_by_step_is_at_once(routing):
+    keys, queries = tokens(70)
+    stores = [fed(routing, SMALL, keys, cuts)[0] for cuts in ([69], list(every(69)), [7, 50, 69])]
+    outs = []
+    for store in stores:
+        store.append(*part(keys, 69, 70))
+        outs.append(store.attend(*part(queries, 69, 70)))
+        store.flush()
+        assert torch.equal(rows_of(store)[0], rows_of(stores[0])[0])
+    assert stores[0].middles == [56]
+    for out in outs[1:]:
+        assert torch.equal(out[0], outs[0][0])
+        assert torch.equal(out[1], outs[0][1])
+
+
+def test_layout(routing):
+    keys, _ = tokens(70)
+    store, _ = fed(routing, SMALL, keys, list(every(70)))
+    store.flush()
+    layout, n_middle = rows_of(store)
+    lists = routing.assign(keys[2])[0]
+    for head, rows in enumerate(layout.long()):
+        assert torch.equal(store.k[0, head, :70], keys[0][0, head, rows])
+        assert torch.equal(store.v[0, head, :70], keys[1][0, head, rows])
+        assert rows[:4].tolist() == [0, 1, 2, 3]
+        assert rows[4 + n_middle :].tolist() == list(range(4 + n_middle, 70))
+        order = [(int(lists[head, t]), int(t)) for t in rows[4 : 4 + n_middle]]
+        assert order == sorted(order)
+
+
+def test_small_budget_visits_best_lists(routing):
+    keys, queries = tokens(70)
+    store, (out, _) = fed(routing, SMALL, keys, [69, 70], queries)
+    n_middle = store.middles[0]
+    mass = routing.router.mass(queries[1][:, :, 69]).unflatten(1, (HKV, -1)).sum(2)[0]
+    lists = routing.assign(keys[2])[0, :, 4 : 4 + n_middle]
+    for head in range(HKV):
+        held = mass[head].masked_fill(
+            torch.bincount(lists[head], minlength=NLIST) == 0, -torch.inf
+        )
+        seen = torch.ones(70, dtype=torch.bool)
+        seen[4 : 4 + n_middle] = torch.isin(lists[head], held.topk(2).indices.int())
+        own = slice(2 * head, 2 * head + 2)
+        weights = queries[0][0, own, 69] @ keys[0][0, head].T * DIM**-0.5
+        true = weights.masked_fill(~seen, -torch.inf).softmax(-1) @ keys[1][0, head]
+        assert (out[0, own, 0] - true).abs().max() < 2e-6
+        assert not seen.all()
+
+
+@pytest.mark.parametrize(
+    ("budget", "full"),
+    [
+        ({"max_tokens": 10}, False),
+        ({"max_tokens": 10, "share": "head"}, False),
+        ({"nprobe": 5, "max_tokens": 10}, False),
+        ({"top_p": 0.3}, False),
+        ({"top_p": 1.0}, True),
+        ({"max_tokens": 10**6}, True),
+        ({"nprobe": 1, "dense_below": 70}, True),
+        ({"nprobe": 1, "dense_below": 69}, False),
+    ],
+)
+def test_budgets(routing, budget, full):
+    keys, queries = tokens(70)
+    budget = Budget(**budget, n_sink=4, window=8, flush_every=8)
+    store, found = fed(routing, budget, keys, [69, 70], queries)
+    true = expected(keys, queries[0], 70)
+    if full:
+        assert store.visited_share == 1.0
+        assert_close(found, true)
+    else:
+        assert store.visited_share < 1
+        assert (found[0] - true[0]).abs().max() > 1e-3
+    if budget.max_tokens == 10:
+        assert store.visited_share == pytest.approx((4 + 70 - 4 - store.middles[0] + 10) / 70)
+
+
+def test_budget_of_a_step(routing):
+    keys, queries = tokens(70)
+    store, _ = fed(routing, SMALL, keys, [69])
+    store.append(*part(keys, 69, 70))
+    found = store.attend(*part(queries, 69, 70), FULL)
+    assert_close(found, expected(keys, queries[0], 70))
+
+
+@pytest.mark.parametrize("budget", [FULL, SMALL])
+def test_batch_with_left_padding_is_each_alone(routing, budget):
+    lengths = [60, 33, 3, 57]
+    each = [tokens(n + 30, seed=10 * n) for n in lengths]
+    batch = KVStore(routing, budget)
+    n = max(lengths)
+
+    def padded(position, which):
+        return torch.cat(
+            [
+                torch.nn.functional.pad(
+                    pair[which][position][:, :, :own], (0, 0, n - own, 0), value=7.0
+                )
+                for pair, own in zip(each, lengths, strict=True)
+            ]
+        )
+
+    mask = torch.arange(n) >= n - torch.tensor(lengths)[:, None]
+    batch.append(*(padded(i, 0) for i in range(3)), mask=mask)
+    together = [batch.attend(*(padded(i, 1) for i in range(2)))]
+    for t in range(30):
+        at = [
+            [
+                pair[w][i][:, :, own + t : own + t + 1]
+                for pair, own in zip(each, lengths, strict=True)
+            ]
+            for w, i in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
+        ]
+        k, v, kd, q, qd = (torch.cat(parts) for parts in at)
+        batch.append(k, v, kd)
+        together.append(batch.attend(q, qd))
+    for b, (own, (keys, queries)) in enumerate(zip(lengths, each, strict=True)):
+        alone, first = fed(routing, budget, keys, [own], queries)
+        assert_close(first, [t[b : b + 1, :, n - own :] for t in together[0]])
+        for t in range(30):
+            alone.append(*part(keys, own + t, own + t + 1))
+            found = alone.attend(*part(queries, own + t, own + t + 1))
+            assert_close(found, [x[b : b + 1] for x in together[1 + t]])
+        assert torch.equal(rows_of(alone)[0], rows_of(batch, b)[0])
+    assert (together[0][0][2, :, : n - 3] == 0).all()
+    assert torch.isneginf(together[0][1][2, :, : n - 3]).all()
+
+
+@pytest.mark.parametrize("left", [69, 62, 52, 30, 12, 4, 0])
+@pytest.mark.parametrize("budget", [FULL, SMALL])
+def test_truncate_is_never_having_been_longer(routing, left, budget):
+    keys, queries = tokens(70)
+    other, _ = tokens(70, seed=77)
+    mixed = tuple(torch.cat([a[:, :, :left], b], 2) for a, b in zip(keys, other, strict=True))
+    store, _ = fed(routing, budget, mixed, [left + 1, *range(left + 2, 71)])
+    store.truncate(store.lengths[0] - left)
+    assert store.lengths == [left]
+    plain = KVStore(routing, budget)
+    if left:
+        plain.append(*part(keys, 0, left))
+    for t in range(left, 70):
+        for mine in (store, plain):
+            mine.append(*part(keys, t, t + 1))
+        a, b = (mine.attend(*part(queries, t, t + 1)) for mine in (store, plain))
+        if budget is FULL or store.middles == plain.middles:
+            assert_close(a, b)
+        assert store.lengths[0] - 4 - store.middles[0] >= min(8, t - 3)
+    assert torch.equal(rows_of(store)[0], rows_of(plain)[0])
+
+
+def test_beams(routing):
+    keys, queries = tokens(50, batch=3)
+    store, _ = fed(routing, SMALL, keys, list(every(45)))
+    chosen = [2, 0, 0]
+    store.select_sequences(chosen)
+    k = tuple(torch.cat([t[chosen][:, :, :45], t[:, :, 45:]], 2) for t in keys)
+    plain, _ = fed(routing, SMALL, k, [45])
+    for t in range(45, 50):
+        for mine in (store, plain):
+            mine.append(*part(k, t, t + 1))
+        assert_close(*(m.attend(*part(queries, t, t + 1)) for m in (store, plain)))
+    for wider in ([0, 0, 1, 1, 2, 2], [1]):
+        source, _ = fed(routing, SMALL, k, [48])
+        source.select_sequences(wider)
+        new = tuple(t[wider][:, :, 48:49] for t in k)
+        source.append(*new)
+        assert source.lengths == [49] * len(wider)
+        true, _ = fed(routing, SMALL, tuple(t[wider] for t in k), [48, 49])
+        q = tuple(t[wider][:, :, 48:49] for t in queries)
+        assert_close(source.attend(*q), true.attend(*q))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(routing, dtype):
+    keys, queries = (tuple(t.to(dtype) for t in group) for group in tokens(60))
+    found = fed(routing, FULL, keys, [50, *range(51, 61)], queries)[1]
+    true = expected(keys, queries[0], 60)
+    eager = (queries[0][:, :, 59].float() @ torch.eye(DIM)).to(dtype)
+    rounding = 4 * torch.finfo(dtype).eps * float(true[0].abs().max())
+    assert found[0].dtype == dtype
+    assert eager.dtype == dtype
+    assert (found[0].double() - true[0]).abs().max() < rounding
+
+
+def test_a_dense_layer_has_no_lists():
+    keys, queries = tokens(60)
+    store, found = fed(None, SMALL, keys, list(every(60)), queries)
+    assert store.middles == [0]
+    assert_close(found, expected(keys, queries[0], 60))
+
+
+def test_memory(routing):
+    keys, queries = tokens(4000)
+    store, _ = fed(routing, SMALL, keys, [3000])
+    rows = 2 * HKV * DIM * 4 + 2 * HKV * 4
+    assert store.nbytes <= 1.05 * 3000 * rows
+    store, _ = fed(routing, SMALL, keys, [3000, *range(3001, 3300)], queries)
+    assert store.nbytes <= 1.13 * 3300 * rows + 80_000
+    before = store.k.data_ptr()
+    store.reserve(3000)
+    assert store.k.data_ptr() == before
+
+
+def test_no_memory_loses_nothing(routing):
+    keys, queries = tokens(60)
+    store, _ = fed(routing, FULL, keys, [59])
+    with pytest.raises(MemoryError, match="no memory to grow a layer's KV store from 123 to"):
+        store.reserve(10**13)
+    store.append(*part(keys, 59, 60))
+    assert_close(store.attend(*part(queries, 59, 60)), expected(keys, queries[0], 60))
+
+
+def append(**change):
+    """A call that appends two tokens, changed."""
+
+    def call(store):
+        keys = dict(zip(("k_rope", "v", "k_derope"), tokens(2)[0], strict=True))
+        store.append(**{**keys, **{name: make() for name, make in change.items()}})
+
+    return call
+
+
+def attend(n):
+    return lambda store: store.attend(*tokens(n)[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (append(k_rope=lambda: torch.zeros(1, HKV, DIM)), r"k_rope has shape \(1, 2, 16\)"),
+        (append(v=lambda: torch.zeros(1, HKV, 3, DIM)), r"v is \(1, 2, 3, 16\)"),
+        (append(mask=lambda: torch.tensor([[True, False]])), "accepted is padding on the left"),
+        (append(mask=lambda: torch.tensor([[False, True]])), "accepted is padding on the left"),
+        (append(mask=lambda: torch.ones(1, 3).bool()), r"mask has shape \(1, 3\)"),
+        (
+            lambda s: s.append(*tokens(2, batch=2)[0]),
+            r"\(2, 2, 16, .*: the store holds \(1, 2, 16",
+        ),
+        (lambda s: s.append(*(t.half() for t in tokens(2)[0])), "torch.float16.*the store holds"),
+        (
+            append(k_rope=lambda: torch.zeros(1, HKV, 2, DIM, requires_grad=True)),
+            "requires a gradient: call the model in torch.no_grad",
+        ),
+        (attend(2), "2 tokens: accepted are those appended last, 1 and 30"),
+        (lambda s: s.truncate(28), "2 tokens of 30 would be left: accepted are 0 and 4 to 30"),
+        (lambda s: s.truncate(31), "-1 tokens of 30 would be left"),
+        (lambda s: s.truncate(-1), "31 tokens of 30 would be left"),
+        (lambda s: s.select_sequences([0, 1]), "sequence 1: accepted are 0 to 0"),
+        (
+            lambda s: (s.flush(), s.attend(*tokens(30)[1])),
+            "accepted are those appended last, 1 an",
+        ),
+        (lambda s: KVStore(s.routing, Budget(nprobe=9)), "nprobe=9: accepted are 1 to nlist=8"),
+        (lambda s: KVStore(s.routing, FULL).reserve(5), "reserve before the first append"),
+    ],
+)
+def test_bad_input_changes_nothing(routing, call, message):
+    keys, queries = tokens(31)
+    store, _ = fed(routing, FULL, keys, [30])
+    with pytest.raises(ValueError, match=message):
+        call(store)
+    assert store.lengths == [30]
+    store.append(*part(keys, 30, 31))
+    assert_close(store.attend(*part(queries, 30, 31)), expected(keys, queries[0], 31))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nprobe": 4, "top_p": 0}, "top_p=0: accepted are 0 < top_p <= 1"),
+        ({"top_p": "1"}, "top_p='1': accepted"),
+        ({"nprobe": 4, "flush_every": 0}, "flush_every=0: accepted are integers from 1"),
+        ({"nprobe": 4, "dense_below": -1}, "dense_below=-1: accepted are integers from 0"),
+        ({"nprobe": True}, "nprobe=True: accepted are integers from 1"),
+        ({"nprobe": 4, "dense_layers": (0, -1)}, r"dense_layers=\(0, -1\): accepted is a tuple"),
+        ({"nprobe": 4, "dense_layers": "01"}, "dense_layers='01': accepted is a tuple"),
+        ({}, "nprobe, max_tokens and top_p are all None"),
+    ],
+)
+def test_budget_says_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**options)
+    assert Budget(nprobe=4, dense_layers=[0, 1]).dense_layers == (0, 1)
