@@ -14,16 +14,22 @@ _EXPORTS = {
     "attend_shared_prefix": "saap.kernels.attention",
     "merge_states": "saap.kernels.attention",
     "Budget": "saap.budget",
+    "KVStore": "saap.kv_store",
+    "LayerRouting": "saap.routing",
     "METHODS": "saap.methods",
     "TrainedIndex": "saap.trained_index",
+    "attached": "saap.hf",
     "train": "saap.training",
 }
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from .budget import Budget
+    from .hf import attached
     from .kernels.attention import attend_dense, attend_ranges, attend_shared_prefix, merge_states
+    from .kv_store import KVStore
     from .methods import METHODS
+    from .routing import LayerRouting
     from .trained_index import TrainedIndex
     from .training import train
 

@@ -58,6 +58,11 @@ class Budget:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     @classmethod
+    def of(cls, nlist: int) -> "Budget":
+        """The default for a partition of `nlist` buckets: an eighth of them, at most 64."""
+        return cls(nprobe=max(1, min(64, nlist // 8)))
+
+    @classmethod
     def for_selectivity(
         cls, selectivity: float, context: int, *, n_sink: int, window: int, share: str = "group"
     ) -> "Budget":

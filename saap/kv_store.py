@@ -32,13 +32,14 @@ class KVStore:
     Args:
         routing: partition and router of the layer, on the device of the keys.
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
+        capacity: tokens a sequence to make room for at the first append.
     """
 
-    def __init__(self, routing: LayerRouting | None, budget: Budget):
+    def __init__(self, routing: LayerRouting | None, budget: Budget, *, capacity: int = 0):
         if routing is not None and (budget.nprobe or 0) > routing.n_lists:
             raise ValueError(f"nprobe={budget.nprobe}: accepted are 1 to nlist={routing.n_lists}")
         self.routing, self.budget = routing, budget
-        self.rows = KVRows()
+        self.rows, self.capacity = KVRows(), capacity
         self.flush_every = budget.flush_every
         self.lengths: list[int] = []
         self.middles: list[int] = []  # rows of each sequence that are in lists

@@ -34,7 +34,7 @@ def belongs(modules: set[str], prefix: str) -> list[str]:
             "import saap.kernels.attention.api",
             ["saap.index", "saap.methods", "saap.eval", "transformers", "faiss"],
         ),
-        ("import saap.methods, saap.decode, saap.trained_index", ["saap.eval", "transformers"]),
+        ("import saap.methods, saap.decode, saap.kv_store", ["saap.eval", "transformers"]),
         ("import saap.training", ["saap.eval", "matplotlib"]),
         ("import saap.eval.report", ["transformers", "faiss", "saap.hf"]),
     ],
@@ -47,9 +47,9 @@ def test_arrow(statement, never):
 
 @pytest.mark.parametrize(
     ("package", "folder", "allowed"),
-    [("transformers", "saap", ["saap/hf.py"]), ("faiss", "index", ["index/faiss_backend.py"])],
+    [("transformers", "saap", "saap/hf/"), ("faiss", "index", "index/faiss_backend.py")],
 )
-def test_one_file_knows(package, folder, allowed):
+def test_one_place_knows(package, folder, allowed):
     pattern = re.compile(rf"^\s*(import|from) {package}\b", re.MULTILINE)
     importers = [
         path.relative_to(ROOT).as_posix()
@@ -58,7 +58,8 @@ def test_one_file_knows(package, folder, allowed):
     ]
     if folder == "saap":
         importers = [i for i in importers if i.split("/")[1] not in ("index", "kernels", "eval")]
-    assert importers == allowed
+    assert importers
+    assert all(path.startswith(allowed) for path in importers), importers
 
 
 def test_top_level_names_are_not_claimed():

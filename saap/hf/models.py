@@ -1,25 +1,15 @@
-"""The one file that knows transformers: load a model, route its attention through a handler.
-
-A forward pre-hook on every attention module keeps that forward's `cos, sin`; a function registered
-under the name "saap" takes RoPE off again and hands everything to the handler. The handler keeps
-its own keys and values, so the model runs with `use_cache=False`.
-"""
+"""Load models and tokenizers, and say what of a model an index has to fit."""
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from .prefill import LayerCall
-from .rope import VARIANTS, identify_variant
+from saap.rope import identify_variant
 
-Handler = Callable[[LayerCall], Tensor]
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -111,97 +101,6 @@ def rope_variant(module: nn.Module, cos: Tensor, sin: Tensor) -> str:
             "find out how its keys are rotated"
         )
     return identify_variant(apply_rope, cos[:1, :8], sin[:1, :8], module.head_dim)
-
-
-def _saap_attention(module, query, key, value, attention_mask, *, scaling, **options):
-    if options.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__}: learned attention sinks are not supported")
-    handler, variant, tables = module._saap_call
-    if getattr(module, "use_rope", True) and variant is not None:
-        derope = VARIANTS[variant]
-        q_derope, k_derope = derope(query, *tables), derope(key, *tables)
-    else:
-        q_derope, k_derope = query, key
-    out = handler(
-        LayerCall(
-            layer=module.layer_idx,
-            q_rope=query,
-            q_derope=q_derope,
-            k_rope=key,
-            k_derope=k_derope,
-            v=value,
-            sm_scale=scaling,
-            softcap=options.get("softcap"),
-            sliding_window=options.get("sliding_window"),
-        )
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*_, **__) -> None:
-    """Handlers are causal by construction and take one unpadded sequence a row."""
-
-
-AttentionInterface.register("saap", _saap_attention)
-AttentionMaskInterface.register("saap", _no_mask)
-
-
-@contextmanager
-def routed(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """While open, every attention layer of `model` computes `handler(LayerCall)`.
-
-    The handler returns `[B, Hq, T, D]`. Call the model with `use_cache=False`, `position_ids` and
-    sequences without padding. On exit the model is as it was before.
-    """
-    modules = attention_modules(model)
-    before = model.config._attn_implementation
-    variant: str | None = None
-
-    def keep_tables(module, _, keywords):
-        nonlocal variant
-        tables = keywords.get("position_embeddings")
-        if tables is not None and variant is None:
-            variant = rope_variant(module, *tables)
-        module._saap_call = (handler, variant if tables is not None else None, tables)
-
-    hooks = [m.register_forward_pre_hook(keep_tables, with_kwargs=True) for m in modules]
-    model.set_attn_implementation("saap")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
-        for module in modules:
-            if hasattr(module, "_saap_call"):
-                del module._saap_call
-
-
-@torch.no_grad()
-def run_chunks(
-    model: nn.Module,
-    token_ids: Tensor,
-    handler: Handler,
-    *,
-    start: int = 0,
-    chunk: int = 8192,
-) -> Tensor:
-    """Run `token_ids [B, T]`, at positions from `start`, through the routed model in chunks.
-
-    Returns the logits of the last token `[B, vocab]`.
-    """
-    logits = None
-    with routed(model, handler):
-        for first in range(0, token_ids.shape[1], chunk):
-            part = token_ids[:, first : first + chunk].to(model.device)
-            positions = torch.arange(part.shape[1], device=model.device) + first + start
-            logits = model(
-                part,
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=1,
-            ).logits
-    return logits[:, -1]
 
 
 def fingerprint(tokens: Tensor) -> str:
