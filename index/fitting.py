@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from .cells import CellRouter
 from .routers import LinearRouter, MLPRouter
 
 
@@ -55,39 +56,111 @@ def fit_mlp(
     may be float16; its last class is the mass of sinks and window, so a query weighs as much as it
     looks into the middle. Raises FloatingPointError when the loss is not finite.
     """
-    heads, n, dim = q.shape
-    classes = mass.shape[-1]
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    mean = q.float().mean(1)
-    scale = q.float().std(1).clamp(min=1e-6).reciprocal()
+    average = mass.float().mean(1).clamp(min=1e-6)
+    parameters = two_layers(q, average.log(), hidden, seed)
+    router = MLPRouter(**parameters)
 
-    def init(*shape, fan_in):
+    def loss_of(picked):
+        log_p = router.logits(q[:, picked].transpose(0, 1)).log_softmax(-1).transpose(0, 1)
+        return -(mass[:, picked].float() * log_p).sum(-1)
+
+    optimise(parameters, loss_of, q.shape[1], steps, batch, lr, seed, progress)
+    return MLPRouter(**{name: p.detach() for name, p in parameters.items()})
+
+
+def fit_cells(
+    q: Float[Tensor, "H n D"],
+    mass: Float[Tensor, "H n nlist_plus_1"],
+    segment_mass: Float[Tensor, "H n S"],
+    counts: Float[Tensor, "Hkv blocks cells"],
+    block_of: Int[Tensor, " n"],
+    ages: Int[Tensor, " S_minus_1"],
+    *,
+    hidden: int = 128,
+    steps: int = 800,
+    batch: int = 512,
+    lr: float = 4e-3,
+    seed: int = 0,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> CellRouter:
+    """Cross-entropy of `CellRouter` against the true mass over cells, all heads together.
+
+    `counts[:, block_of[i]]` are the keys in each cell (nlist * S) as query i sees them; their
+    heads are KV heads. The predicted logarithm of a cell is `f_b + g_s + log n_bs`, so the loss
+    needs no more of the truth than the masses of buckets and of segments, and the normaliser is
+    `exp(o) + sum_b exp(f_b) sum_s n_bs exp(g_s)`: the cells are never written out.
+    Raises FloatingPointError when the loss is not finite.
+    """
+    nlist, n_segments = mass.shape[-1] - 1, len(ages) + 1
+    group = q.shape[0] // counts.shape[0]
+    typical = counts.float().mean(1).unflatten(-1, (nlist, n_segments))
+    in_bucket = typical.sum(-1).repeat_interleave(group, 0).clamp(min=0.25)
+    in_segment = typical.sum(1).repeat_interleave(group, 0).clamp(min=1)
+    average, by_segment = mass.float().mean(1), segment_mass.float().mean(1)
+    f = (average[:, :-1].clamp(min=1e-7) / in_bucket).log()
+    g = (by_segment.clamp(min=1e-6) / in_segment).log()
+    start = torch.cat([f, average[:, -1:].clamp(min=1e-6).log(), g - g.mean(-1, True)], -1)
+    parameters = two_layers(q, start, hidden, seed)
+    router = CellRouter(**parameters, ages=ages)
+
+    def loss_of(picked):
+        f, o, g = (t.transpose(0, 1) for t in router.logits(q[:, picked].transpose(0, 1)))
+        n = counts[:, block_of[picked]].float().unflatten(-1, (nlist, n_segments))
+        weighted = torch.einsum("hnbs,hgns->hgnb", n, g.exp().unflatten(0, (-1, group)))
+        log_z = torch.cat([f + (weighted.flatten(0, 1) + 1e-9).log(), o], -1).logsumexp(-1)
+        y, y_segment = mass[:, picked].float(), segment_mass[:, picked].float()
+        return log_z - (y * torch.cat([f, o], -1)).sum(-1) - (y_segment * g).sum(-1)
+
+    optimise(parameters, loss_of, q.shape[1], steps, batch, lr, seed, progress)
+    return CellRouter(**{name: p.detach() for name, p in parameters.items()}, ages=ages)
+
+
+def two_layers(
+    q: Float[Tensor, "H n D"], start: Float[Tensor, "H classes"], hidden: int, seed: int
+) -> dict[str, Tensor]:
+    """Parameters of a two-layer network for each head that begins by answering `start`."""
+    heads, _, dim = q.shape
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def random(*shape, fan_in):
         values = torch.randn(*shape, generator=generator) / math.sqrt(fan_in)
         return values.to(q.device).requires_grad_()
 
-    average = mass.float().mean(1).clamp(min=1e-6)
-    parameters = {
-        "w1": init(heads, hidden, dim, fan_in=dim),
+    return {
+        "mean": q.float().mean(1),
+        "scale": q.float().std(1).clamp(min=1e-6).reciprocal(),
+        "w1": random(heads, hidden, dim, fan_in=dim),
         "b1": torch.zeros(heads, hidden, device=q.device).requires_grad_(),
-        "w2": init(heads, classes, hidden, fan_in=4 * hidden),
-        "b2": average.log().requires_grad_(),  # start from the mean distribution
+        "w2": random(heads, start.shape[1], hidden, fan_in=4 * hidden),
+        "b2": start.clone().requires_grad_(),
     }
-    router = MLPRouter(mean, scale, **parameters)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    # The mean over heads keeps the learning rate independent of how many train together.
+
+
+def optimise(
+    parameters: dict[str, Tensor],
+    loss_of: Callable[[Int[Tensor, " batch"]], Float[Tensor, "H batch"]],
+    n: int,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    progress: Callable[[int, int, float], None] | None,
+) -> None:
+    """AdamW with warm-up and cosine decay on random batches of n queries, in place."""
+    trained = [p for p in parameters.values() if p.requires_grad]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * rate
-        picked = torch.randint(n, (batch,), generator=generator).to(q.device)
-        target = mass[:, picked].float()
-        log_p = router.logits(q[:, picked].transpose(0, 1)).log_softmax(-1).transpose(0, 1)
-        loss = -(target * log_p).sum(-1).mean(1).sum()
+        losses = loss_of(torch.randint(n, (batch,), generator=generator).to(trained[0].device))
+        # Summed over heads: the learning rate is independent of how many train together.
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.mean(1).sum().backward()
         optimizer.step()
-        if progress is not None and (step % 25 == 0 or step == steps - 1):
-            value = loss.item() / heads
+        if step % 25 == 0 or step == steps - 1:
+            value = losses.mean().item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"router loss is {value} at step {step}")
-            progress(step + 1, steps, value)
-    return MLPRouter(mean, scale, **{name: p.detach() for name, p in parameters.items()})
+            if progress is not None:
+                progress(step + 1, steps, value)

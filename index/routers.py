@@ -9,7 +9,7 @@ scores of different query heads comparable, which a selection shared by a KV gro
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .lists import expand_heads
@@ -22,9 +22,17 @@ class Router(ABC):
     n_heads: int | None = None
     """Query heads it was made for; None for any multiple of the KV heads."""
 
+    n_segments: int = 1
+    """Cells a bucket, see `saap.index.cells`."""
+
     @abstractmethod
-    def mass(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist"]:
-        """Scores that grow with the expected attention mass of each bucket, float32."""
+    def mass(
+        self, q: Float[Tensor, "B Hq D"], sizes: Int[Tensor, "B Hkv cells"] | None = None
+    ) -> Float[Tensor, "B Hq cells"]:
+        """Scores that grow with the expected attention mass of each cell, float32.
+
+        `sizes`: keys in each cell. Those that score buckets whatever they hold ignore it.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -42,7 +50,7 @@ class CentroidRouter(Router):
         self.centroids = centroids
         self.nlist = centroids.shape[1]
 
-    def mass(self, q):
+    def mass(self, q, sizes=None):
         centroids = expand_heads(self.centroids[None], q.shape[1])[0]
         return torch.einsum("bhd,hnd->bhn", q.float(), centroids.float())
 
@@ -57,7 +65,7 @@ class LinearRouter(Router):
         self.weight, self.bias = weight, bias
         self.n_heads, self.nlist = weight.shape[:2]
 
-    def mass(self, q):
+    def mass(self, q, sizes=None):
         return torch.einsum("bhd,hnd->bhn", q.float(), self.weight.float()) + self.bias.float()
 
     def tensors(self):
@@ -81,7 +89,7 @@ class MLPRouter(Router):
         hidden = torch.nn.functional.silu(torch.baddbmm(self.b1[:, None], x, self.w1.mT))
         return torch.baddbmm(self.b2[:, None], hidden, self.w2.mT).transpose(0, 1)
 
-    def mass(self, q):
+    def mass(self, q, sizes=None):
         return self.logits(q).softmax(-1)[..., :-1]
 
     def tensors(self):

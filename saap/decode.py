@@ -44,6 +44,7 @@ class LayerDecoder:
                 n_heads,
                 sm_scale,
                 softcap,
+                k_rope.shape[2] - stop,
             )
         )
         store = LayerStore(

@@ -101,9 +101,8 @@ class KVStore:
         new = [length] * batch if mask is None else mask.sum(1).tolist()
         self.flush()
         lengths = self.lengths or [0] * batch
-        self.rows.reserve(
-            max(a + b for a, b in zip(lengths, new, strict=True)), k_rope, self.length
-        )
+        longest = max(a + b for a, b in zip(lengths, new, strict=True))
+        self.rows.reserve(max(longest, self.capacity), k_rope, self.length)
         if not self.lengths:
             self.lengths, self.middles = lengths, [0] * batch
         lists = self._lists_of_new(k_derope, new)
@@ -153,7 +152,7 @@ class KVStore:
         """`starts, lengths` of all that one token of each sequence visits."""
         if self._ranges is None:
             self._ranges = StepRanges(self.budget.n_sink, self.rows.k)
-            self._ranges.recount(self.rows.lists, self.middles, self.routing)
+            self._recount()
         if not any(self.middles) or self.length <= budget.dense_below:
             return self._ranges.dense(self.lengths)
         return self._ranges.selected(self.lengths, self.middles, self.routing, q_derope, budget)
@@ -261,7 +260,9 @@ class KVStore:
 
     def _recount(self) -> None:
         if self._ranges is not None:
-            self._ranges.recount(self.rows.lists, self.middles, self.routing)
+            self._ranges.recount(
+                self.rows.lists, self.rows.tokens, self.middles, self.routing, self.budget.window
+            )
 
     def _lists_of_new(self, k_derope: Tensor, new: list[int]) -> Tensor | int:
         """Lists of the new tokens; single tokens wait (-1), to be assigned many at a time."""

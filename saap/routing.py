@@ -5,10 +5,10 @@ The one place that `saap` and `linear` (the methods) and the KV store share.
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saap.index.cells import CellRouter, cells_of
 from saap.index.kmeans import assign
 from saap.index.lists import expand_heads
 from saap.index.routers import Router
@@ -16,7 +16,8 @@ from saap.index.routers import Router
 from .trained_index import LayerIndex
 
 # Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets
-# are noisy, so the size counts by its root: between mass and mass per row, better than both.
+# are noisy, so for routers that do not know the sizes the size counts by its root: between mass
+# and mass per row, better than both. `CellRouter` predicts mass per row: no correction.
 SIZE_POWER = 0.5
 
 
@@ -24,7 +25,8 @@ SIZE_POWER = 0.5
 class LayerRouting:
     """Partition and router of one layer.
 
-    Keys and queries are de-RoPEd: `k [B, Hkv, T, D]`, `q [B, Hq, D]`.
+    Keys and queries are de-RoPEd: `k [B, Hkv, T, D]`, `q [B, Hq, D]`. A list is a cell: a bucket,
+    or one of the age segments of a bucket where the router tells them apart.
     """
 
     centroids: Float[Tensor, "Hkv nlist D"]
@@ -36,8 +38,12 @@ class LayerRouting:
         return cls(layer.centroids, layer.router(router))
 
     @property
-    def n_lists(self) -> int:
+    def nlist(self) -> int:
         return self.centroids.shape[1]
+
+    @property
+    def n_lists(self) -> int:
+        return self.nlist * self.router.n_segments
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +51,19 @@ class LayerRouting:
         return self.router.nbytes
 
     def assign(self, k_derope: Float[Tensor, "B Hkv T D"]) -> Int[Tensor, "B Hkv T"]:
+        """The bucket of each key."""
         return assign(k_derope, self.centroids)
+
+    def lists_of(
+        self, buckets: Int[Tensor, "B Hkv T"], age: Int[Tensor, "*B_Hkv_T"]
+    ) -> Int[Tensor, "B Hkv T"]:
+        """The list of each key from its bucket and its age, the distance to the newest token.
+
+        Lists of a bucket follow each other from old to new.
+        """
+        if self.router.n_segments == 1:
+            return buckets
+        return cells_of(buckets, age, self.router.ages.to(age.device))
 
     def scores(
         self,
@@ -60,9 +78,10 @@ class LayerRouting:
         `per_row`: worth by rows visited (for `max_tokens`), else predicted mass (`nprobe`,
         `top_p`).
         """
-        mass = self.router.mass(q_derope)
+        mass = self.router.mass(q_derope, sizes)
         if share == "group":
             mass = mass.unflatten(1, (self.centroids.shape[0], -1)).sum(2)
         if not per_row:
             return mass
-        return mass / expand_heads(sizes.float().clamp(min=1), mass.shape[1]) ** SIZE_POWER
+        rows = expand_heads(sizes.float().clamp(min=1), mass.shape[1])
+        return mass / (rows if isinstance(self.router, CellRouter) else rows**SIZE_POWER)

@@ -35,18 +35,25 @@ class StepRanges:
 
     def recount(
         self,
-        lists: Int[Tensor, "B Hkv capacity"],
+        buckets: Int[Tensor, "B Hkv capacity"],
+        tokens: Int[Tensor, "B Hkv capacity"],
         middles: list[int],
         routing: LayerRouting | None,
+        window: int,
     ) -> None:
-        """Offsets of the lists over the rows of the middle, after rows were put into lists."""
+        """Offsets of the lists over the rows of the middle, after rows were put into buckets.
+
+        `window` tokens at least follow the middle: the age of its newest key.
+        """
         if routing is None or not any(middles):
             return
         shape = (self.batch, self.n_kv, routing.n_lists)
         counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
         for b, n in enumerate(middles):
-            own = lists[b, :, self.n_sink : self.n_sink + n]
-            counts[b].scatter_add_(1, own.long(), torch.ones_like(own))
+            middle = slice(self.n_sink, self.n_sink + n)
+            age = middle.stop - 1 + window - tokens[b, :, middle]
+            own = routing.lists_of(buckets[b, :, middle], age)
+            counts[b].scatter_add_(1, own.long(), torch.ones_like(own, dtype=torch.int32))
         self.sizes = counts
         self.offsets = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
         self._smallest = counts.masked_fill(counts == 0, torch.iinfo(torch.int32).max)

@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from saap.index.cells import CellRouter
 from saap.index.routers import ROUTERS, CentroidRouter, Router
 
 FORMAT_VERSION = 1
 FORMAT = "saap.TrainedIndex"
+SAVED_ROUTERS = {**ROUTERS, "cells": CellRouter}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class LayerIndex:
 class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
-    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one), `seed`,
+    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one), `ages`
+    (where the cells of a bucket begin, see `saap.index.cells`), `seed`,
     `context`, `n_sink`, `window`, `corpus` (hash and number of tokens), `recall` (middle recall a
     router, layer and query head on a held-out part, as measured after training).
     """
@@ -63,6 +66,11 @@ class TrainedIndex:
     @property
     def default_router(self) -> str:
         return self.metadata["router"]
+
+    @property
+    def ages(self) -> Tensor:
+        """Bounds of the age segments, int32 `[S - 1]`; empty where lists are whole buckets."""
+        return torch.tensor(self.metadata.get("ages", []), dtype=torch.int32)
 
     def check_model(self, description: dict) -> None:
         """Raise ValueError naming what differs when this index was trained for another model."""
@@ -138,7 +146,7 @@ class TrainedIndex:
 def layer_from_tensors(tensors: dict[str, Tensor], prefix: str) -> LayerIndex:
     own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     routers = {}
-    for name, router_class in ROUTERS.items():
+    for name, router_class in SAVED_ROUTERS.items():
         parts = {k.split(".", 1)[1]: t for k, t in own.items() if k.startswith(name + ".")}
         if parts:
             routers[name] = router_class(**parts)

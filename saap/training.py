@@ -7,20 +7,21 @@ all routers are fitted at once. Memory: one sequence's cache, the sampled keys, 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from saap.index import fitting, kmeans
+from saap.index import cells, fitting, kmeans
 
 from . import hf
-from .masses import bucket_masses
+from .masses import Masses, attention_masses
 from .prefill import DensePrefill, LayerCall
 from .trained_index import LayerIndex, TrainedIndex
 
 Progress = Callable[[str, int, int], None]
-TRAINABLE = ("mlp", "linear", "centroid")
+TRAINABLE = ("cells", "mlp", "linear", "centroid")
+N_SEGMENTS = 8
 RECALL_SHARE = 16  # the recorded recall visits nlist / 16 buckets
 
 
@@ -67,14 +68,46 @@ class KeySampler(DensePrefill):
         return out
 
 
+@dataclass
+class Observed:
+    """What the queries of one layer looked at; pieces of `[H, n, ...]`, see `masses.Masses`."""
+
+    q: list[Tensor] = field(default_factory=list)
+    buckets: list[Tensor] = field(default_factory=list)
+    segments: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    block_of: list[Tensor] = field(default_factory=list)
+
+    def add(self, q_derope: Tensor, masses: Masses) -> None:
+        n_blocks = sum(c.shape[1] for c in self.counts)
+        self.q.append(q_derope[0].float())
+        self.buckets.append(masses.buckets[0].half())
+        self.segments.append(masses.segments[0].half())
+        self.counts.append(masses.counts[0].half())
+        self.block_of.append(n_blocks + torch.arange(q_derope.shape[2]) // masses.block)
+
+    def joined(self) -> tuple[Tensor, ...]:
+        """`q [Hq, n, D], buckets [Hq, n, nlist + 1], segments [Hq, n, S],
+        counts [Hkv, blocks, nlist * S], block_of [n]`."""
+        return (
+            *(torch.cat(t, 1) for t in (self.q, self.buckets, self.segments, self.counts)),
+            torch.cat(self.block_of),
+        )
+
+
 class MassRecorder(DensePrefill):
-    """Computes the true bucket masses of sampled queries inside each layer's attention."""
+    """Computes the true masses of sampled queries inside each layer's attention."""
 
     def __init__(
-        self, capacity, centroids: list[Tensor], sampling: Sampling, keep: dict[int, list]
+        self,
+        capacity: int,
+        centroids: list[Tensor],
+        sampling: Sampling,
+        ages: Tensor,
+        keep: dict[int, Observed],
     ):
         super().__init__(capacity)
-        self.centroids, self.sampling, self.keep = centroids, sampling, keep
+        self.centroids, self.sampling, self.ages, self.keep = centroids, sampling, ages, keep
 
     def __call__(self, call: LayerCall) -> Tensor:
         out = super().__call__(call)
@@ -87,7 +120,7 @@ class MassRecorder(DensePrefill):
         if len(chosen) == 0:
             return out
         rows = chosen - places[0]
-        masses = bucket_masses(
+        masses = attention_masses(
             call.q_rope[:, :, rows],
             k_rope,
             kmeans.assign(k_derope, centroids),
@@ -96,11 +129,10 @@ class MassRecorder(DensePrefill):
             sm_scale=call.sm_scale,
             n_sink=self.sampling.n_sink,
             window=self.sampling.window,
+            ages=self.ages,
             softcap=call.softcap,
         )
-        self.keep.setdefault(call.layer, []).append(
-            (call.q_derope[0][:, rows].float(), masses[0].half())
-        )
+        self.keep.setdefault(call.layer, Observed()).add(call.q_derope[:, :, rows], masses)
         return out
 
 
@@ -122,12 +154,13 @@ def train(
     token_ids: Tensor | Sequence[Tensor],
     *,
     nlist: int | None = None,
-    router: str = "mlp",
+    router: str = "cells",
     seed: int = 0,
     n_sink: int = 16,
     window: int | None = None,
+    n_segments: int = N_SEGMENTS,
     hidden: int = 128,
-    steps: int = 800,
+    steps: int = 400,
     baselines: bool = False,
     progress: Progress | None = None,
 ) -> TrainedIndex:
@@ -135,10 +168,12 @@ def train(
 
     `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
     to measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
-    sequence). `router`: the default router of the result, "mlp", "linear" or "centroid"; the
-    linear one is always fitted as well when "mlp" is. `n_sink`, `window`: the tokens that stay
-    dense in use (`default_window`). `baselines` also clusters keys with RoPE left on, for
-    comparison. `progress(what, done, total)` is called as work proceeds. The same seed gives the
+    sequence). `router`: the default router of the result, "cells" (`saap.index.cells`, with
+    `n_segments` ages a bucket), "mlp" (Saap's own form: whole buckets), "linear" or "centroid".
+    `n_sink`, `window`: the tokens that stay dense in use (`default_window`). `hidden`, `steps`:
+    width and optimiser steps of the network. `baselines` adds what is only there to be compared
+    with: the linear and mlp routers, and centroids of keys with RoPE left on.
+    `progress(what, done, total)` is called as work proceeds. The same seed gives the
     same index on the same machine.
 
     Raises ValueError for a model without RoPE, an empty or too short corpus, or bad options, and
@@ -170,25 +205,21 @@ def train(
     centroids, centroids_rope = _partition(
         model, sequences[held:], nlist, sampling, seed, baselines, progress
     )
-    observed = []
-    for which, part in (("fit", sequences[held:]), ("held", sequences[:held])):
-        kept: dict[int, list] = {}
+    ages = cells.segment_ages(n_segments, sampling.window, longest)
+    observed = {}
+    for what, part in (
+        ("attention mass over buckets", sequences[held:]),
+        ("held-out mass", sequences[:held]),
+    ):
+        kept: dict[int, Observed] = {}
         for number, tokens in enumerate(part):
-            hf.run_chunks(
-                model, tokens[None], MassRecorder(len(tokens), centroids, sampling, kept)
-            )
-            progress(
-                "attention mass over buckets" if which == "fit" else "held-out mass",
-                number + 1,
-                len(part),
-            )
-        observed.append(
-            [
-                tuple(torch.cat(parts, 1) for parts in zip(*kept[layer], strict=True))
-                for layer in range(len(centroids))
-            ]
-        )
-    routers = _fit_routers(observed[0], router, hidden, steps, seed, progress)
+            recorder = MassRecorder(len(tokens), centroids, sampling, ages, kept)
+            hf.run_chunks(model, tokens[None], recorder)
+            progress(what, number + 1, len(part))
+        observed[what] = [kept[layer].joined() for layer in range(len(centroids))]
+    fitted, held_out = observed.values()
+    wanted = {router, *(("linear", "mlp") if baselines else ())} - {"centroid"}
+    routers = _fit_routers(fitted, ages, sorted(wanted), hidden, steps, seed, progress)
     layers = tuple(
         LayerIndex(centroids[i], routers[i], centroids_rope[i] if baselines else None)
         for i in range(len(centroids))
@@ -203,13 +234,14 @@ def train(
             "context": longest,
             "n_sink": sampling.n_sink,
             "window": sampling.window,
+            "ages": ages.tolist() if router == "cells" else [],
             "corpus": {
                 "tokens": sum(len(t) for t in sequences),
                 "sha256": hf.fingerprint(torch.cat(sequences)),
             },
         },
     )
-    index.metadata["recall"] = held_out_recall(index, observed[1])
+    index.metadata["recall"] = held_out_recall(index, held_out)
     return index
 
 
@@ -233,43 +265,50 @@ def _partition(model, sequences, nlist, sampling, seed, baselines, progress):
     return centroids, centroids_rope
 
 
-def _fit_routers(observed, router, hidden, steps, seed, progress) -> list[dict]:
+def _fit_routers(observed, ages, names, hidden, steps, seed, progress) -> list[dict]:
+    """The routers of these names, `[layer][name]`; networks of all layers together."""
     routers: list[dict] = [{} for _ in observed]
-    if router == "centroid":
-        return routers
-    for layer, (q, mass) in enumerate(observed):
-        routers[layer]["linear"] = fitting.fit_linear(q, mass)
-        progress("linear routers", layer + 1, len(observed))
-    if router == "mlp":
-        heads = observed[0][0].shape[0]
-        with torch.enable_grad():
-            joint = fitting.fit_mlp(
-                torch.cat([q for q, _ in observed]),
-                torch.cat([mass for _, mass in observed]),
-                hidden=hidden,
-                steps=steps,
-                seed=seed,
-                progress=lambda done, total, loss: progress(
-                    f"routers of all layers (loss {loss:.3f})", done, total
-                ),
+    joined = [torch.cat(parts) for parts in zip(*(o[:4] for o in observed), strict=True)]
+    q, mass, segments, counts = joined
+    options = {"hidden": hidden, "steps": steps, "seed": seed}
+    for name in names:
+        if name == "linear":
+            joint = fitting.fit_linear(q, mass)
+        else:
+            options["progress"] = lambda done, total, loss, name=name: progress(
+                f"router {name} (loss {loss:.3f})", done, total
             )
+            with torch.enable_grad():
+                if name == "cells":
+                    blocks = observed[0][4]
+                    joint = fitting.fit_cells(q, mass, segments, counts, blocks, ages, **options)
+                else:
+                    joint = fitting.fit_mlp(q, mass, **options)
+        heads = len(q) // len(observed)
         for layer, found in enumerate(routers):
             own = slice(layer * heads, (layer + 1) * heads)
-            found["mlp"] = type(joint)(**{n: t[own].clone() for n, t in joint.tensors().items()})
+            parts = {n: (t if n == "ages" else t[own]).clone() for n, t in joint.tensors().items()}
+            found[name] = type(joint)(**parts)
     return routers
 
 
 def held_out_recall(index: TrainedIndex, observed) -> dict:
-    """Middle recall of each router at `nlist / 16` buckets, `[layer][head]`, and the oracle's."""
+    """Middle recall of each router at `nlist / 16` whole buckets, `[layer][head]`, and the
+    oracle's."""
     nprobe = max(1, index.nlist // RECALL_SHARE)
     found: dict[str, list] = {"nprobe": nprobe, "middle_mass": [], "oracle": []}
-    for layer, (q, mass) in zip(index.layers, observed, strict=True):
+    for layer, (q, mass, _, counts, block_of) in zip(index.layers, observed, strict=True):
         middle = mass[..., :-1].float()
         total = middle.sum((-1, -2)).clamp(min=1e-9)
         found["middle_mass"].append((middle.sum(-1).mean(-1)).tolist())
         found["oracle"].append((middle.topk(nprobe, -1).values.sum((-1, -2)) / total).tolist())
         for name in ("centroid", *layer.routers):
-            scores = layer.router(name).mass(q.transpose(0, 1)).transpose(0, 1)
+            router = layer.router(name)
+            sizes = counts[:, block_of].transpose(0, 1).float()
+            if router.n_segments == 1:
+                sizes = None
+            scores = router.mass(q.transpose(0, 1), sizes).transpose(0, 1)
+            scores = scores.unflatten(-1, (index.nlist, router.n_segments)).sum(-1)
             best = scores.topk(nprobe, -1).indices
             caught = middle.gather(-1, best).sum((-1, -2)) / total
             found.setdefault(name, []).append(caught.tolist())

@@ -9,8 +9,9 @@ from saap.kernels.attention.api import merge_states
 from saap.methods import METHODS, find_method
 
 LAYER = 2
-# Methods that visit buckets of the trained partition, of which there are `index.nlist`.
-BUCKETED = ["oracle", "random", "kmeans-rope", "kmeans", "linear", "saap", "moments"]
+# Methods that visit whole buckets, of which there are `index.nlist`, and those that visit cells.
+BUCKETED = ["random", "kmeans-rope", "kmeans", "linear", "mlp", "moments"]
+CELLED = ["oracle", "saap"]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,11 @@ def test_full_budget_equals_dense(problem, reference_index, name, share):
     assert (lse - exact_lse).abs().max() <= 2e-6 * max(1.0, float(exact_lse.abs().max()))
 
 
-@pytest.mark.parametrize("name", BUCKETED)
+@pytest.mark.parametrize("name", BUCKETED + CELLED)
 def test_nprobe_nlist_equals_dense(problem, reference_index, name):
     method = find_method(name)(reference_index)
-    out, _, rows = answer(problem, method, Budget(nprobe=reference_index.nlist))
+    cells = len(reference_index.ages) + 1 if name in CELLED else 1
+    out, _, rows = answer(problem, method, Budget(nprobe=reference_index.nlist * cells))
     assert (rows == problem.stop - problem.first).all()
     exact = problem.exact[0]
     assert (out - exact).abs().max() <= 2e-6 * max(1.0, float(exact.abs().max()))
@@ -72,19 +74,21 @@ def test_larger_budget_never_lowers_recall(problem, reference_index, name, share
 
 @pytest.mark.parametrize("share", ["group", "head"])
 def test_nothing_beats_the_oracle(problem, reference_index, share):
-    budget = Budget(nprobe=4, share=share)
-    caught = {}
-    for name in BUCKETED:
-        method = find_method(name)(reference_index)
-        if name == "kmeans-rope":
-            continue  # another partition: the oracle of this one does not bound it
-        _, lse, _ = answer(problem, method, budget)
-        per_head = (lse - problem.exact[1]).exp()
+    """Neither in as many cells, nor whole buckets in the cells that make them up."""
+
+    def caught(name, budget):
+        _, lse, _ = answer(problem, find_method(name)(reference_index), budget)
+        mass = (lse - problem.exact[1]).exp()
         if share == "group":
-            per_head = per_head.unflatten(1, (problem.n_kv, -1)).sum(-1)
-        caught[name] = per_head
-    for name, mass in caught.items():
-        assert (mass <= caught["oracle"] + 1e-5).all(), name
+            mass = mass.unflatten(1, (problem.n_kv, -1)).sum(-1)
+        return mass
+
+    best = caught("oracle", Budget(nprobe=4, share=share))
+    assert (caught("saap", Budget(nprobe=4, share=share)) <= best + 1e-5).all()
+    for name in ("random", "kmeans", "linear", "mlp"):
+        mass = caught(name, Budget(nprobe=4, share=share))
+        # Four buckets are 32 cells.
+        assert (mass <= caught("oracle", Budget(nprobe=32, share=share)) + 1e-5).all(), name
 
 
 def test_unknown_method_names_the_nearest():
@@ -120,5 +124,7 @@ def test_budget_for_selectivity_counts_sinks_and_window():
 
 
 def test_nprobe_above_nlist(problem, reference_index):
-    with pytest.raises(ValueError, match="nprobe=33: accepted are 1 to nlist=32"):
-        answer(problem, find_method("saap")(reference_index), Budget(nprobe=33))
+    n_cells = reference_index.nlist * (len(reference_index.ages) + 1)
+    assert n_cells == 256
+    with pytest.raises(ValueError, match="nprobe=257: accepted are 1 to nlist=256"):
+        answer(problem, find_method("saap")(reference_index), Budget(nprobe=257))

@@ -62,6 +62,7 @@ class LayerProblem:
             self.q_rope.shape[1],
             self.call.sm_scale,
             self.call.softcap,
+            self.n_context - self.stop,
         )
         everything = torch.tensor([[[self.first, self.stop - self.first]]], dtype=torch.int32)
         everything = everything.expand(self.n_queries, self.n_kv, 2)

@@ -9,7 +9,7 @@ from .exact_tokens import Flat, OracleTokens
 from .hnsw import HNSW
 from .ivf import KMeans, KMeansRope
 from .kmeans_online import KMeansOnline
-from .learned import Linear, Saap
+from .learned import MLP, Linear, Saap
 from .lsh import LSH
 from .mean_pages import MeanPages
 from .moments import Moments, MomentsPages
@@ -27,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "kmeans-rope": KMeansRope,
     "kmeans": KMeans,
     "linear": Linear,
+    "mlp": MLP,
     "saap": Saap,
     "moments": Moments,
     "kmeans-online": KMeansOnline,

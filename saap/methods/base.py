@@ -17,7 +17,10 @@ Ranges = tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """The middle of one layer's cache: `k_rope, k_derope [1, Hkv, M, D]`, in time order."""
+    """The middle of one layer's cache: `k_rope, k_derope [1, Hkv, M, D]`, in time order.
+
+    `window` tokens follow it.
+    """
 
     layer: int
     k_rope: Float[Tensor, "1 Hkv M D"]
@@ -25,6 +28,13 @@ class LayerKeys:
     n_heads: int
     sm_scale: float
     softcap: float | None = None
+    window: int = 0
+
+    @property
+    def age(self) -> Int[Tensor, " M"]:
+        """Distance of each key to the newest token of the context."""
+        n = self.k_rope.shape[2]
+        return self.window + torch.arange(n - 1, -1, -1, device=self.k_rope.device)
 
 
 class Selector(ABC):

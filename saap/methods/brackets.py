@@ -1,11 +1,12 @@
 """What brackets every other method on the same partition: the oracle above, random buckets below.
 
-The oracle knows the true attention mass of each bucket. Where the budget is rows it takes buckets
-by mass per row, else by mass.
+The oracle knows the true attention mass of each list of the index (cells, or buckets where the
+index has no cells). Where the budget is rows it takes them by mass per row, else by mass.
 """
 
 import torch
 
+from saap.index.cells import cells_of
 from saap.index.kmeans import assign
 from saap.index.lists import invert
 
@@ -13,9 +14,9 @@ from .base import BucketSelector, Method, group_sum, middle_weights
 
 
 class OracleSelector(BucketSelector):
-    def __init__(self, keys, centroids):
-        self.buckets = assign(keys.k_derope, centroids)
-        super().__init__(invert(self.buckets, centroids.shape[1]))
+    def __init__(self, keys, centroids, ages):
+        self.buckets = cells_of(assign(keys.k_derope, centroids).long(), keys.age, ages)
+        super().__init__(invert(self.buckets, centroids.shape[1] * (len(ages) + 1)))
         self.keys = keys
         # An oracle reads every key; that is not a price anyone could pay, so it is not counted.
         self.nbytes = 0
@@ -23,7 +24,7 @@ class OracleSelector(BucketSelector):
     def scores(self, q_rope, q_derope, budget):
         weights = middle_weights(self.keys, q_rope)
         group = weights.shape[1] // self.buckets.shape[1]
-        buckets = self.buckets.long().repeat_interleave(group, 1).expand_as(weights)
+        buckets = self.buckets.repeat_interleave(group, 1).expand_as(weights)
         mass = weights.new_zeros(*weights.shape[:2], self.lists.nlist)
         mass.scatter_add_(-1, buckets, weights)
         sizes = self.lists.sizes.float().clamp(min=1)
@@ -38,7 +39,7 @@ class Oracle(Method):
     name = "oracle"
 
     def build(self, keys):
-        return OracleSelector(keys, self.index.layers[keys.layer].centroids)
+        return OracleSelector(keys, self.index.layers[keys.layer].centroids, self.index.ages)
 
 
 class RandomSelector(BucketSelector):

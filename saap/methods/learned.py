@@ -1,8 +1,9 @@
 """Learned routing over a k-means partition of de-RoPEd keys.
 
-`saap` scores buckets with the trained classifier (Saap, arXiv 2502.08246, section 4.2); `linear`
-with the closed-form least-squares map from query to bucket mass. For a selection shared by a KV
-group the predicted masses of its query heads are added.
+`saap` scores the lists of the index with its default router: cells, buckets cut by age
+(`saap.index.cells`). `mlp` is the form of Saap (arXiv 2502.08246, section 4.2): a classifier over
+whole buckets. `linear` scores buckets with the closed-form least-squares map from query to bucket
+mass. For a selection shared by a KV group the predicted masses of its query heads are added.
 """
 
 from saap.index.lists import invert
@@ -13,7 +14,8 @@ from .base import BucketSelector, Method
 
 class RoutedSelector(BucketSelector):
     def __init__(self, keys, routing: LayerRouting):
-        super().__init__(invert(routing.assign(keys.k_derope), routing.n_lists))
+        lists = routing.lists_of(routing.assign(keys.k_derope), keys.age)
+        super().__init__(invert(lists, routing.n_lists))
         self.routing = routing
         self.nbytes = routing.nbytes
 
@@ -31,9 +33,18 @@ class Linear(Method):
     router = "linear"
 
     def build(self, keys):
-        return RoutedSelector(keys, LayerRouting.of(self.index.layers[keys.layer], self.router))
+        layer = self.index.layers[keys.layer]
+        return RoutedSelector(keys, LayerRouting.of(layer, self.router))
+
+
+class MLP(Linear):
+    name = "mlp"
+    router = "mlp"
 
 
 class Saap(Linear):
     name = "saap"
-    router = "mlp"
+
+    @property
+    def router(self):
+        return self.index.default_router
