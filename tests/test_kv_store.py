@@ -308,6 +308,11 @@ def test_memory(routing):
     before = store.k.data_ptr()
     store.reserve(3000)
     assert store.k.data_ptr() == before
+    roomy = KVStore(routing, SMALL, capacity=4000)
+    roomy.append(*part(keys, 0, 10))
+    before = roomy.k.data_ptr()
+    roomy.append(*part(keys, 10, 4000))
+    assert roomy.k.data_ptr() == before
 
 
 def test_no_memory_loses_nothing(routing):

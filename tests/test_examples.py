@@ -1,0 +1,44 @@
+"""The examples do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from saap import KVStore, LayerRouting
+from saap.budget import Budget
+
+from .test_generate import random_index
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_custom_decoder_is_the_model(reference_model):
+    custom = example("custom_decoder")
+    config = custom.Config.read(custom.FOLDER)
+    weights = {
+        n: w.float() for n, w in custom.load_file(custom.FOLDER / "model.safetensors").items()
+    }
+    index = random_index(reference_model)
+    budget = Budget(nprobe=8, n_sink=4, window=16, flush_every=16)
+    stores = [KVStore(LayerRouting.of(x, index.default_router), budget) for x in index.layers]
+    text = custom.default_prompt()[-120:]
+    tokens = [custom.BEGIN, *text]
+    for caches in (stores, custom.make_stores(config, None, budget)):
+        decoder = custom.Decoder(config, weights, caches)
+        logits = decoder.forward(tokens[:100])
+        for token in tokens[100:]:
+            logits = decoder.forward([token])
+        with torch.no_grad():
+            true = reference_model(torch.tensor([tokens])).logits[0, -1]
+        assert (logits - true).abs().max() < 1e-4 * float(true.abs().max())
+    assert stores[0].middles[0] > 0
+    lines = (EXAMPLES / "custom_decoder.py").read_text().splitlines()
+    assert len(lines) < 200
