@@ -181,6 +181,11 @@ class KVStore:
             self._new = []
         self._flush()
 
+    def settle(self) -> None:
+        """As `flush`, and every token has the number of its list: ready to be saved."""
+        self.flush()
+        self._assign_pending()
+
     def _flush(self) -> None:
         due = [max(0, self._due(n) - m) for n, m in zip(self.lengths, self.middles, strict=True)]
         if not any(due):

@@ -7,6 +7,7 @@ because dynamic and longrope tables change as a sequence grows.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,18 @@ class SaapModel:
     def cache(self, capacity: int = 0) -> SaapCache:
         """An empty cache. `capacity`: tokens a sequence to make room for at once."""
         return SaapCache(self._layers(capacity), self)
+
+    def save_context(self, cache: SaapCache, tokens: Tensor, path: str | Path) -> None:
+        """Write the cache of `tokens [N]` to a file: see `saap.hf.contexts`."""
+        from .contexts import save_context
+
+        save_context(self, cache, tokens, path)
+
+    def open_context(self, path: str | Path) -> tuple[SaapCache, Tensor]:
+        """A cache mapped from a file that `save_context` wrote, and its tokens `[N]`."""
+        from .contexts import open_context
+
+        return open_context(self, path)
 
     def _layers(self, capacity: int = 0) -> list:
         layers = []

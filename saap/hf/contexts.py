@@ -1,0 +1,99 @@
+"""Contexts on disk: a document is read once, then asked many times."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saap import context_file, kv_state
+from saap.trained_index import checksum
+
+from .attached import SaapModel
+from .cache import SaapCache, SaapLayer
+from .models import describe
+
+
+def save_context(
+    saap_model: SaapModel, cache: SaapCache, tokens: Tensor, path: str | Path
+) -> None:
+    """Write a cache that holds `tokens [N]`, one sequence, with its lists.
+
+    Raises ValueError for a batch, for tokens that do not fit, and when it cannot be written.
+    """
+    if cache.owner is not saap_model:
+        raise ValueError("this SaapCache belongs to another model or an earlier block")
+    if cache.lengths != [len(tokens)] or cache.get_seq_length() != len(tokens):
+        raise ValueError(
+            f"the cache holds sequences of {cache.lengths} tokens: accepted is one, of the "
+            f"{len(tokens)} tokens given"
+        )
+    layers, tensors = [], {"token_ids": tokens.to(torch.int32).cpu()}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, SaapLayer):
+            state, own = kv_state.saved(layer.store)
+        else:
+            own = {"keys": layer.keys, "values": layer.values}
+            state = {"cumulative_length": layer.cumulative_length}
+        layers.append(state)
+        tensors |= {f"layers.{number}.{name}": t for name, t in own.items()}
+    header = {
+        "model": describe(saap_model.model),
+        "index": index_id(saap_model),
+        "budget": layout(saap_model),
+        "layers": layers,
+    }
+    context_file.write(path, header, tensors)
+
+
+def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Tensor]:
+    """The cache, mapped from the file, and its tokens `[N]`.
+
+    Raises ValueError, naming what differs, for a context of another model, index or layout, and
+    for files that are cut short or altered.
+    """
+    header, tensors = context_file.read(path)
+    for name, own in (
+        ("model", describe(saap_model.model)),
+        ("index", index_id(saap_model)),
+        ("budget", layout(saap_model)),
+    ):
+        theirs = header.get(name)
+        if theirs != own:
+            keys = [k for k in own if theirs.get(k) != own[k]] if isinstance(theirs, dict) else []
+            detail = f" ({keys[0]} is {theirs.get(keys[0])}, not {own[keys[0]]})" if keys else ""
+            raise ValueError(
+                f"{path}: this context was made with another {name}{detail}: make it again with "
+                "`saap index`"
+            )
+    cache = saap_model.cache()
+    for number, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        prefix = f"layers.{number}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n: t.to(saap_model.model.device) for n, t in own.items()}
+        if isinstance(layer, SaapLayer):
+            try:
+                layer.store = kv_state.restored(state, own, layer.store.routing, saap_model.budget)
+            except ValueError as error:
+                raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
+            layer.slots = layer.store.length
+        else:
+            layer.lazy_initialization(own["keys"], own["values"])
+            layer.keys, layer.values = own["keys"], own["values"]
+            layer.cumulative_length = state["cumulative_length"]
+        layer.is_initialized = True
+    tokens = tensors["token_ids"].long()
+    if cache.lengths != [len(tokens)]:
+        raise ValueError(f"{path}: {len(tokens)} tokens for {cache.lengths} rows: it was altered")
+    cache.last_positions = [len(tokens) - 1]
+    return cache, tokens
+
+
+def layout(saap_model: SaapModel) -> dict:
+    """What of a budget lays out rows, and so has to be the same when a context is opened."""
+    budget = saap_model.budget
+    fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
+    return {**fixed, "dense_layers": list(budget.dense_layers)}
+
+
+def index_id(saap_model: SaapModel) -> str:
+    return checksum(saap_model.index.tensors())[:16]

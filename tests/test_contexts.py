@@ -1,0 +1,184 @@
+"""Contexts on disk: the same answers as without the round trip; other files are refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import saap
+from saap import context_file
+from saap.budget import Budget
+
+from .test_generate import FULL, generated, make, prompt, random_index
+
+SMALL = Budget(nprobe=2, n_sink=4, window=8, flush_every=8)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "smollm3"])
+def case(request):
+    model = make(request.param)
+    return model, random_index(model)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, its index and a context file of 100 tokens."""
+    model = make("llama")
+    index = random_index(model)
+    path = tmp_path_factory.mktemp("contexts") / "document.safetensors"
+    with saap.attached(model, index, SMALL) as saap_model:
+        read(saap_model, prompt(1, 100), path)
+    return model, index, path
+
+
+def read(saap_model, tokens, path=None):
+    """A cache that holds the tokens; written to the path as well."""
+    cache = saap_model.cache()
+    with torch.no_grad():
+        for part in tokens.split(37, 1):
+            saap_model.model(part, past_key_values=cache)
+    if path is not None:
+        saap_model.save_context(cache, tokens[0], path)
+    return cache
+
+
+def answer(saap_model, cache, tokens, question):
+    tokens = torch.cat([tokens.view(1, -1), question], 1)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return generated(saap_model.model, inputs, past_key_values=cache, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("budget", [FULL, SMALL])
+def test_answer_is_that_without_the_round_trip(case, budget, tmp_path):
+    model, index = case
+    tokens, question = prompt(1, 100), prompt(1, 7, seed=4)
+    path = tmp_path / "document.safetensors"
+    with saap.attached(model, index, budget) as saap_model:
+        kept = read(saap_model, tokens, path)
+        expected = answer(saap_model, kept, tokens, question)
+    before = path.read_bytes()
+    with saap.attached(model, index, budget) as saap_model:
+        for _ in range(2):  # the first answer leaves the file as it was
+            cache, held = saap_model.open_context(path)
+            assert torch.equal(held, tokens[0])
+            assert torch.equal(answer(saap_model, cache, held, question), expected)
+            for mine, theirs in zip(cache.saap_layers, kept.saap_layers, strict=True):
+                n = theirs.store.length
+                assert torch.equal(mine.store.k[:, :, :n], theirs.store.k[:, :, :n])
+                assert torch.equal(
+                    mine.store.rows.tokens[..., :n], theirs.store.rows.tokens[..., :n]
+                )
+    assert path.read_bytes() == before
+    context_file.verify(path)
+
+
+def test_long_answer_outgrows_the_file(saved):
+    model, index, path = saved
+    with saap.attached(model, index, SMALL) as saap_model:
+        cache, tokens = saap_model.open_context(path)
+        with torch.no_grad():
+            for part in prompt(1, 1500, seed=6).split(300, 1):
+                model(part, past_key_values=cache)
+        assert cache.lengths == [1600]
+        plain = read(saap_model, torch.cat([tokens[None], prompt(1, 1500, seed=6)], 1))
+        for mine, theirs in zip(cache.saap_layers, plain.saap_layers, strict=True):
+            for layer in (mine, theirs):
+                layer.store.flush()
+            a, b = (x.store.rows.tokens[..., :1600] for x in (mine, theirs))
+            assert torch.equal(a, b)
+
+
+def altered(path, change):
+    """The file with its header changed, checksums of the header made good."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    header = json.loads(head["__metadata__"][context_file.FORMAT])
+    change(header)
+    header["sha256"] = context_file.header_digest(header)
+    head["__metadata__"][context_file.FORMAT] = json.dumps(header, sort_keys=True)
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 1
+    return bytes(data)
+
+
+BAD_FILES = {
+    "cut short": (lambda p: p.read_bytes()[:-100], "truncated or not a safetensors file"),
+    "empty": (lambda p: b"", "truncated or not a safetensors file"),
+    "version": (
+        lambda p: altered(p, lambda h: h.update(format_version=99)),
+        "format version 99: accepted is 1",
+    ),
+    "header": (
+        lambda p: p.read_bytes().replace(b'\\"window\\": 8', b'\\"window\\": 9'),
+        "its header does not fit its checksum",
+    ),
+    "index": (
+        lambda p: altered(p, lambda h: h.update(index="0" * 16)),
+        "made with another index",
+    ),
+    "rows": (
+        lambda p: altered(p, lambda h: h["layers"][0].update(middles=[5000])),
+        "layer 0: 5000 of 100 rows",
+    ),
+    "lengths": (
+        lambda p: altered(p, lambda h: [x.update(lengths=[99]) for x in h["layers"]]),
+        r"100 tokens for \[99\] rows: it was altered",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_FILES)
+def test_files_that_do_not_fit_are_refused(saved, tmp_path, wrong):
+    model, index, path = saved
+    make_bytes, message = BAD_FILES[wrong]
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(make_bytes(path))
+    with (
+        saap.attached(model, index, SMALL) as saap_model,
+        pytest.raises(ValueError, match=message),
+    ):
+        saap_model.open_context(bad)
+
+
+def test_verify_finds_altered_keys(saved, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(flipped(saved[2]))
+    with pytest.raises(ValueError, match="does not fit its checksum: the file was altered"):
+        context_file.verify(bad)
+
+
+def test_other_model_index_or_layout_is_refused(saved, tmp_path):
+    model, index, path = saved
+    other = make("qwen2")
+    with (
+        saap.attached(other, random_index(other), SMALL) as saap_model,
+        pytest.raises(ValueError, match=r"made with another model \(model_type is llama"),
+    ):
+        saap_model.open_context(path)
+    with (
+        saap.attached(model, index, dataclasses.replace(SMALL, window=9)) as saap_model,
+        pytest.raises(ValueError, match=r"made with another budget \(window is 8, not 9\)"),
+    ):
+        saap_model.open_context(path)
+    with saap.attached(model, index, SMALL) as saap_model:
+        with pytest.raises(ValueError, match="no such file; accepted is one that `saap index`"):
+            saap_model.open_context(tmp_path / "none")
+        cache = read(saap_model, prompt(1, 20))
+        with pytest.raises(ValueError, match=r"holds sequences of \[20\] tokens: accepted is one"):
+            saap_model.save_context(cache, prompt(1, 19)[0], tmp_path / "x")
+        with pytest.raises(ValueError, match="cannot be written"):
+            saap_model.save_context(cache, prompt(1, 20)[0], tmp_path / "no" / "x")
+    with (
+        saap.attached(model, index, SMALL) as saap_model,
+        pytest.raises(ValueError, match="another model or an earlier block"),
+    ):
+        saap_model.save_context(cache, prompt(1, 20)[0], tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
