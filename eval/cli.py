@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from . import cli_decode
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -158,6 +160,9 @@ def info(file: Path) -> None:
     print_index(file, TrainedIndex.load(file))
 
 
+cli_decode.register(app)
+
+
 def model_path(name: str) -> str | Path:
     from . import reference
 
@@ -187,7 +192,7 @@ def main() -> None:
     """Bad input ends in one line on standard error and exit code 2."""
     try:
         app(standalone_mode=True)
-    except (ValueError, ImportError, FloatingPointError) as error:
+    except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
         line = " ".join(str(error).split())
         print(f"saap: {line}", file=sys.stderr)
         sys.exit(2)

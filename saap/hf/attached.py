@@ -52,11 +52,13 @@ class SaapModel:
         """An empty cache. `capacity`: tokens a sequence to make room for at once."""
         return SaapCache(self._layers(capacity), self)
 
-    def save_context(self, cache: SaapCache, tokens: Tensor, path: str | Path) -> None:
-        """Write the cache of `tokens [N]` to a file: see `saap.hf.contexts`."""
+    def save_context(
+        self, cache: SaapCache, tokens: Tensor, path: str | Path, note: dict | None = None
+    ) -> None:
+        """Write the cache of `tokens [N]` to a file; `note` goes into its header."""
         from .contexts import save_context
 
-        save_context(self, cache, tokens, path)
+        save_context(self, cache, tokens, path, note)
 
     def open_context(self, path: str | Path) -> tuple[SaapCache, Tensor]:
         """A cache mapped from a file that `save_context` wrote, and its tokens `[N]`."""

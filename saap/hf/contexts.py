@@ -14,9 +14,13 @@ from .models import describe
 
 
 def save_context(
-    saap_model: SaapModel, cache: SaapCache, tokens: Tensor, path: str | Path
+    saap_model: SaapModel,
+    cache: SaapCache,
+    tokens: Tensor,
+    path: str | Path,
+    note: dict | None = None,
 ) -> None:
-    """Write a cache that holds `tokens [N]`, one sequence, with its lists.
+    """Write a cache that holds `tokens [N]`, one sequence, with its lists, and a note in JSON.
 
     Raises ValueError for a batch, for tokens that do not fit, and when it cannot be written.
     """
@@ -37,6 +41,7 @@ def save_context(
         layers.append(state)
         tensors |= {f"layers.{number}.{name}": t for name, t in own.items()}
     header = {
+        **(note or {}),
         "model": describe(saap_model.model),
         "index": index_id(saap_model),
         "budget": layout(saap_model),

@@ -1,0 +1,182 @@
+"""The commands that decode with Saap: `saap index`, `saap ask`, `saap generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="folder or hub name; 'reference' is the shipped one")]
+Index = Annotated[Path, typer.Option(help="file that `saap train` wrote for the model")]
+NumberOfTokens = Annotated[int, typer.Option("--tokens", help="tokens to generate at most")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="rows of the middle that a token visits in each layer")
+]
+Nprobe = Annotated[int | None, typer.Option(help="buckets that a token visits in each layer")]
+TopP = Annotated[
+    float | None, typer.Option(help="visit buckets until this share of the predicted mass")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="index")(index_document)
+    app.command()(ask)
+    app.command()(generate)
+
+
+def index_document(
+    model: Model,
+    document: Annotated[Path, typer.Argument(help="text file, or folder of them")],
+    out: Annotated[Path, typer.Option(help="the context file to write")],
+    index: Index,
+    chunk: Annotated[int, typer.Option(help="tokens read at once")] = 2048,
+) -> None:
+    """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
+    import saap
+
+    from .terminal import console, one_bar
+
+    loaded, tokenizer, trained = load(model, index)
+    tokens = read_tokens(tokenizer, document, loaded)
+    with saap.attached(loaded, trained, budget_of(trained)) as saap_model:
+        from saap.hf.text import read_document
+
+        with one_bar("read") as bar:
+            cache = read_document(
+                saap_model,
+                tokens,
+                chunk=chunk,
+                progress=lambda done, total: bar(f"{total:,} tokens", done, total),
+            )
+        saap_model.save_context(cache, tokens, out, note={"index_file": str(index.resolve())})
+    console.print(
+        f"wrote {out}: {len(tokens):,} tokens, {out.stat().st_size / 1e6:,.0f} MB", highlight=False
+    )
+
+
+def ask(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="file that `saap index` wrote")],
+    question: Annotated[str, typer.Argument(help="text that follows the document")],
+    index: Annotated[
+        Path | None, typer.Option(help="trained index, if it is no longer where it was")
+    ] = None,
+    tokens: NumberOfTokens = 64,
+    max_tokens: MaxTokens = None,
+    nprobe: Nprobe = None,
+    top_p: TopP = None,
+) -> None:
+    """Continue an indexed document with a question, from the file, without reading it again."""
+    import saap
+    from saap import context_file
+    from saap.hf.text import generate_text
+
+    header, _ = context_file.read(file)
+    loaded, tokenizer, trained = load(model, index or Path(header.get("index_file", "")))
+    budget = budget_of(trained, max_tokens, nprobe, top_p)
+    with saap.attached(loaded, trained, budget) as saap_model:
+        cache, document = saap_model.open_context(file)
+        found = generate_text(
+            loaded, tokenizer, joined(document, tokenizer, question), tokens, cache=cache,
+            write=write,
+        )  # fmt: skip
+        tell("saap", sum(cache.lengths), cache.visited_share, found)
+
+
+def generate(
+    model: Model,
+    index: Index,
+    prompt_file: Annotated[Path, typer.Option(help="text to continue")],
+    compare: Annotated[bool, typer.Option(help="the dense run too, and where they part")] = False,
+    tokens: NumberOfTokens = 64,
+    max_tokens: MaxTokens = None,
+    nprobe: Nprobe = None,
+    top_p: TopP = None,
+) -> None:
+    """Continue a text with Saap; tells context length, share of the cache visited, speed."""
+    import saap
+    from saap.hf.text import generate_text, read_document
+
+    from .terminal import console
+
+    loaded, tokenizer, trained = load(model, index)
+    prompt = read_tokens(tokenizer, prompt_file, loaded)
+    budget = budget_of(trained, max_tokens, nprobe, top_p)
+    with saap.attached(loaded, trained, budget) as saap_model:
+        cache = read_document(saap_model, prompt[:-1], spare=tokens + 64)
+        found = generate_text(loaded, tokenizer, prompt, tokens, cache=cache, write=write)
+        tell("saap", sum(cache.lengths), cache.visited_share, found)
+    if compare:
+        dense = generate_text(loaded, tokenizer, prompt, tokens, write=write)
+        tell("dense", len(prompt) + len(dense.tokens), 1.0, dense)
+        same = len(dense.tokens)
+        for place, pair in enumerate(zip(found.tokens, dense.tokens, strict=False)):
+            if pair[0] != pair[1]:
+                same = place
+                break
+        console.print(f"[dim]same tokens: the first {same} of {len(dense.tokens)}[/]")
+
+
+def load(model: str, index: Path):
+    from .cli import model_path
+    from .run import load_for_eval
+
+    return load_for_eval(model_path(model), index)
+
+
+def read_tokens(tokenizer, path: Path, model):
+    """The tokens of a text; warns where the model was not trained for so many."""
+    from saap import hf
+
+    from . import corpus
+    from .tasks.answering import encode
+    from .terminal import errors
+
+    tokens = encode(tokenizer, corpus.read_corpus([path]))
+    if len(tokens) < 2:
+        raise ValueError(f"{path}: {len(tokens)} tokens: accepted are at least 2")
+    if len(tokens) > hf.max_context(model):
+        errors.print(
+            f"[yellow]warning[/]: {len(tokens):,} tokens are more than the model's "
+            f"max_position_embeddings={hf.max_context(model):,}"
+        )
+    return tokens
+
+
+def joined(document, tokenizer, question: str):
+    import torch
+
+    from .tasks.answering import encode
+
+    asked = encode(tokenizer, question.encode(), special=False)
+    if len(asked) == 0:
+        raise ValueError("question '': accepted is a text that follows the document")
+    return torch.cat([document, asked])
+
+
+def budget_of(trained, max_tokens=None, nprobe=None, top_p=None):
+    """What was asked for, or the index's default; sinks and window as the index was trained."""
+    from saap import Budget
+
+    if max_tokens is None and nprobe is None and top_p is None:
+        nprobe = Budget.of(trained.nlist).nprobe
+    return Budget(
+        nprobe=nprobe,
+        max_tokens=max_tokens,
+        top_p=top_p,
+        n_sink=trained.metadata["n_sink"],
+        window=trained.metadata["window"],
+    )
+
+
+def write(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+def tell(name: str, n_context: int, share: float, found) -> None:
+    from .terminal import console
+
+    console.print(
+        f"\n[dim]{name}: {n_context:,} tokens of context, {share:.1%} of the cache visited, "
+        f"{found.tokens_per_second:.1f} tokens/s[/]",
+        highlight=False,
+    )
