@@ -12,25 +12,19 @@ import numpy as np
 from numba import carray, types
 
 from .numba_simd import (
-    CACHE_LINE,
     LANES,
     TILE,
-    accumulate,
     fetch_increment,
     float32_pointer,
     int32_pointer,
     int64_pointer,
-    prefetch,
-    score,
-    softmax,
 )
+from .numba_tiles import attend, rescale
 
 SHARES = 4
 """Shares of a thread, so that one which is held up leaves its last ones to the others."""
 
 MIN_TILES_PER_WORKER = 8
-
-ROWS_PER_PREFETCH = 8
 
 _FIELDS = (
     "q k v starts lengths out lse "  # addresses; q, out, lse float32, without gaps
@@ -134,7 +128,7 @@ def work(jobs, kind):
             if stop > tile:
                 begin = (tile - tiles[row]) * TILE
                 end = min((stop - tiles[row]) * TILE, tokens[row])
-                _attend(job, kind, row, begin, end, rows, scores, state)
+                attend(job, kind, row, begin, end, rows, scores, state)
                 if begin == 0 and end == tokens[row]:
                     _finish(job, row, state)
                 else:
@@ -198,16 +192,6 @@ def _copy(source, target):
 
 
 @_njit
-def _rescale(state, head, dim, maximum):
-    """Brings the sums of one head, which begin at `head`, to a larger maximum."""
-    factor = np.float32(math.exp(state[head + dim] - maximum))
-    for d in range(dim):
-        state[head + d] *= factor
-    state[head + dim] = maximum
-    state[head + dim + 1] *= factor
-
-
-@_njit
 def _merge(job, state, other):
     dim = job.dim
     for head in range(0, len(state), dim + LANES):
@@ -215,7 +199,7 @@ def _merge(job, state, other):
         if maximum == -np.inf:
             continue
         if maximum > state[head + dim]:
-            _rescale(state, head, dim, maximum)
+            rescale(state, head, dim, maximum)
         factor = np.float32(math.exp(maximum - state[head + dim]))
         for d in range(dim):
             state[head + d] += factor * other[head + d]
@@ -232,131 +216,3 @@ def _finish(job, row, state):
         for d in range(dim):
             out[i * dim + d] = state[head + d] / total
         lse[i] = state[head + dim] + math.log(np.float64(total))
-
-
-@_njit
-def _attend(job, kind, row, begin, end, rows, scores, state):
-    """Attention of one list's heads over its tokens from `begin` to `end`, into `state`.
-
-    rows: memory for two tiles' row numbers, int64; scores: for `[group, TILE]` float32.
-    """
-    starts = carray(int32_pointer(job.starts + 4 * row * job.ranges), job.ranges)
-    lengths = carray(int32_pointer(job.lengths + 4 * row * job.ranges), job.ranges)
-    batch, list_head = row // job.list_heads, row % job.list_heads
-    kv_head = list_head * job.kv_heads // job.list_heads
-    k = job.k + batch * job.k_batch + kv_head * job.k_head
-    v = job.v + batch * job.v_batch + kv_head * job.v_head
-    q = job.q + 4 * row * job.group * job.dim
-    sums, stride = state.ctypes.data, job.dim + LANES
-    for i in range(len(state)):
-        state[i] = 0
-    for i in range(job.group):
-        state[i * stride + job.dim] = -np.inf
-
-    at, within = 0, begin
-    while within >= lengths[at]:
-        within -= lengths[at]
-        at += 1
-    left, next_rows = end - begin, rows + 8 * TILE
-    count, at, within, scattered = _locate(starts, lengths, at, within, left, rows)
-    while count > 0:
-        left -= count
-        next_count, at, within, next_scattered = _locate(
-            starts, lengths, at, within, left, next_rows
-        )
-        _score(job, kind, q, k, v, rows, count, scattered, scores)
-        for i in range(job.group):
-            head = i * stride
-            maximum, total = softmax(
-                scores + 4 * TILE * i,
-                count,
-                np.float32(job.sm_scale),
-                np.float32(job.softcap),
-                state[head + job.dim],
-            )
-            if maximum > state[head + job.dim]:
-                _rescale(state, head, job.dim, maximum)
-            state[head + job.dim + 1] += total
-        _accumulate(job, kind, scores, k, v, rows, count, next_rows, next_scattered, sums)
-        count, scattered = next_count, next_scattered
-        rows, next_rows = next_rows, rows
-
-
-@_njit
-def _locate(starts, lengths, at, within, left, rows):
-    """Writes the rows of a tile of tokens, the last one repeated where `left` ends it.
-
-    Tokens follow from the one that is `within` range `at`. Returns how many there are, where the
-    one after them is, and whether they lie in several places, where the core's own prefetcher
-    does not find them.
-    """
-    tile = carray(int64_pointer(rows), TILE)
-    wanted = min(left, TILE)
-    found = pieces = 0
-    while found < wanted:
-        take = min(lengths[at] - within, wanted - found)
-        first = starts[at] + within
-        for i in range(take):
-            tile[found + i] = first + i
-        found += take
-        within += take
-        pieces += take > 0
-        if within == lengths[at]:
-            at += 1
-            within = 0
-    for i in range(found, TILE if found else 0):
-        tile[i] = tile[found - 1]
-    return found, at, within, pieces > 1
-
-
-@_njit
-def _score(job, kind, q, k, v, rows, count, scattered, scores):
-    """Scores of all heads; of scattered rows asks for the values meanwhile."""
-    head = 0
-    while head < job.group:
-        heads = _heads_at_once(4, job.group - head)
-        step = LANES // heads
-        query, to = q + 4 * head * job.dim, scores + 4 * head * TILE
-        for i in range(0, count, step):
-            here = rows + 8 * i
-            if scattered and head == 0:
-                _prefetch_rows(v, job.v_row, here, step, job.row_bytes)
-            score(kind, heads, query, k, job.k_row, here, job.dim, to + 4 * i)
-        head += heads
-
-
-@_njit
-def _accumulate(job, kind, scores, k, v, rows, count, next_rows, scattered, sums):
-    """Weighted values of all heads; if the next rows are scattered, asks for their keys.
-
-    A row of V is taken whole where registers hold that many sums: see `score` on the order.
-    """
-    vectors, stride = job.dim // LANES, job.dim + LANES
-    width = vectors & -vectors if vectors % LANES else LANES
-    head = 0
-    while head < job.group:
-        heads = _heads_at_once(LANES // width, job.group - head)
-        weights, to = scores + 4 * head * TILE, sums + 4 * head * stride
-        prefetching = scattered and head == 0
-        step = ROWS_PER_PREFETCH if prefetching else count
-        for i in range(0, count, step):
-            if prefetching:
-                _prefetch_rows(k, job.k_row, next_rows + 8 * i, step, job.row_bytes)
-            here, at, number = rows + 8 * i, weights + 4 * i, min(step, count - i)
-            for c in range(0, job.dim, width * LANES):
-                accumulate(kind, heads, width, at, v, job.v_row, here, number, c, to, stride)
-        head += heads
-
-
-@_njit
-def _prefetch_rows(base, row_stride, rows, count, row_bytes):
-    tile = carray(int64_pointer(rows), count)
-    for i in range(count):
-        row = base + tile[i] * row_stride
-        for offset in range(0, row_bytes, CACHE_LINE):
-            prefetch(row + offset)
-
-
-@_njit
-def _heads_at_once(most, left):
-    return 4 if most >= 4 and left >= 4 else 2 if most >= 2 and left >= 2 else 1
