@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saap.kernels.attention import attend_dense, attend_ranges, merge_states
+from saap.kernels.attention import attend_ranges
 
 from .budget import assert_within_budget
 
@@ -57,18 +57,6 @@ def test_nan_in_rows_that_no_range_selects():
     k[:, :, 20:60], v[:, :, 90:] = torch.nan, torch.inf
     dirty = attend_ranges(q, k, v, starts, lengths, impl="numba")
     assert torch.equal(clean[0], dirty[0])
-
-
-def test_halves_merge_to_the_whole():
-    q, k, v, _, _ = make(2, 8, 2, 64, 400, 1, torch.float32)
-    whole = attend_dense(q, k, v, torch.tensor([400, 300], dtype=torch.int32), impl="numba")
-    zero = torch.zeros(2, 2, 1, dtype=torch.int32)
-    first = attend_ranges(q, k, v, zero, zero + 150, impl="numba")
-    rest = torch.tensor([250, 150], dtype=torch.int32)[:, None, None].expand(2, 2, 1).contiguous()
-    second = attend_ranges(q, k, v, zero + 150, rest, impl="numba")
-    out, lse = merge_states(*first, *second)
-    assert (out - whole[0]).abs().max() < 8 * torch.finfo(torch.float32).eps * out.abs().max() + 1e-6
-    assert (lse - whole[1]).abs().max() < 1e-5
 
 
 def test_what_it_cannot_do_is_named():
