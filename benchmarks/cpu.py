@@ -24,7 +24,7 @@ import torch
 
 from .cpu_sections import Bench, dense_and_selected, ragged
 from .cpu_summary import summarise, table
-from .cpu_timing import fastest_read_gbps, load
+from .cpu_timing import load
 from .gpu import ROOT, commit, slug, write
 
 ROWS = (8192, 32768, 131072)
@@ -37,7 +37,6 @@ def main() -> int:
     begin = time.monotonic()
     report: dict[str, Any] = {"environment": environment(), "first_call_s": first_call_s()}
     bench = Bench(seconds=options.seconds, shrink=options.shrink)
-    report["read_gbps"] = fastest_read_gbps(bench.reader, bench.k)
     for rows in ROWS:
         dense_and_selected(bench, rows, torch.float32)
     ragged(bench, torch.float32)
@@ -139,8 +138,6 @@ def print_report(report: dict[str, Any]) -> None:
         f"kernel ready after {first['compiled']} s when compiled ({first['compiled_cpu']} s on a "
         f"core), {first['from_disk']} s from the disk cache"
     )
-    reads = ", ".join(f"{name} {gbps:.1f}" for name, gbps in report["read_gbps"].items())
-    print(f"best plain read in GB/s: {reads}")
     print(table(report["records"]))
 
 

@@ -95,7 +95,7 @@ def dense_and_selected(bench: Bench, rows: int, dtype: torch.dtype) -> None:
     check(shape, attend_dense(q, *stores[0], seqlens)[0], sdpa_packed(q, *stores[0]))
 
     passes = {
-        "read": [lambda k=k, v=v: bench.reader.read(k, v) for k, v in stores],
+        **bench.reader.calls(stores),
         "saap dense": [lambda k=k, v=v: attend_dense(q, k, v, seqlens) for k, v in stores],
         "sdpa packed": [lambda k=k, v=v: sdpa_packed(q, k, v) for k, v in stores],
         "sdpa gqa": [lambda k=k, v=v: sdpa_gqa(q, k, v) for k, v in stores],
@@ -129,7 +129,7 @@ def ragged(bench: Bench, dtype: torch.dtype) -> None:
     equal = np.diff(np.arange(RAGGED_BATCH + 1) * total // RAGGED_BATCH)
     k, v = bench.stores(total, dtype)[0]
     q = queries(RAGGED_BATCH, dtype)
-    passes = {"read": [lambda: bench.reader.read(k, v)]}
+    passes = bench.reader.calls([(k, v)])
     for name, sizes in (("ragged", lengths), ("uniform", equal)):
         begins = np.cumsum(sizes) - sizes
         starts, counts = (

@@ -141,8 +141,14 @@ def _functions(dtype: torch.dtype) -> tuple[Callable, Callable]:
     ]
     _compiled.extend(compiled)
     seconds = time.perf_counter() - begin
-    source = "Numba's cache" if all(c.cache_hits for c in compiled) else "compiled"
-    log.info("CPU attention kernel for %s: %s, %.1f s", dtype, source, seconds)
+    if all(c.cache_hits for c in compiled):
+        log.info("CPU attention for %s storage: loaded in %.1f s", dtype, seconds)
+    else:  # Shown by default: a first call that takes seconds should say why.
+        log.warning(
+            "CPU attention for %s storage: compiled in %.1f s, once; from now on on disk",
+            dtype,
+            seconds,
+        )
     plan, work = (_C_FUNCTION(c.address) for c in compiled)
     return plan, work
 
