@@ -4,7 +4,7 @@
 training an index and for evaluation.
 """
 
-from .attached import SaapModel, attached
+from .attach import SaapModel, attached
 from .cache import SaapCache
 from .models import (
     attention_modules,

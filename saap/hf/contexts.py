@@ -8,7 +8,7 @@ from torch import Tensor
 from saap import context_file, kv_state
 from saap.trained_index import checksum
 
-from .attached import SaapModel
+from .attach import SaapModel
 from .cache import SaapCache, SaapLayer
 from .models import describe
 

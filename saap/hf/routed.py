@@ -24,7 +24,8 @@ def _saap_attention(module, query, key, value, attention_mask, *, scaling, **opt
     if options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: learned attention sinks are not supported")
     handler, variant, tables = module._saap_call
-    if getattr(module, "use_rope", True) and variant is not None:
+    has_rope = getattr(module, "use_rope", True) and variant is not None
+    if has_rope:
         derope = VARIANTS[variant]
         q_derope, k_derope = derope(query, *tables), derope(key, *tables)
     else:
@@ -40,6 +41,7 @@ def _saap_attention(module, query, key, value, attention_mask, *, scaling, **opt
             sm_scale=scaling,
             softcap=options.get("softcap"),
             sliding_window=options.get("sliding_window"),
+            rope=(variant, *tables) if has_rope else None,
         )
     )
     return out.transpose(1, 2).contiguous(), None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from .attached import SaapModel
+from .attach import SaapModel
 from .cache import SaapCache
 
 

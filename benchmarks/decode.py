@@ -1,0 +1,321 @@
+"""Time per generated token in transformers: dense attention against Saap, 8k to 128k tokens.
+
+    python -m benchmarks.decode [--contexts 8192,32768,131072] [--budget 2048] [--threads 2]
+
+Two models: the shipped reference model, and random weights of Llama-3.2-1B's shape cut to two
+layers and a small vocabulary. Caches are filled with random keys and values, routers are random
+networks of the size that `saap.train` makes: what is timed does not depend on what they hold,
+except that random keys make lists of equal size. Three ways take turns:
+
+- `transformers`: its own SDPA over its `DynamicCache`, which copies the cache for every token;
+- `packed`: SDPA with the query heads of a group packed as query rows, over a cache written in
+  place: the fair dense attention;
+- `saap`: `saap.attached`.
+
+`attention_ms` is all that replaces dense attention: cache, RoPE removal, routing, selection,
+attention. JSON goes to `$OUT` or `benchmarks/results/<device>/decode.json`.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import saap
+from saap import hf, kv_store
+from saap.budget import Budget
+from saap.eval import reference
+from saap.hf import attach
+from saap.index.routers import MLPRouter
+from saap.kv_store import KVStore
+from saap.routing import LayerRouting
+from saap.selection import StepRanges
+from saap.trained_index import LayerIndex, TrainedIndex
+from saap.training import default_nlist
+
+from .cpu import cpu_name, environment
+from .cpu_timing import load, take_turns
+from .gpu import ROOT, slug, write
+
+HIDDEN = 128  # of the routers, as `saap.train` makes them
+SPARE = 2048
+STEPS_A_TURN = 4
+PARTS = ("append", "rope", "routing", "selection", "attention")
+
+
+def llama_1b_two_layers():
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072 + SPARE,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+MODELS = {
+    "reference": lambda: hf.load_model(reference.FOLDER),
+    "llama-3.2-1b, 2 layers": llama_1b_two_layers,
+}
+
+
+def random_index(about: dict, nlist: int) -> TrainedIndex:
+    """Partition and routers of the sizes that training would give."""
+    heads, n_kv, dim = about["num_heads"], about["num_kv_heads"], about["head_dim"]
+    layers = []
+    for _ in range(about["num_layers"]):
+        router = MLPRouter(
+            torch.zeros(heads, dim),
+            torch.ones(heads, dim),
+            torch.randn(heads, HIDDEN, dim),
+            torch.zeros(heads, HIDDEN),
+            torch.randn(heads, nlist + 1, HIDDEN) / HIDDEN**0.5,
+            torch.zeros(heads, nlist + 1),
+        )
+        centroids = torch.nn.functional.normalize(torch.randn(n_kv, nlist, dim), dim=-1)
+        layers.append(LayerIndex(centroids, {"mlp": router}))
+    return TrainedIndex(tuple(layers), {"model": about, "nlist": nlist, "router": "mlp"})
+
+
+class InPlaceLayer(DynamicLayer):
+    """A dense cache layer that is written in place, as a fair dense baseline has to be."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor):
+        super().__init__()
+        self.length, self.is_initialized = k.shape[2], True
+        self.keys, self.values = (
+            torch.cat([t, t.new_zeros(*t.shape[:2], SPARE, t.shape[3])], 2) for t in (k, v)
+        )
+
+    def update(self, key_states, value_states, *_, **__):
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+def packed_sdpa(module, query, key, value, attention_mask, *, scaling, **_):
+    """One query token: the G query heads of a KV head as G query rows."""
+    packed = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=scaling)
+    return out.flatten(1, 2).unsqueeze(1), None
+
+
+AttentionInterface.register("packed_sdpa", packed_sdpa)
+AttentionMaskInterface.register("packed_sdpa", lambda *_, **__: None)
+
+
+class Clock:
+    """Seconds spent in parts of a step; a part within a part counts for the inner one alone."""
+
+    def __init__(self):
+        self.spent: dict[str, float] = {}
+        self.inner = [0.0]
+
+    def timed(self, name, function):
+        def call(*args, **options):
+            self.inner.append(0.0)
+            begin = time.perf_counter()
+            found = function(*args, **options)
+            took = time.perf_counter() - begin
+            self.spent[name] = self.spent.get(name, 0.0) + took - self.inner.pop()
+            self.inner[-1] += took
+            return found
+
+        return call
+
+    @contextmanager
+    def watching(self):
+        places = {
+            "append": (KVStore, "append"),
+            "rope": (attach, "_derope"),
+            "routing": (LayerRouting, "scores"),
+            "selection": (StepRanges, "selected"),
+            "attention": (kv_store, "attend_ranges"),
+            "glue": (attach.SaapModel, "attend"),
+        }
+        patches = [
+            mock.patch.object(owner, name, self.timed(part, getattr(owner, name)))
+            for part, (owner, name) in places.items()
+        ]
+        with patches[0], patches[1], patches[2], patches[3], patches[4], patches[5]:
+            yield
+
+
+def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> dict:
+    about = hf.describe(model)
+    shape = (1, about["num_kv_heads"], context, about["head_dim"])
+    layers = [torch.randn(2, *shape) for _ in range(about["num_layers"])]
+    own_attention = model.config._attn_implementation
+    token = torch.tensor([[5]])
+    with torch.no_grad(), saap.attached(model, random_index(about, nlist), budget) as saap_model:
+        sparse = saap_model.cache(capacity=context + SPARE)
+        begin = time.perf_counter()
+        for layer, (k, v) in zip(sparse.saap_layers, layers, strict=True):
+            layer.store.append(k, v, k)
+            layer.store.flush()
+            layer.slots = context
+        built = time.perf_counter() - begin
+        sparse.last_positions = [context - 1]
+        packed = DynamicCache(config=model.config)
+        packed.layers = [InPlaceLayer(k, v) for k, v in layers]
+        plain = DynamicCache(config=model.config)
+        for number, (k, v) in enumerate(layers):
+            plain.update(k, v, number)
+        del layers, k, v
+
+        def step(cache, implementation=own_attention):
+            model.config._attn_implementation = implementation
+            try:
+                model(token, past_key_values=cache)
+            finally:
+                model.config._attn_implementation = own_attention
+
+        turns = {
+            "saap": [lambda: step(sparse)] * STEPS_A_TURN,
+            "packed": [lambda: step(packed, "packed_sdpa")] * STEPS_A_TURN,
+            "transformers": [lambda: step(plain)],
+        }
+        spent = take_turns(turns, seconds)
+        parts = broken_down(lambda: step(sparse))
+        dense_attention = attention_of_packed(lambda: step(packed, "packed_sdpa"), packed)
+        flush = flush_ms(sparse)
+    held = sum(
+        2 * layer.store.k[:, :, : layer.store.length].nbytes for layer in sparse.saap_layers
+    )
+    saap_attention = sum(ms for name, ms in parts.items() if name != "projection")
+    return {
+        "context": context,
+        "step_ms": {name: statistics.median(ms) for name, ms in spent.items()},
+        "speedup": {
+            name: statistics.median(
+                dense / mine for dense, mine in zip(spent[name], spent["saap"], strict=True)
+            )
+            for name in ("packed", "transformers")
+        },
+        "saap_parts_ms": parts,
+        "attention_ms": {"saap": saap_attention, "packed": dense_attention},
+        "attention_speedup": dense_attention / saap_attention,
+        "flush_ms_per_token": flush,
+        "visited_share": sparse.visited_share,
+        "cache_bytes_per_kv_byte": sparse.nbytes / held,
+        "lists_built_s": built,
+        "raw_ms": spent,
+    }
+
+
+def broken_down(step, n: int = 24) -> dict[str, float]:
+    """Median milliseconds of each part in a step; `projection` is all that is not attention."""
+    found: dict[str, list[float]] = {}
+    for _ in range(n):
+        clock = Clock()
+        with clock.watching():
+            clock.timed("projection", step)()
+        for name, seconds in clock.spent.items():
+            found.setdefault(name, []).append(1e3 * seconds)
+    return {name: statistics.median(found[name]) for name in ("projection", *PARTS, "glue")}
+
+
+def attention_of_packed(step, cache, n: int = 12) -> float:
+    """Median milliseconds in the cache and the attention of a dense step, all layers together."""
+    found = []
+    for _ in range(n):
+        clock = Clock()
+        with (
+            mock.patch.object(cache, "update", clock.timed("attention", cache.update)),
+            mock.patch.object(
+                torch.nn.functional,
+                "scaled_dot_product_attention",
+                clock.timed("attention", torch.nn.functional.scaled_dot_product_attention),
+            ),
+        ):
+            step()
+        found.append(1e3 * clock.spent["attention"])
+    return statistics.median(found)
+
+
+def flush_ms(cache) -> float:
+    """Milliseconds a token, all layers, to put tokens into lists: one flush over its tokens."""
+    spent = 0.0
+    for layer in cache.saap_layers:
+        store = layer.store
+        token = torch.randn(1, store.k.shape[1], store.flush_every, store.k.shape[3])
+        store.flush()
+        store.append(token, token, token)
+        begin = time.perf_counter()
+        store.flush()
+        spent += time.perf_counter() - begin
+    return 1e3 * spent / cache.saap_layers[0].store.flush_every
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", default="8192,32768,131072")
+    parser.add_argument("--budget", type=int, default=2048, help="rows of the middle a step")
+    parser.add_argument("--nlist", type=int, help="as `saap.train` chooses by context")
+    parser.add_argument("--seconds", type=float, default=10, help="of turns for each context")
+    parser.add_argument("--threads", type=int, help="torch's number of threads")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    contexts = [int(part) for part in options.contexts.split(",")]
+    budget = Budget(max_tokens=options.budget)
+    records = []
+    for name, make in MODELS.items():
+        model = make()
+        for context in contexts:
+            nlist = options.nlist or default_nlist(context)
+            record = measure(model, context, budget, nlist, options.seconds)
+            records.append({"model": name, "nlist": nlist, **record})
+            print_record(records[-1])
+    report = {
+        "environment": {**environment(), "load_after": load()},
+        "budget": {"max_tokens": budget.max_tokens, "window": budget.window},
+        "records": records,
+    }
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "decode.json", report)
+    print(f"wrote {folder / 'decode.json'}")
+    return 0
+
+
+def print_record(r: dict) -> None:
+    steps = ", ".join(f"{name} {ms:.2f}" for name, ms in r["step_ms"].items())
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in r["saap_parts_ms"].items())
+    print(
+        f"{r['model']}, {r['context']:,} tokens: ms a step: {steps}; "
+        f"{r['speedup']['packed']:.1f}x packed, {r['speedup']['transformers']:.1f}x transformers\n"
+        f"  saap: {parts}; flush {r['flush_ms_per_token']:.2f} a token; "
+        f"visited {r['visited_share']:.1%}\n"
+        f"  attention alone: {r['attention_ms']['packed']:.2f} packed, "
+        f"{r['attention_ms']['saap']:.2f} saap, {r['attention_speedup']:.1f}x; "
+        f"{r['cache_bytes_per_kv_byte']:.3f} bytes held a byte of KV",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
