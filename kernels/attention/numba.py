@@ -145,7 +145,7 @@ def _functions(dtype: torch.dtype) -> tuple[Callable, Callable]:
         log.info("CPU attention for %s storage: loaded in %.1f s", dtype, seconds)
     else:  # Shown by default: a first call that takes seconds should say why.
         log.warning(
-            "CPU attention for %s storage: compiled in %.1f s, once; from now on on disk",
+            "CPU attention for %s storage: compiled in %.1f s, now in the disk cache",
             dtype,
             seconds,
         )
