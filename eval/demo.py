@@ -15,7 +15,10 @@ from .run import EvalConfig, run
 from .scores import read_scores
 from .terminal import console, one_bar, print_scores, progress_bars
 
-METHODS = ("dense", "oracle", "random", "streaming", "kmeans-rope", "kmeans", "linear", "mlp", "saap")
+METHODS = (
+    "dense", "oracle", "random", "streaming", "kmeans-rope", "kmeans", "linear", "mlp",
+    "kmeans-cells", "saap",
+)  # fmt: skip
 N_TRAINING_TEXTS = 24
 
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .cells import CellRouter
 from .routers import LinearRouter, MLPRouter
 
 
@@ -42,9 +41,11 @@ def fit_linear(
 def fit_mlp(
     q: Float[Tensor, "H n D"],
     mass: Float[Tensor, "H n classes"],
+    sizes: Float[Tensor, "Hkv blocks nlist"] | None = None,
+    block_of: Int[Tensor, " n"] | None = None,
     *,
     hidden: int = 128,
-    steps: int = 800,
+    steps: int = 400,
     batch: int = 512,
     lr: float = 4e-3,
     seed: int = 0,
@@ -54,65 +55,29 @@ def fit_mlp(
 
     All H heads (of all layers) train together as batched matrix products. `mass [H, n, nlist + 1]`
     may be float16; its last class is the mass of sinks and window, so a query weighs as much as it
-    looks into the middle. Raises FloatingPointError when the loss is not finite.
+    looks into the middle. `sizes[:, block_of[i]]` are the keys in each bucket as query i sees
+    them, a KV head each; all alike if not given. Raises FloatingPointError when the loss is not
+    finite.
     """
-    average = mass.float().mean(1).clamp(min=1e-6)
-    parameters = two_layers(q, average.log(), hidden, seed)
+    nlist = mass.shape[-1] - 1
+    start = mass.float().mean(1).clamp(min=1e-6).log()
+    if sizes is not None:
+        group = len(q) // len(sizes)
+        typical = sizes.float().mean(1).clamp(min=0.25).repeat_interleave(group, 0)
+        start[:, :nlist] -= typical.log()
+    parameters = two_layers(q, start, hidden, seed)
     router = MLPRouter(**parameters)
 
     def loss_of(picked):
-        log_p = router.logits(q[:, picked].transpose(0, 1)).log_softmax(-1).transpose(0, 1)
-        return -(mass[:, picked].float() * log_p).sum(-1)
+        logits = router.logits(q[:, picked].transpose(0, 1)).transpose(0, 1)
+        if sizes is not None:
+            own = sizes[:, block_of[picked]].float().clamp(min=1e-6).log()
+            own = torch.nn.functional.pad(own.repeat_interleave(group, 0), (0, 1))
+            logits = logits + own
+        return -(mass[:, picked].float() * logits.log_softmax(-1)).sum(-1)
 
     optimise(parameters, loss_of, q.shape[1], steps, batch, lr, seed, progress)
     return MLPRouter(**{name: p.detach() for name, p in parameters.items()})
-
-
-def fit_cells(
-    q: Float[Tensor, "H n D"],
-    mass: Float[Tensor, "H n nlist_plus_1"],
-    segment_mass: Float[Tensor, "H n S"],
-    counts: Float[Tensor, "Hkv blocks cells"],
-    block_of: Int[Tensor, " n"],
-    ages: Int[Tensor, " S_minus_1"],
-    *,
-    hidden: int = 128,
-    steps: int = 800,
-    batch: int = 512,
-    lr: float = 4e-3,
-    seed: int = 0,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> CellRouter:
-    """Cross-entropy of `CellRouter` against the true mass over cells, all heads together.
-
-    `counts[:, block_of[i]]` are the keys in each cell (nlist * S) as query i sees them; their
-    heads are KV heads. The predicted logarithm of a cell is `f_b + g_s + log n_bs`, so the loss
-    needs no more of the truth than the masses of buckets and of segments, and the normaliser is
-    `exp(o) + sum_b exp(f_b) sum_s n_bs exp(g_s)`: the cells are never written out.
-    Raises FloatingPointError when the loss is not finite.
-    """
-    nlist, n_segments = mass.shape[-1] - 1, len(ages) + 1
-    group = q.shape[0] // counts.shape[0]
-    typical = counts.float().mean(1).unflatten(-1, (nlist, n_segments))
-    in_bucket = typical.sum(-1).repeat_interleave(group, 0).clamp(min=0.25)
-    in_segment = typical.sum(1).repeat_interleave(group, 0).clamp(min=1)
-    average, by_segment = mass.float().mean(1), segment_mass.float().mean(1)
-    f = (average[:, :-1].clamp(min=1e-7) / in_bucket).log()
-    g = (by_segment.clamp(min=1e-6) / in_segment).log()
-    start = torch.cat([f, average[:, -1:].clamp(min=1e-6).log(), g - g.mean(-1, True)], -1)
-    parameters = two_layers(q, start, hidden, seed)
-    router = CellRouter(**parameters, ages=ages)
-
-    def loss_of(picked):
-        f, o, g = (t.transpose(0, 1) for t in router.logits(q[:, picked].transpose(0, 1)))
-        n = counts[:, block_of[picked]].float().unflatten(-1, (nlist, n_segments))
-        weighted = torch.einsum("hnbs,hgns->hgnb", n, g.exp().unflatten(0, (-1, group)))
-        log_z = torch.cat([f + (weighted.flatten(0, 1) + 1e-9).log(), o], -1).logsumexp(-1)
-        y, y_segment = mass[:, picked].float(), segment_mass[:, picked].float()
-        return log_z - (y * torch.cat([f, o], -1)).sum(-1) - (y_segment * g).sum(-1)
-
-    optimise(parameters, loss_of, q.shape[1], steps, batch, lr, seed, progress)
-    return CellRouter(**{name: p.detach() for name, p in parameters.items()}, ages=ages)
 
 
 def two_layers(

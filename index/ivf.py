@@ -180,10 +180,11 @@ class AsymmetricIVF:
         checks.same_shape("xt_score", scored, "xt", xt)
         asked = xq_train if xq_score is None else xq_score
         checks.same_shape("xq_score", asked, "xq_train", xq_train)
+        buckets = kmeans.assign(xt.to(self.device), centroids)
         masses = query_masses(
             asked.to(self.device),
             scored.to(self.device),
-            kmeans.assign(xt.to(self.device), centroids),
+            buckets,
             self.nlist,
             sm_scale=self.d**-0.5 if sm_scale is None else sm_scale,
         )
@@ -191,8 +192,12 @@ class AsymmetricIVF:
         if router == "linear":
             fitted = fitting.fit_linear(queries, masses, **fit_options)
         else:
+            sizes = torch.stack([torch.bincount(b.long(), minlength=self.nlist) for b in buckets])
+            seen_by = torch.zeros(queries.shape[1], dtype=torch.long, device=self.device)
             with torch.enable_grad():
-                fitted = fitting.fit_mlp(queries, masses, seed=seed, **fit_options)
+                fitted = fitting.fit_mlp(
+                    queries, masses, sizes[:, None], seen_by, seed=seed, **fit_options
+                )
         self.centroids, self.router = centroids, fitted
 
     def refine(self, x: Float[Tensor, "Hkv n D"], *, n_iter: int = 3) -> None:
@@ -264,7 +269,7 @@ class AsymmetricIVF:
         """The router's score of each bucket for each query."""
         self._check_trained("route")
         checks.queries("xq", xq, self.n_kv, self.d, self.router.n_heads)
-        return self.router.mass(xq)
+        return self.router.mass(xq, self.offsets.diff(dim=-1)[None])
 
     def select(
         self,

@@ -22,16 +22,13 @@ class Router(ABC):
     n_heads: int | None = None
     """Query heads it was made for; None for any multiple of the KV heads."""
 
-    n_segments: int = 1
-    """Cells a bucket, see `saap.index.cells`."""
-
     @abstractmethod
     def mass(
-        self, q: Float[Tensor, "B Hq D"], sizes: Int[Tensor, "B Hkv cells"] | None = None
-    ) -> Float[Tensor, "B Hq cells"]:
-        """Scores that grow with the expected attention mass of each cell, float32.
+        self, q: Float[Tensor, "B Hq D"], sizes: Int[Tensor, "B Hkv nlist"] | None = None
+    ) -> Float[Tensor, "B Hq nlist"]:
+        """Scores that grow with the expected attention mass of each bucket, float32.
 
-        `sizes`: keys in each cell. Those that score buckets whatever they hold ignore it.
+        `sizes`: keys in each bucket, all alike if not given. Only `MLPRouter` asks for them.
         """
 
     @abstractmethod
@@ -73,10 +70,19 @@ class LinearRouter(Router):
 
 
 class MLPRouter(Router):
-    """`softmax(w2 @ silu(w1 @ q_hat + b1) + b2)`, without its last class (sinks and window).
+    """Predicts the attention weight that a key has on average in each bucket.
 
-    `q_hat = (q - mean) * scale` standardises each head's queries. Shapes: `mean, scale [Hq, D]`,
-    `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`, `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`.
+    A two-layer network `w2 @ silu(w1 @ q_hat + b1) + b2` gives `f_b` for each bucket and `o` for
+    all that lies outside the middle (sinks and window); a bucket of n keys is predicted to hold
+
+        n_b exp(f_b) / (exp(o) + sum over buckets of n exp(f))
+
+    of the attention. What is fitted is weight a key, so it holds for contexts whose buckets have
+    other sizes than in training. `q_hat = (q - mean) * scale` standardises each head's queries.
+    Shapes: `mean, scale [Hq, D]`, `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`,
+    `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`.
+
+    Source: the classifier of Saap, arXiv 2502.08246, section 4.2; the sizes are ours.
     """
 
     def __init__(self, mean, scale, w1, b1, w2, b2):
@@ -85,12 +91,17 @@ class MLPRouter(Router):
         self.n_heads, self.nlist = w2.shape[0], w2.shape[1] - 1
 
     def logits(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist_plus_1"]:
+        """`f`, and last `o`."""
         x = ((q.float() - self.mean) * self.scale).transpose(0, 1)
         hidden = torch.nn.functional.silu(torch.baddbmm(self.b1[:, None], x, self.w1.mT))
         return torch.baddbmm(self.b2[:, None], hidden, self.w2.mT).transpose(0, 1)
 
     def mass(self, q, sizes=None):
-        return self.logits(q).softmax(-1)[..., :-1]
+        logits = self.logits(q)
+        if sizes is not None:
+            log_sizes = expand_heads(sizes, q.shape[1]).float().log()
+            logits = torch.cat([logits[..., :-1] + log_sizes, logits[..., -1:]], -1)
+        return logits.softmax(-1)[..., :-1]
 
     def tensors(self):
         return {

@@ -59,6 +59,7 @@ class LayerDecoder:
 
     def ranges(self, q_rope: Tensor, q_derope: Tensor) -> tuple[Tensor, Tensor]:
         """All rows that queries `[n, Hq, D]` visit: sinks, tail and the selected buckets."""
+        self.selector.ahead = self.store.length - self.store.n_context
         starts, lengths = self.selector.select(q_rope, q_derope, self.budget)
         return with_local(starts + self.store.first_middle, lengths, self.store.local_ranges())
 

@@ -265,9 +265,7 @@ class KVStore:
 
     def _recount(self) -> None:
         if self._ranges is not None:
-            self._ranges.recount(
-                self.rows.lists, self.rows.tokens, self.middles, self.routing, self.budget.window
-            )
+            self._ranges.recount(self.rows.lists, self.rows.tokens, self.middles, self.routing)
 
     def _lists_of_new(self, k_derope: Tensor, new: list[int]) -> Tensor | int:
         """Lists of the new tokens; single tokens wait (-1), to be assigned many at a time."""

@@ -12,7 +12,8 @@ class LayerCall:
     """What one attention layer was called with: T new tokens.
 
     `q_rope, q_derope [B, Hq, T, D]`, `k_rope, k_derope, v [B, Hkv, T, D]`. Keys and queries are as
-    the attention sees them (after RoPE and any norm), and the same with RoPE taken off.
+    the attention sees them (after RoPE and any norm), and the same with RoPE taken off. `rope`:
+    the variant in `saap.rope.VARIANTS` and the tables `cos, sin [B, T, r]`, None without RoPE.
     """
 
     layer: int
@@ -24,6 +25,7 @@ class LayerCall:
     sm_scale: float
     softcap: float | None = None
     sliding_window: int | None = None
+    rope: tuple[str, Tensor, Tensor] | None = None
 
 
 def causal_attention(

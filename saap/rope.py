@@ -61,6 +61,50 @@ VARIANTS: dict[str, Derope] = {
 }
 
 
+INTERLEAVED = ("interleaved", "interleaved-repeat")
+
+
+def frequencies(
+    variant: str, cos: Float[Tensor, "B T r"], sin: Float[Tensor, "B T r"]
+) -> Float[Tensor, " pairs"]:
+    """Radians a token by which each pair of dimensions turns, float32, from the tables of at least
+    two consecutive positions."""
+    step = {"half-width": slice(None), "interleaved": slice(None, None, 2)}.get(
+        variant, slice(None, cos.shape[-1] // 2)
+    )
+    c, s = (t[0, :2, step].double() for t in (cos, sin))
+    return torch.atan2(s[1] * c[0] - c[1] * s[0], c[1] * c[0] + s[1] * s[0]).float()
+
+
+def turned(
+    q: Float[Tensor, "B H D"],
+    age: Float[Tensor, "B S"],
+    width: Float[Tensor, " B"],
+    inv_freq: Float[Tensor, " pairs"],
+    *,
+    interleaved: bool = False,
+) -> Float[Tensor, "B H S D"]:
+    """De-RoPEd queries turned so that their product with a de-RoPEd key is the attention score.
+
+    The score of a key that stands `age` tokens back is `q . R(-age) k = (R(age) q) . k`; this is
+    the mean of it over `width` consecutive ages around each of `age`, which damps the pairs that
+    turn fast within a segment.
+    """
+    half_step = 0.5 * inv_freq
+    damping = torch.sin(width[:, None] * half_step) / (width[:, None] * torch.sin(half_step))
+    angle = age[..., None] * inv_freq
+    cos, sin = (f(angle)[:, None] * damping[:, None, None] for f in (torch.cos, torch.sin))
+    r = 2 * len(inv_freq)
+    q = q.float()[:, :, None]
+    if interleaved:
+        first, second = q[..., 0:r:2], q[..., 1:r:2]
+    else:
+        first, second = q[..., : r // 2], q[..., r // 2 : r]
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    both = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    return torch.cat([both, q[..., r:].expand(*both.shape[:-1], -1)], -1)
+
+
 def identify_variant(
     apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     cos: Float[Tensor, "B T r"],

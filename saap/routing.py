@@ -1,41 +1,79 @@
 """Routing of one layer: which inverted list a key belongs to, and what each list is worth.
 
-The one place that `saap` and `linear` (the methods) and the KV store share.
+The one place that the methods and the KV store share.
 """
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.index.cells import CellRouter, cells_of
+from saap.index.cells import cells_of, segment_centers
 from saap.index.kmeans import assign
 from saap.index.lists import expand_heads
-from saap.index.routers import Router
+from saap.index.routers import MLPRouter, Router
 
+from .rope import turned
 from .trained_index import LayerIndex
 
 # Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets
 # are noisy, so for routers that do not know the sizes the size counts by its root: between mass
-# and mass per row, better than both. `CellRouter` predicts mass per row: no correction.
+# and mass per row, better than both.
 SIZE_POWER = 0.5
+# Share of the trained router in the blend with turned centroids. Their errors are unlike, so the
+# mean of both is better than either; from 0.25 to 0.75 the result is flat.
+TRAINED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class LayerRouting:
     """Partition and router of one layer.
 
-    Keys and queries are de-RoPEd: `k [B, Hkv, T, D]`, `q [B, Hq, D]`. A list is a cell: a bucket,
-    or one of the age segments of a bucket where the router tells them apart.
+    Keys and queries are de-RoPEd: `k [B, Hkv, T, D]`, `q [B, Hq, D]`. A list is a bucket, or, with
+    `n_segments` above 1, a cell: one of the time segments of a bucket. All keys of a cell are
+    about as far from the query, so what RoPE makes of its centroid is known: the expected score of
+    a cell is `sm_scale * key_scale_b * (R(age) q) . c_b`. That is the score where the router is
+    "centroid", and half of it (in the logarithm) where the router is "mlp".
+
+    Source: partition and classifier are those of Saap, arXiv 2502.08246; cells are ours.
     """
 
     centroids: Float[Tensor, "Hkv nlist D"]
     router: Router
+    n_segments: int = 1
+    key_scale: Float[Tensor, "Hkv nlist"] | None = None
+    inv_freq: Float[Tensor, " pairs"] | None = None
+    interleaved: bool = False
+    sm_scale: float = 1.0
 
     @classmethod
-    def of(cls, layer: LayerIndex, router: str) -> "LayerRouting":
-        """Raises ValueError when the layer has no router of that name."""
-        return cls(layer.centroids, layer.router(router))
+    def of(cls, layer: LayerIndex, router: str, n_segments: int | None = None) -> "LayerRouting":
+        """`n_segments` None takes the layer's own; routers that have no use for it take buckets.
+
+        Raises ValueError when the layer has no router of that name.
+        """
+        if router not in ("mlp", "centroid") or layer.inv_freq is None:
+            n_segments = 1
+        return cls(
+            layer.centroids,
+            layer.router(router),
+            layer.n_segments if n_segments is None else n_segments,
+            layer.key_scale,
+            layer.inv_freq,
+            layer.interleaved,
+            layer.sm_scale,
+        )
+
+    def to(self, device: torch.device | str) -> "LayerRouting":
+        def moved(tensor):
+            return None if tensor is None else tensor.to(device)
+
+        router = type(self.router)(**{n: moved(t) for n, t in self.router.tensors().items()})
+        return LayerRouting(
+            moved(self.centroids), router, self.n_segments, moved(self.key_scale),
+            moved(self.inv_freq), self.interleaved, self.sm_scale,
+        )  # fmt: skip
 
     @property
     def nlist(self) -> int:
@@ -43,45 +81,81 @@ class LayerRouting:
 
     @property
     def n_lists(self) -> int:
-        return self.nlist * self.router.n_segments
+        return self.nlist * self.n_segments
 
     @property
     def nbytes(self) -> int:
         """Bytes that one decode step reads to score the lists."""
-        return self.router.nbytes
+        read = {id(t): t.nbytes for t in self.router.tensors().values()}
+        if self.n_segments > 1:
+            read |= {id(t): t.nbytes for t in (self.centroids, self.key_scale, self.inv_freq)}
+        return sum(read.values())
 
     def assign(self, k_derope: Float[Tensor, "B Hkv T D"]) -> Int[Tensor, "B Hkv T"]:
         """The bucket of each key."""
         return assign(k_derope, self.centroids)
 
     def lists_of(
-        self, buckets: Int[Tensor, "B Hkv T"], age: Int[Tensor, "*B_Hkv_T"]
-    ) -> Int[Tensor, "B Hkv T"]:
-        """The list of each key from its bucket and its age, the distance to the newest token.
+        self, buckets: Int[Tensor, "*any"], place: Int[Tensor, "*any"], n_middle: int
+    ) -> Int[Tensor, "*any"]:
+        """The list of each key from its bucket and its place (0 the oldest) in the middle.
 
         Lists of a bucket follow each other from old to new.
         """
-        if self.router.n_segments == 1:
+        if self.n_segments == 1:
             return buckets
-        return cells_of(buckets, age, self.router.ages.to(age.device))
+        return cells_of(buckets, place, n_middle, self.n_segments)
 
     def scores(
         self,
         q_derope: Float[Tensor, "B Hq D"],
         sizes: Int[Tensor, "B Hkv n_lists"],
+        n_middle: int | Int[Tensor, " B"],
+        distance: int | Int[Tensor, " B"],
         *,
         share: str = "group",
         per_row: bool = True,
     ) -> Float[Tensor, "B H n_lists"]:
         """Higher is visited first. `H` is Hkv for `share="group"`, else Hq.
 
+        `n_middle`: keys in the lists; `distance`: how far the oldest of them is from the query.
         `per_row`: worth by rows visited (for `max_tokens`), else predicted mass (`nprobe`,
         `top_p`).
         """
-        mass = self.router.mass(q_derope, sizes)
+        if self.n_segments == 1:
+            mass = self.router.mass(q_derope, sizes)
+        else:
+            mass = self._cell_mass(q_derope, sizes, n_middle, distance)
         if share == "group":
             mass = mass.unflatten(1, (self.centroids.shape[0], -1)).sum(2)
         if not per_row:
             return mass
         rows = expand_heads(sizes.float().clamp(min=1), mass.shape[1])
-        return mass / (rows if isinstance(self.router, CellRouter) else rows**SIZE_POWER)
+        knows_sizes = self.n_segments > 1 or isinstance(self.router, MLPRouter)
+        return mass / (rows if knows_sizes else rows**SIZE_POWER)
+
+    def _cell_mass(self, q, sizes, n_middle, distance) -> Float[Tensor, "B Hq n_lists"]:
+        sizes = sizes.unflatten(-1, (self.nlist, self.n_segments)).float()
+        log_sizes = expand_heads(sizes.log(), q.shape[1])
+        scores = self._turned_scores(q, n_middle, distance)
+        middle = 1.0
+        if isinstance(self.router, MLPRouter):
+            logits = self.router.logits(q)
+            scores = (1 - TRAINED_SHARE) * scores + TRAINED_SHARE * logits[..., :-1, None]
+            in_bucket = expand_heads(sizes.sum(-1).log(), q.shape[1])
+            whole = torch.cat([logits[..., :-1] + in_bucket, logits[..., -1:]], -1)
+            middle = 1.0 - whole.softmax(-1)[..., -1:]
+        return (scores + log_sizes).flatten(-2).softmax(-1) * middle
+
+    def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hq nlist S"]:
+        """Expected score of a key of each cell, for the query at that distance."""
+        batch, device = len(q), q.device
+        n = torch.as_tensor(n_middle, device=device).expand(batch).clamp(min=1)
+        distance = torch.as_tensor(distance, device=device).expand(batch)
+        age = distance[:, None] - segment_centers(n, self.n_segments, device)
+        width = (n / self.n_segments).clamp(min=1.0)
+        q = turned(q, age, width, self.inv_freq, interleaved=self.interleaved)
+        keys = self.centroids * (self.key_scale * self.sm_scale)[..., None]
+        grouped = q.unflatten(1, (len(keys), -1))  # [B, Hkv, G, S, D]
+        scores = torch.einsum("bhgsd,hnd->bhgns", grouped, keys)
+        return scores.flatten(1, 2)

@@ -39,20 +39,16 @@ class StepRanges:
         tokens: Int[Tensor, "B Hkv capacity"],
         middles: list[int],
         routing: LayerRouting | None,
-        window: int,
     ) -> None:
-        """Offsets of the lists over the rows of the middle, after rows were put into buckets.
-
-        `window` tokens at least follow the middle: the age of its newest key.
-        """
+        """Offsets of the lists over the rows of the middle, after rows were put into buckets."""
         if routing is None or not any(middles):
             return
         shape = (self.batch, self.n_kv, routing.n_lists)
         counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
         for b, n in enumerate(middles):
             middle = slice(self.n_sink, self.n_sink + n)
-            age = middle.stop - 1 + window - tokens[b, :, middle]
-            own = routing.lists_of(buckets[b, :, middle], age)
+            place = tokens[b, :, middle] - self.n_sink
+            own = routing.lists_of(buckets[b, :, middle], place, n)
             counts[b].scatter_add_(1, own.long(), torch.ones_like(own, dtype=torch.int32))
         self.sizes = counts
         self.offsets = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
@@ -80,6 +76,8 @@ class StepRanges:
         scores = routing.scores(
             q_derope,
             self.sizes,
+            _by_sequence(middles, self.device),
+            _by_sequence([n - 1 - self.n_sink for n in lengths], self.device),
             share=budget.share,
             per_row=budget.max_tokens is not None and budget.top_p is None,
         )
@@ -132,3 +130,7 @@ def _set_by_sequence(target: Int[Tensor, "B H"], values: list[int]) -> None:
         target.fill_(values[0])
     else:
         target.copy_(torch.tensor(values, dtype=torch.int32).unsqueeze(1))
+
+
+def _by_sequence(values: list[int], device: torch.device) -> int | Int[Tensor, " B"]:
+    return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)

@@ -29,7 +29,7 @@ class LayerStore:
             raise ValueError(
                 f"order has shape {tuple(order.shape)}: accepted is {(batch, heads, n_middle)}"
             )
-        self.length = n
+        self.length = self.n_context = n
         self.k = k_rope.new_empty(batch, heads, n + spare, dim)
         self.v = v.new_empty(batch, heads, n + spare, dim)
         for mine, given in ((self.k, k_rope), (self.v, v)):

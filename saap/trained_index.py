@@ -12,24 +12,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from saap.index.cells import CellRouter
 from saap.index.routers import ROUTERS, CentroidRouter, Router
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FORMAT = "saap.TrainedIndex"
-SAVED_ROUTERS = {**ROUTERS, "cells": CellRouter}
 
 
 @dataclass(frozen=True)
 class LayerIndex:
     """One layer: `centroids [Hkv, nlist, D]` on de-RoPEd keys and the routers trained for it.
 
-    `centroids_rope`, of keys with RoPE left on, exists only to be compared with.
+    `centroids_rope`, of keys with RoPE left on, exists only to be compared with. What turned
+    centroids need (`saap.routing`): `n_segments`; `key_scale [Hkv, nlist]`, the mean product of a
+    bucket's keys with its centroid; `inv_freq`, radians a token by which pairs of dimensions turn,
+    None without RoPE; `interleaved`, how dimensions pair up; `sm_scale` of the attention.
     """
 
     centroids: Tensor
     routers: dict[str, Router] = field(default_factory=dict)
     centroids_rope: Tensor | None = None
+    n_segments: int = 1
+    key_scale: Tensor | None = None
+    inv_freq: Tensor | None = None
+    interleaved: bool = False
+    sm_scale: float = 1.0
 
     @property
     def nlist(self) -> int:
@@ -50,8 +56,8 @@ class LayerIndex:
 class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
-    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one), `ages`
-    (where the cells of a bucket begin, see `saap.index.cells`), `seed`,
+    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one),
+    `n_segments` (time segments a bucket), `interleaved` and `sm_scale` (a layer), `seed`,
     `context`, `n_sink`, `window`, `corpus` (hash and number of tokens), `recall` (middle recall a
     router, layer and query head on a held-out part, as measured after training).
     """
@@ -66,11 +72,6 @@ class TrainedIndex:
     @property
     def default_router(self) -> str:
         return self.metadata["router"]
-
-    @property
-    def ages(self) -> Tensor:
-        """Bounds of the age segments, int32 `[S - 1]`; empty where lists are whole buckets."""
-        return torch.tensor(self.metadata.get("ages", []), dtype=torch.int32)
 
     def check_model(self, description: dict) -> None:
         """Raise ValueError naming what differs when this index was trained for another model."""
@@ -92,8 +93,9 @@ class TrainedIndex:
         for number, layer in enumerate(self.layers):
             prefix = f"layers.{number}."
             found[prefix + "centroids"] = layer.centroids
-            if layer.centroids_rope is not None:
-                found[prefix + "centroids_rope"] = layer.centroids_rope
+            for part in ("centroids_rope", "key_scale", "inv_freq"):
+                if getattr(layer, part) is not None:
+                    found[prefix + part] = getattr(layer, part)
             for name, router in layer.routers.items():
                 for part, tensor in router.tensors().items():
                     found[f"{prefix}{name}.{part}"] = tensor
@@ -137,20 +139,30 @@ class TrainedIndex:
             )
         metadata = {k: v for k, v in header.items() if k not in ("format", "format_version")}
         layers = tuple(
-            layer_from_tensors(tensors, f"layers.{number}.")
+            layer_from_tensors(tensors, number, metadata)
             for number in range(metadata["model"]["num_layers"])
         )
         return cls(layers, metadata)
 
 
-def layer_from_tensors(tensors: dict[str, Tensor], prefix: str) -> LayerIndex:
+def layer_from_tensors(tensors: dict[str, Tensor], number: int, metadata: dict) -> LayerIndex:
+    prefix = f"layers.{number}."
     own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     routers = {}
-    for name, router_class in SAVED_ROUTERS.items():
+    for name, router_class in ROUTERS.items():
         parts = {k.split(".", 1)[1]: t for k, t in own.items() if k.startswith(name + ".")}
         if parts:
             routers[name] = router_class(**parts)
-    return LayerIndex(own["centroids"], routers, own.get("centroids_rope"))
+    return LayerIndex(
+        own["centroids"],
+        routers,
+        own.get("centroids_rope"),
+        metadata["n_segments"],
+        own.get("key_scale"),
+        own.get("inv_freq"),
+        metadata["interleaved"],
+        metadata["sm_scale"][number],
+    )
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saap.index import cells, fitting, kmeans
+from saap.index import fitting, kmeans
 
-from . import hf
+from . import hf, rope
 from .masses import Masses, attention_masses
 from .prefill import DensePrefill, LayerCall
 from .trained_index import LayerIndex, TrainedIndex
 
 Progress = Callable[[str, int, int], None]
-TRAINABLE = ("cells", "mlp", "linear", "centroid")
-N_SEGMENTS = 8
+TRAINABLE = ("mlp", "linear", "centroid")
+N_SEGMENTS = 16
 RECALL_SHARE = 16  # the recorded recall visits nlist / 16 buckets
 
 
@@ -51,10 +51,21 @@ class Sampling:
     query_stride: int = 8
 
 
+@dataclass
+class SampledKeys:
+    """Keys of one layer, pieces of `[Hkv, n, D]`, and what is known of its attention."""
+
+    derope: list[Tensor] = field(default_factory=list)
+    rope: list[Tensor] = field(default_factory=list)
+    inv_freq: Tensor | None = None
+    interleaved: bool = False
+    sm_scale: float = 1.0
+
+
 class KeySampler(DensePrefill):
     """Keeps a fixed random share of the keys of each layer, with and without RoPE."""
 
-    def __init__(self, capacity: int, keep: dict[int, list], picked: Tensor):
+    def __init__(self, capacity: int, keep: dict[int, SampledKeys], picked: Tensor):
         super().__init__(capacity)
         self.keep, self.picked = keep, picked
 
@@ -63,36 +74,36 @@ class KeySampler(DensePrefill):
         first = self.caches[call.layer].length - call.k_rope.shape[2]
         inside = (self.picked >= first) & (self.picked < self.caches[call.layer].length)
         rows = self.picked[inside] - first
-        pair = (call.k_derope[0][:, rows], call.k_rope[0][:, rows])
-        self.keep.setdefault(call.layer, []).append(pair)
+        own = self.keep.setdefault(call.layer, SampledKeys())
+        own.derope.append(call.k_derope[0][:, rows])
+        own.rope.append(call.k_rope[0][:, rows])
+        own.sm_scale = call.sm_scale
+        if call.rope is not None and own.inv_freq is None:
+            own.inv_freq = rope.frequencies(*call.rope).cpu()
+            own.interleaved = call.rope[0] in rope.INTERLEAVED
         return out
 
 
 @dataclass
 class Observed:
-    """What the queries of one layer looked at; pieces of `[H, n, ...]`, see `masses.Masses`."""
+    """What the queries of one layer looked at; pieces along n, see `masses.Masses`."""
 
     q: list[Tensor] = field(default_factory=list)
-    buckets: list[Tensor] = field(default_factory=list)
-    segments: list[Tensor] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
+    sizes: list[Tensor] = field(default_factory=list)
     block_of: list[Tensor] = field(default_factory=list)
 
     def add(self, q_derope: Tensor, masses: Masses) -> None:
-        n_blocks = sum(c.shape[1] for c in self.counts)
+        n_blocks = sum(s.shape[1] for s in self.sizes)
         self.q.append(q_derope[0].float())
-        self.buckets.append(masses.buckets[0].half())
-        self.segments.append(masses.segments[0].half())
-        self.counts.append(masses.counts[0].half())
+        self.mass.append(masses.buckets[0].half())
+        self.sizes.append(masses.sizes[0])
         self.block_of.append(n_blocks + torch.arange(q_derope.shape[2]) // masses.block)
 
-    def joined(self) -> tuple[Tensor, ...]:
-        """`q [Hq, n, D], buckets [Hq, n, nlist + 1], segments [Hq, n, S],
-        counts [Hkv, blocks, nlist * S], block_of [n]`."""
-        return (
-            *(torch.cat(t, 1) for t in (self.q, self.buckets, self.segments, self.counts)),
-            torch.cat(self.block_of),
-        )
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`q [Hq, n, D], mass [Hq, n, nlist + 1], sizes [Hkv, blocks, nlist], block_of [n]`."""
+        joined = (torch.cat(t, 1) for t in (self.q, self.mass, self.sizes))
+        return *joined, torch.cat(self.block_of)
 
 
 class MassRecorder(DensePrefill):
@@ -103,11 +114,10 @@ class MassRecorder(DensePrefill):
         capacity: int,
         centroids: list[Tensor],
         sampling: Sampling,
-        ages: Tensor,
         keep: dict[int, Observed],
     ):
         super().__init__(capacity)
-        self.centroids, self.sampling, self.ages, self.keep = centroids, sampling, ages, keep
+        self.centroids, self.sampling, self.keep = centroids, sampling, keep
 
     def __call__(self, call: LayerCall) -> Tensor:
         out = super().__call__(call)
@@ -129,7 +139,6 @@ class MassRecorder(DensePrefill):
             sm_scale=call.sm_scale,
             n_sink=self.sampling.n_sink,
             window=self.sampling.window,
-            ages=self.ages,
             softcap=call.softcap,
         )
         self.keep.setdefault(call.layer, Observed()).add(call.q_derope[:, :, rows], masses)
@@ -154,7 +163,7 @@ def train(
     token_ids: Tensor | Sequence[Tensor],
     *,
     nlist: int | None = None,
-    router: str = "cells",
+    router: str = "mlp",
     seed: int = 0,
     n_sink: int = 16,
     window: int | None = None,
@@ -168,11 +177,12 @@ def train(
 
     `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
     to measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
-    sequence). `router`: the default router of the result, "cells" (`saap.index.cells`, with
-    `n_segments` ages a bucket), "mlp" (Saap's own form: whole buckets), "linear" or "centroid".
+    sequence). `router`: the default router of the result, "mlp" (Saap's classifier), "linear" or
+    "centroid" (nothing but k-means is trained). `n_segments`: time segments into which decoding
+    cuts the buckets (`saap.routing`), 1 for whole buckets.
     `n_sink`, `window`: the tokens that stay dense in use (`default_window`). `hidden`, `steps`:
     width and optimiser steps of the network. `baselines` adds what is only there to be compared
-    with: the linear and mlp routers, and centroids of keys with RoPE left on.
+    with: the linear router, and centroids of keys with RoPE left on.
     `progress(what, done, total)` is called as work proceeds. The same seed gives the
     same index on the same machine.
 
@@ -202,10 +212,9 @@ def train(
     progress = progress or (lambda what, done, total: None)
     held = max(1, len(sequences) // 8)
 
-    centroids, centroids_rope = _partition(
+    sampled, centroids, centroids_rope = _partition(
         model, sequences[held:], nlist, sampling, seed, baselines, progress
     )
-    ages = cells.segment_ages(n_segments, sampling.window, longest)
     observed = {}
     for what, part in (
         ("attention mass over buckets", sequences[held:]),
@@ -213,16 +222,25 @@ def train(
     ):
         kept: dict[int, Observed] = {}
         for number, tokens in enumerate(part):
-            recorder = MassRecorder(len(tokens), centroids, sampling, ages, kept)
+            recorder = MassRecorder(len(tokens), centroids, sampling, kept)
             hf.run_chunks(model, tokens[None], recorder)
             progress(what, number + 1, len(part))
         observed[what] = [kept[layer].joined() for layer in range(len(centroids))]
     fitted, held_out = observed.values()
     wanted = {router, *(("linear", "mlp") if baselines else ())} - {"centroid"}
-    routers = _fit_routers(fitted, ages, sorted(wanted), hidden, steps, seed, progress)
+    routers = _fit_routers(fitted, sorted(wanted), hidden, steps, seed, progress)
     layers = tuple(
-        LayerIndex(centroids[i], routers[i], centroids_rope[i] if baselines else None)
-        for i in range(len(centroids))
+        LayerIndex(
+            centroids[i],
+            routers[i],
+            centroids_rope[i] if baselines else None,
+            n_segments,
+            _key_scale(own, centroids[i]),
+            own.inv_freq,
+            own.interleaved,
+            own.sm_scale,
+        )
+        for i, own in enumerate(sampled)
     )
     index = TrainedIndex(
         layers,
@@ -234,7 +252,9 @@ def train(
             "context": longest,
             "n_sink": sampling.n_sink,
             "window": sampling.window,
-            "ages": ages.tolist() if router == "cells" else [],
+            "n_segments": n_segments,
+            "interleaved": any(own.interleaved for own in sampled),
+            "sm_scale": [own.sm_scale for own in sampled],
             "corpus": {
                 "tokens": sum(len(t) for t in sequences),
                 "sha256": hf.fingerprint(torch.cat(sequences)),
@@ -247,7 +267,7 @@ def train(
 
 def _partition(model, sequences, nlist, sampling, seed, baselines, progress):
     generator = torch.Generator().manual_seed(seed)
-    kept: dict[int, list] = {}
+    kept: dict[int, SampledKeys] = {}
     sequences = sequences[:: -(-len(sequences) // sampling.key_sequences)]
     each = max(1, sampling.key_sample // len(sequences))
     for number, tokens in enumerate(sequences):
@@ -255,40 +275,48 @@ def _partition(model, sequences, nlist, sampling, seed, baselines, progress):
         picked = middle[torch.randperm(len(middle), generator=generator)[:each]].sort().values
         hf.run_chunks(model, tokens[None], KeySampler(len(tokens), kept, picked))
         progress("keys", number + 1, len(sequences))
+    sampled = [kept[layer] for layer in range(len(kept))]
     centroids, centroids_rope = [], []
-    for layer in range(len(kept)):
-        derope, rope = (torch.cat(parts, 1) for parts in zip(*kept.pop(layer), strict=True))
-        centroids.append(kmeans.train_centroids(derope, nlist, seed=seed))
+    for layer, own in enumerate(sampled):
+        centroids.append(kmeans.train_centroids(torch.cat(own.derope, 1), nlist, seed=seed))
         if baselines:
-            centroids_rope.append(kmeans.train_centroids(rope, nlist, seed=seed))
-        progress("k-means", layer + 1, layer + 1 + len(kept))
-    return centroids, centroids_rope
+            centroids_rope.append(kmeans.train_centroids(torch.cat(own.rope, 1), nlist, seed=seed))
+        own.rope.clear()
+        progress("k-means", layer + 1, len(sampled))
+    return sampled, centroids, centroids_rope
 
 
-def _fit_routers(observed, ages, names, hidden, steps, seed, progress) -> list[dict]:
+def _key_scale(sampled: SampledKeys, centroids: Tensor) -> Tensor:
+    """Mean product of the keys of each bucket with its centroid, `[Hkv, nlist]`."""
+    keys = torch.cat(sampled.derope, 1).float()
+    buckets = kmeans.assign(keys[None], centroids)[0].long()
+    own = centroids.gather(1, buckets[..., None].expand(-1, -1, keys.shape[-1]))
+    products, ones = (keys * own).sum(-1), torch.ones_like(keys[..., 0])
+    total = torch.zeros(centroids.shape[:2], device=keys.device).scatter_add_(1, buckets, products)
+    count = torch.zeros_like(total).scatter_add_(1, buckets, ones)
+    typical = products.mean(1, keepdim=True)
+    return (total + typical) / (count + 1)  # a bucket that the sample left empty is typical
+
+
+def _fit_routers(observed, names, hidden, steps, seed, progress) -> list[dict]:
     """The routers of these names, `[layer][name]`; networks of all layers together."""
     routers: list[dict] = [{} for _ in observed]
-    joined = [torch.cat(parts) for parts in zip(*(o[:4] for o in observed), strict=True)]
-    q, mass, segments, counts = joined
-    options = {"hidden": hidden, "steps": steps, "seed": seed}
+    q, mass, sizes = (torch.cat(parts) for parts in zip(*(o[:3] for o in observed), strict=True))
+    heads = len(q) // len(observed)
     for name in names:
         if name == "linear":
             joint = fitting.fit_linear(q, mass)
         else:
-            options["progress"] = lambda done, total, loss, name=name: progress(
-                f"router {name} (loss {loss:.3f})", done, total
-            )
             with torch.enable_grad():
-                if name == "cells":
-                    blocks = observed[0][4]
-                    joint = fitting.fit_cells(q, mass, segments, counts, blocks, ages, **options)
-                else:
-                    joint = fitting.fit_mlp(q, mass, **options)
-        heads = len(q) // len(observed)
+                joint = fitting.fit_mlp(
+                    q, mass, sizes, observed[0][3], hidden=hidden, steps=steps, seed=seed,
+                    progress=lambda done, total, loss: progress(
+                        f"routers of all layers (loss {loss:.3f})", done, total
+                    ),
+                )  # fmt: skip
         for layer, found in enumerate(routers):
             own = slice(layer * heads, (layer + 1) * heads)
-            parts = {n: (t if n == "ages" else t[own]).clone() for n, t in joint.tensors().items()}
-            found[name] = type(joint)(**parts)
+            found[name] = type(joint)(**{n: t[own].clone() for n, t in joint.tensors().items()})
     return routers
 
 
@@ -297,18 +325,14 @@ def held_out_recall(index: TrainedIndex, observed) -> dict:
     oracle's."""
     nprobe = max(1, index.nlist // RECALL_SHARE)
     found: dict[str, list] = {"nprobe": nprobe, "middle_mass": [], "oracle": []}
-    for layer, (q, mass, _, counts, block_of) in zip(index.layers, observed, strict=True):
+    for layer, (q, mass, sizes, block_of) in zip(index.layers, observed, strict=True):
         middle = mass[..., :-1].float()
         total = middle.sum((-1, -2)).clamp(min=1e-9)
         found["middle_mass"].append((middle.sum(-1).mean(-1)).tolist())
         found["oracle"].append((middle.topk(nprobe, -1).values.sum((-1, -2)) / total).tolist())
+        seen = sizes[:, block_of].transpose(0, 1)
         for name in ("centroid", *layer.routers):
-            router = layer.router(name)
-            sizes = counts[:, block_of].transpose(0, 1).float()
-            if router.n_segments == 1:
-                sizes = None
-            scores = router.mass(q.transpose(0, 1), sizes).transpose(0, 1)
-            scores = scores.unflatten(-1, (index.nlist, router.n_segments)).sum(-1)
+            scores = layer.router(name).mass(q.transpose(0, 1), seen).transpose(0, 1)
             best = scores.topk(nprobe, -1).indices
             caught = middle.gather(-1, best).sum((-1, -2)) / total
             found.setdefault(name, []).append(caught.tolist())

@@ -1,108 +1,145 @@
-"""Cells: bounds, numbering, and what the router for them predicts and learns."""
+"""Cells, turned queries, and the routing that scores cells by them."""
 
 import pytest
 import torch
 
 from saap.index import cells, fitting
-from saap.index.cells import CellRouter
 from saap.index.lists import invert
+from saap.index.routers import CentroidRouter, MLPRouter
+from saap.rope import VARIANTS, frequencies, turned
+from saap.routing import LayerRouting
 
 from .test_index import synthetic_masses
 
+NLIST, HKV, G, D = 6, 2, 2, 16
+FREQ = 100.0 ** (-torch.arange(0, D, 2) / D)
 
-def test_ages_are_evenly_spaced_in_the_logarithm():
-    ages = cells.segment_ages(8, 256, 8192)
-    assert ages.tolist() == [395, 609, 939, 1448, 2233, 3444, 5312]
-    assert cells.segment_ages(1, 256, 8192).tolist() == []
-    with pytest.raises(ValueError, match="n_segments=0: accepted are 1 and more"):
-        cells.segment_ages(0, 256, 8192)
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rows_of_a_bucket_stay_together_and_in_time_order():
-    generator = torch.Generator().manual_seed(0)
-    buckets = torch.randint(0, 5, (1, 2, 200), generator=generator)
-    age = 16 + torch.arange(199, -1, -1)
-    ages = torch.tensor([20, 50, 110], dtype=torch.int32)
-    by_cell = invert(cells.cells_of(buckets, age, ages), 20)
+    buckets = torch.randint(0, 5, (1, 2, 203), generator=torch.Generator().manual_seed(0))
+    place = torch.arange(203)
+    by_cell = invert(cells.cells_of(buckets, place, 203, 4), 20)
     assert torch.equal(by_cell.order, invert(buckets, 5).order)
     assert torch.equal(by_cell.sizes.unflatten(-1, (5, 4)).sum(-1), invert(buckets, 5).sizes)
-    assert cells.segments_of(torch.tensor([500, 110, 109, 50, 20, 19]), ages).tolist() == [
-        0, 0, 1, 1, 2, 3,
-    ]  # fmt: skip
 
 
-def explicit_loss(router, q, cell_mass, outside, counts):
-    """Cross-entropy with every cell written out, `[H, n]`."""
-    predicted = router.mass(q.transpose(0, 1), counts).transpose(0, 1)
-    rest = 1.0 - predicted.sum(-1)
-    log = predicted.clamp(min=1e-30).log()
-    return -(cell_mass * log).sum(-1) - outside * rest.log()
+def test_segments_hold_equally_many_keys_around_their_centers():
+    segments = cells.segments_of(torch.arange(203), 203, 4)
+    assert segments.bincount().tolist() == [51, 51, 51, 50]
+    centers = cells.segment_centers(203, 4)
+    for number in range(4):
+        mean = (segments == number).nonzero().float().mean()
+        assert centers[number] == pytest.approx(float(mean), abs=1.0)
+    assert cells.segment_centers(torch.tensor([203, 40]), 4).shape == (2, 4)
 
 
-def test_the_loss_is_cross_entropy_over_cells():
-    """`fit_cells` never writes the cells out; what it reports must be the same cross-entropy, but
-    for the constant `sum y log n` of cell sizes."""
-    n, nlist, n_segments, heads = 64, 6, 3, 4
-    generator = torch.Generator().manual_seed(1)
-    q = torch.randn(heads, n, 8, generator=generator)
-    counts = torch.randint(1, 9, (2, 1, nlist * n_segments), generator=generator).float()
-    mass = torch.rand(heads, n, nlist * n_segments + 1, generator=generator).softmax(-1)
-    cell_mass, outside = mass[..., :-1], mass[..., -1]
-    grid = cell_mass.unflatten(-1, (nlist, n_segments))
-    by_bucket = torch.cat([grid.sum(-1), outside[..., None]], -1)
-    losses = []
-    fitted = fitting.fit_cells(
-        q, by_bucket, grid.sum(-2), counts, torch.zeros(n, dtype=torch.long),
-        torch.tensor([20, 40], dtype=torch.int32), hidden=8, steps=1, batch=4096, lr=0.0,
-        progress=lambda done, total, loss: losses.append(loss),
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [D, D // 2])
+def test_turned_queries_give_the_mean_score(interleaved, rotary):
+    """Against the mean over ages of what RoPE on both sides gives, with the rotation of the other
+    module: minus the angle is taking RoPE off."""
+    freq = FREQ[: rotary // 2]
+    derope = VARIANTS["interleaved" if interleaved else "half"]
+    q, k = random(1, HKV * G, D), random(1, HKV * G, D, seed=1)
+
+    def rotated(x, position):
+        angle = -position * freq
+        angle = angle.repeat_interleave(2) if interleaved else torch.cat([angle, angle])
+        return derope(x[:, :, None], angle.cos()[None, None], angle.sin()[None, None])[:, :, 0]
+
+    ages = torch.arange(40, 57)  # 17 ages around 48
+    scores = [(rotated(q, 100.0) * rotated(k, 100.0 - a)).sum(-1) for a in ages.tolist()]
+    expected = torch.stack(scores).mean(0)
+    turn = turned(q, torch.tensor([[48.0]]), torch.tensor([17.0]), freq, interleaved=interleaved)
+    assert turn.shape == (1, HKV * G, 1, D)
+    assert ((turn[:, :, 0] * k).sum(-1) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("first", [0, 5000])
+def test_frequencies_are_read_from_the_tables(variant, first):
+    angle = torch.arange(first, first + 3, dtype=torch.float64)[:, None] * FREQ.double()
+    if variant == "interleaved":
+        angle = angle.repeat_interleave(2, -1)
+    elif variant != "half-width":
+        angle = torch.cat([angle, angle], -1)
+    scaled = 1.1  # as yarn scales its tables
+    cos, sin = (scaled * f(angle)[None].float() for f in (torch.cos, torch.sin))
+    assert torch.allclose(frequencies(variant, cos, sin), FREQ, atol=1e-6)
+
+
+def routing(router="centroid", n_segments=4):
+    centroids = torch.nn.functional.normalize(random(HKV, NLIST, D), dim=-1)
+    if router == "centroid":
+        made = CentroidRouter(centroids)
+    else:
+        heads, hidden = HKV * G, 8
+        made = MLPRouter(
+            torch.zeros(heads, D), torch.ones(heads, D), random(heads, hidden, D),
+            torch.zeros(heads, hidden), random(heads, NLIST + 1, hidden, seed=3),
+            torch.zeros(heads, NLIST + 1),
+        )  # fmt: skip
+    scale = torch.full((HKV, NLIST), 3.0)
+    return LayerRouting(centroids, made, n_segments, scale, FREQ, False, D**-0.5)
+
+
+def test_keys_that_are_centroids_are_found_exactly():
+    """With one key a segment, turned centroids are the keys: the scores are the attention."""
+    own, n, distance = routing(n_segments=12), 12, 30
+    buckets = torch.randint(0, NLIST, (1, HKV, n), generator=torch.Generator().manual_seed(5))
+    lists = own.lists_of(buckets, torch.arange(n), n)
+    sizes = invert(lists, own.n_lists).sizes
+    q = random(1, HKV * G, D, seed=7)
+    mass = own.scores(q, sizes, n, distance, share="head", per_row=False)
+    keys = 3.0 * own.centroids.gather(1, buckets[0, ..., None].expand(-1, -1, D))
+    for head in range(HKV * G):
+        ages = (distance - torch.arange(n)).float()[None]
+        turn = turned(q, ages, torch.ones(1), FREQ)[0, head]
+        weights = ((turn * keys[head // G]).sum(-1) * D**-0.5).softmax(-1)
+        assert (mass[0, head, lists[0, head // G]] - weights).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("router", ["centroid", "mlp"])
+@pytest.mark.parametrize("share", ["group", "head"])
+def test_sequences_of_a_batch_are_scored_as_alone(router, share):
+    own = routing(router)
+    q = random(3, HKV * G, D)
+    sizes = torch.randint(0, 5, (3, HKV, own.n_lists), generator=torch.Generator().manual_seed(2))
+    n, distance = torch.tensor([40, 90, 17]), torch.tensor([60, 99, 31])
+    together = own.scores(q, sizes, n, distance, share=share)
+    for b in range(3):
+        alone = own.scores(
+            q[b : b + 1], sizes[b : b + 1], int(n[b]), int(distance[b]), share=share
+        )
+        assert torch.allclose(together[b], alone[0], rtol=1e-5)
+    assert (together[expand(sizes, together) == 0] == 0).all()
+    assert together.isfinite().all()
+
+
+def expand(sizes, scores):
+    return sizes.repeat_interleave(scores.shape[1] // sizes.shape[1], 1)
+
+
+def test_an_mlp_router_predicts_weight_a_key():
+    """Fitted on buckets of one size, right on buckets of others."""
+    q, density = synthetic_masses(n=1500, nlist=8)
+    sizes = torch.tensor([[2.0, 4, 8, 16, 2, 4, 8, 16]])
+    flipped = sizes.flip(-1)
+
+    def masses(counts):
+        weight = torch.cat([density[..., :-1] * counts[:, None], density[..., -1:] * 8], -1)
+        return weight / weight.sum(-1, keepdim=True)
+
+    fit, held = slice(0, 1300), slice(1300, None)
+    router = fitting.fit_mlp(
+        q[:, fit], masses(sizes)[:, fit], sizes[:, None], torch.zeros(1300, dtype=torch.long),
+        hidden=48, steps=400, batch=256, lr=4e-3,
     )  # fmt: skip
-    per_query = counts[:, [0] * n].transpose(0, 1)
-    sizes = counts[:, 0].repeat_interleave(2, 0)[:, None]
-    constant = (cell_mass * sizes.log()).sum(-1)
-    expected = explicit_loss(fitted, q, cell_mass, outside, per_query) + constant
-    # The batch is drawn with replacement: 4096 of 64 queries.
-    assert losses[0] == pytest.approx(float(expected.mean()), rel=2e-3)
-
-
-def test_a_cell_router_learns_age_and_content():
-    n, nlist, n_segments = 1200, 12, 4
-    q, mass = synthetic_masses(n=n, nlist=nlist)  # 3 heads
-    q, mass = q[:2], mass[:2]
-    prior = torch.tensor([0.02, 0.08, 0.2, 0.7])  # most of a bucket's mass is in its newest cell
-    cell_mass = mass[..., :-1, None] * prior
-    counts = torch.full((1, 1, nlist * n_segments), 5.0)
-    fit, held = slice(0, 1000), slice(1000, None)
-    router = fitting.fit_cells(
-        q[:, fit], mass[:, fit].half(), cell_mass[:, fit].sum(-2).half(), counts,
-        torch.zeros(1000, dtype=torch.long), torch.tensor([9, 19, 39], dtype=torch.int32),
-        hidden=48, steps=300, batch=256,
-    )  # fmt: skip
-    sizes = counts[:, [0] * 200].transpose(0, 1)
-    predicted = router.mass(q[:, held].transpose(0, 1), sizes).transpose(0, 1)
-    truth = cell_mass[:, held].flatten(-2)
-    best = predicted.topk(6, -1).indices
-    share = truth.gather(-1, best).sum() / truth.topk(6, -1).values.sum()
-    assert share > 0.9
-    segments = predicted.unflatten(-1, (nlist, n_segments)).sum(-2)
-    segments = segments / segments.sum(-1, keepdim=True)
-    assert (segments.mean((0, 1)) - prior).abs().max() < 0.03
-
-
-def test_prediction_follows_the_sizes_and_ignores_empty_cells():
-    generator = torch.Generator().manual_seed(0)
-    parameters = {
-        "mean": torch.zeros(2, 4), "scale": torch.ones(2, 4),
-        "w1": torch.randn(2, 5, 4, generator=generator), "b1": torch.zeros(2, 5),
-        "w2": torch.randn(2, 3 + 1 + 2, 5, generator=generator), "b2": torch.zeros(2, 6),
-        "ages": torch.tensor([10], dtype=torch.int32),
-    }  # fmt: skip
-    router = CellRouter(**parameters)
-    q = torch.randn(1, 2, 4, generator=generator)
-    sizes = torch.tensor([[[4, 0, 2, 1, 0, 3]]])
-    mass = router.mass(q, sizes)
-    assert (mass[..., [1, 4]] == 0).all()
-    assert mass.isfinite().all()
-    density, doubled = mass / sizes, router.mass(q, 2 * sizes) / (2 * sizes)
-    kept = [0, 2, 3, 5]
-    ratio = (density / doubled)[..., kept]
-    assert torch.allclose(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-5)
+    truth = masses(flipped)[:, held, :-1]
+    predicted = router.mass(q[:, held].transpose(0, 1), flipped[None]).transpose(0, 1)
+    ignorant = router.mass(q[:, held].transpose(0, 1), sizes[None]).transpose(0, 1)
+    assert (predicted - truth).abs().mean() < 0.25 * (ignorant - truth).abs().mean()

@@ -21,7 +21,7 @@ def mass_router(seed=5):
     """Routes by what has nothing to do with centroids; scores are positive, as masses are."""
 
     class Positive(LinearRouter):
-        def mass(self, q):
+        def mass(self, q, sizes=None):
             return super().mass(q).softmax(-1)
 
     return Positive(random(N_HEADS, NLIST, DIM, seed=seed), torch.zeros(N_HEADS, NLIST))

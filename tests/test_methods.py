@@ -11,7 +11,7 @@ from saap.methods import METHODS, find_method
 LAYER = 2
 # Methods that visit whole buckets, of which there are `index.nlist`, and those that visit cells.
 BUCKETED = ["random", "kmeans-rope", "kmeans", "linear", "mlp", "moments"]
-CELLED = ["oracle", "saap"]
+CELLED = ["oracle", "kmeans-cells", "saap"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_full_budget_equals_dense(problem, reference_index, name, share):
 @pytest.mark.parametrize("name", BUCKETED + CELLED)
 def test_nprobe_nlist_equals_dense(problem, reference_index, name):
     method = find_method(name)(reference_index)
-    cells = len(reference_index.ages) + 1 if name in CELLED else 1
+    cells = reference_index.layers[0].n_segments if name in CELLED else 1
     out, _, rows = answer(problem, method, Budget(nprobe=reference_index.nlist * cells))
     assert (rows == problem.stop - problem.first).all()
     exact = problem.exact[0]
@@ -84,11 +84,12 @@ def test_nothing_beats_the_oracle(problem, reference_index, share):
         return mass
 
     best = caught("oracle", Budget(nprobe=4, share=share))
-    assert (caught("saap", Budget(nprobe=4, share=share)) <= best + 1e-5).all()
+    for name in ("saap", "kmeans-cells"):
+        assert (caught(name, Budget(nprobe=4, share=share)) <= best + 1e-5).all(), name
     for name in ("random", "kmeans", "linear", "mlp"):
         mass = caught(name, Budget(nprobe=4, share=share))
-        # Four buckets are 32 cells.
-        assert (mass <= caught("oracle", Budget(nprobe=32, share=share)) + 1e-5).all(), name
+        # Four buckets are 64 cells.
+        assert (mass <= caught("oracle", Budget(nprobe=64, share=share)) + 1e-5).all(), name
 
 
 def test_unknown_method_names_the_nearest():
@@ -124,7 +125,8 @@ def test_budget_for_selectivity_counts_sinks_and_window():
 
 
 def test_nprobe_above_nlist(problem, reference_index):
-    n_cells = reference_index.nlist * (len(reference_index.ages) + 1)
-    assert n_cells == 256
-    with pytest.raises(ValueError, match="nprobe=257: accepted are 1 to nlist=256"):
-        answer(problem, find_method("saap")(reference_index), Budget(nprobe=257))
+    assert reference_index.nlist * reference_index.layers[0].n_segments == 512
+    with pytest.raises(ValueError, match="nprobe=513: accepted are 1 to nlist=512"):
+        answer(problem, find_method("saap")(reference_index), Budget(nprobe=513))
+    with pytest.raises(ValueError, match="nprobe=33: accepted are 1 to nlist=32"):
+        answer(problem, find_method("mlp")(reference_index), Budget(nprobe=33))

@@ -13,35 +13,24 @@ from saap.training import default_nlist, default_window
 from .conftest import random_model
 
 
-@pytest.mark.parametrize("ages", [[], [10, 20]])
-def test_masses_against_a_loop(ages):
+def test_masses_against_a_loop():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, 5, 8, generator=generator)
     k = torch.randn(1, 2, 40, 8, generator=generator)
     buckets = torch.randint(0, 6, (1, 2, 40), generator=generator, dtype=torch.int32)
     places = torch.tensor([3, 12, 20, 33, 39])
-    found = attention_masses(
-        q, k, buckets, places, 6, sm_scale=0.35, n_sink=2, window=8, block=2,
-        ages=torch.tensor(ages, dtype=torch.int32),
-    )  # fmt: skip
-    n_segments = len(ages) + 1
+    found = attention_masses(q, k, buckets, places, 6, sm_scale=0.35, n_sink=2, window=8, block=2)
     seen_by = [12, 12, 33, 33, 39]  # the middle query of each block of two
     for head in range(4):
         own = buckets[0, head // 2]
         for i, place in enumerate(places.tolist()):
             weights = (q[0, head, i] @ k[0, head // 2, : place + 1].T * 0.35).softmax(-1)
-            by_bucket, by_segment = torch.zeros(7), torch.zeros(n_segments)
-            counts = torch.zeros(6, n_segments)
+            expected = torch.zeros(7)
             for t in range(place + 1):
-                inside = 2 <= t <= place - 8
-                by_bucket[own[t] if inside else 6] += weights[t]
-                segment = sum(seen_by[i] - t < a for a in ages)
-                by_segment[segment] += weights[t] if inside else 0.0
-            for t in range(2, seen_by[i] - 8 + 1):
-                counts[own[t], sum(seen_by[i] - t < a for a in ages)] += 1
-            assert (found.buckets[0, head, i] - by_bucket).abs().max() < 1e-6
-            assert (found.segments[0, head, i] - by_segment).abs().max() < 1e-6
-            assert torch.equal(found.counts[0, head // 2, i // 2], counts.flatten())
+                expected[own[t] if 2 <= t <= place - 8 else 6] += weights[t]
+            assert (found.buckets[0, head, i] - expected).abs().max() < 1e-6
+            sizes = torch.bincount(own[2 : max(2, seen_by[i] - 8 + 1)].long(), minlength=6)
+            assert torch.equal(found.sizes[0, head // 2, i // 2], sizes.float())
 
 
 def test_training_is_seeded_and_learned_routing_helps(tiny_model, tiny_tokens, tiny_index):
@@ -52,7 +41,7 @@ def test_training_is_seeded_and_learned_routing_helps(tiny_model, tiny_tokens, t
         assert torch.equal(tensor, again.tensors()[name]), name
     recall = tiny_index.metadata["recall"]
     oracle = torch.tensor(recall["oracle"])
-    for router in ("cells", "mlp", "linear", "centroid"):
+    for router in ("mlp", "linear", "centroid"):
         assert (torch.tensor(recall[router]) <= oracle + 1e-4).all()
 
 

@@ -99,6 +99,7 @@ class LayerProblem:
 
     def measure(self, selector, store: LayerStore, budget: Budget) -> dict:
         """Sums over the queries, a value a query head; lists are `[Hq]`."""
+        selector.ahead = 1 + torch.arange(self.n_queries)
         starts, lengths = selector.select(self.q_rope, self.q_derope, budget)
         chosen = self._attend(store.k, store.v, starts + self.first, lengths)
         out, lse = merge_states(*chosen, *self.local)

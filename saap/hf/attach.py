@@ -20,7 +20,7 @@ from saap.chunks import attend_chunk
 from saap.kv_store import KVStore
 from saap.rope import VARIANTS
 from saap.routing import LayerRouting
-from saap.trained_index import LayerIndex, TrainedIndex
+from saap.trained_index import TrainedIndex
 
 from .cache import SaapCache, SaapLayer
 from .families import check_model, rope_variants
@@ -40,7 +40,7 @@ class SaapModel:
         self.variants = rope_variants(model, self.types)
         device = model.device
         router = router or index.default_router
-        self.routings = [_on_device(layer, router, device) for layer in index.layers]
+        self.routings = [LayerRouting.of(layer, router).to(device) for layer in index.layers]
         wrong = [n for n in budget.dense_layers if n >= len(self.types)]
         if wrong:
             raise ValueError(
@@ -146,12 +146,6 @@ class SaapModel:
                     q[own, :, skipped:], k[own, :, n:], v[own, :, n:], **options
                 )
         return out, lse
-
-
-def _on_device(layer: LayerIndex, router: str, device: torch.device) -> LayerRouting:
-    routing = LayerRouting.of(layer, router)
-    parts = {name: t.to(device) for name, t in routing.router.tensors().items()}
-    return LayerRouting(routing.centroids.to(device), type(routing.router)(**parts))
 
 
 def _derope(variant: str, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]):

@@ -9,7 +9,7 @@ from .exact_tokens import Flat, OracleTokens
 from .hnsw import HNSW
 from .ivf import KMeans, KMeansRope
 from .kmeans_online import KMeansOnline
-from .learned import MLP, Linear, Saap
+from .learned import MLP, KMeansCells, Linear, Saap
 from .lsh import LSH
 from .mean_pages import MeanPages
 from .moments import Moments, MomentsPages
@@ -28,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "kmeans": KMeans,
     "linear": Linear,
     "mlp": MLP,
+    "kmeans-cells": KMeansCells,
     "saap": Saap,
     "moments": Moments,
     "kmeans-online": KMeansOnline,

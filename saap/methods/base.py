@@ -30,18 +30,15 @@ class LayerKeys:
     softcap: float | None = None
     window: int = 0
 
-    @property
-    def age(self) -> Int[Tensor, " M"]:
-        """Distance of each key to the newest token of the context."""
-        n = self.k_rope.shape[2]
-        return self.window + torch.arange(n - 1, -1, -1, device=self.k_rope.device)
-
 
 class Selector(ABC):
     """Chooses rows of one layer's middle for queries `q_rope, q_derope [n, Hq, D]`."""
 
     order: Int[Tensor, "1 Hkv M"] | None = None
     """Rows of the middle in the order the store shall keep them; None is time order."""
+
+    ahead: int | Int[Tensor, " n"] = 1
+    """How far the queries are from the newest token of the context; whoever asks sets it."""
 
     nbytes: int = 0
     """Bytes that choosing reads in one step of this layer: routers, centroids, summaries."""

@@ -14,9 +14,11 @@ from .base import BucketSelector, Method, group_sum, middle_weights
 
 
 class OracleSelector(BucketSelector):
-    def __init__(self, keys, centroids, ages):
-        self.buckets = cells_of(assign(keys.k_derope, centroids).long(), keys.age, ages)
-        super().__init__(invert(self.buckets, centroids.shape[1] * (len(ages) + 1)))
+    def __init__(self, keys, centroids, n_segments):
+        n = keys.k_derope.shape[2]
+        place = torch.arange(n, device=keys.k_derope.device)
+        self.buckets = cells_of(assign(keys.k_derope, centroids), place, n, n_segments)
+        super().__init__(invert(self.buckets, centroids.shape[1] * n_segments))
         self.keys = keys
         # An oracle reads every key; that is not a price anyone could pay, so it is not counted.
         self.nbytes = 0
@@ -39,7 +41,8 @@ class Oracle(Method):
     name = "oracle"
 
     def build(self, keys):
-        return OracleSelector(keys, self.index.layers[keys.layer].centroids, self.index.ages)
+        layer = self.index.layers[keys.layer]
+        return OracleSelector(keys, layer.centroids, layer.n_segments)
 
 
 class RandomSelector(BucketSelector):
