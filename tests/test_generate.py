@@ -154,6 +154,34 @@ def test_full_budget_has_the_logits_of_dense(case, path, padded):
     assert model.config._attn_implementation == "eager"
 
 
+def test_keys_and_queries_lose_their_rope(case, monkeypatch):
+    """The same token everywhere: without RoPE its keys and queries are the same everywhere."""
+    model, index = case
+    seen = []
+    attend, append = saap.KVStore.attend, saap.KVStore.append
+    monkeypatch.setattr(
+        saap.KVStore,
+        "append",
+        lambda self, k, v, k_derope, mask: (seen.append(k_derope), append(self, k, v, k_derope))[
+            1
+        ],
+    )
+    monkeypatch.setattr(
+        saap.KVStore,
+        "attend",
+        lambda self, q, q_derope, **o: (seen.append(q_derope), attend(self, q, q_derope, **o))[1],
+    )
+    model = copy.deepcopy(model)
+    for module in hf.attention_modules(model):
+        if hasattr(module, "sinks"):  # they make later tokens weigh more
+            torch.nn.init.constant_(module.sinks, -1e9)
+    with saap.attached(model, index, FULL) as saap_model:
+        call(model, saap_model.cache(), torch.full((1, 50), 7))
+    assert seen
+    for derope in seen:
+        assert (derope - derope[:, :, :1]).abs().max() < 1e-4 * float(derope.abs().max())
+
+
 def generated(model, inputs, **options):
     torch.manual_seed(5)
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1, **options}
