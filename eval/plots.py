@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 COLORS = {
@@ -14,6 +15,8 @@ COLORS = {
     "linear": "#edae49",
     "kmeans": "#00798c",
     "kmeans-rope": "#66a182",
+    "kmeans-cells": "#4f6df5",
+    "mlp": "#b5651d",
     "streaming": "#8d6a9f",
     "oracle": "#2e4057",
     "random": "#9a9a9a",
@@ -76,6 +79,9 @@ def label_ends(axes, ends: list[tuple[float, float, str]], spread: float) -> Non
             color=color(name),
             fontweight="bold" if name == "saap" else "normal",
             annotation_clip=False,
+            # Where lines end at different places, a name may stand on another line.
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=5,
         )
 
 
@@ -107,8 +113,9 @@ def recall_curve(scores: list[dict], context: int, path: Path, *, against: str) 
             axes.set_xlabel("share of the cache that is visited (sinks and window included)")
         else:
             axes.set_xlabel("kB read a layer and step (router and centroids included)")
+        what = "share of the cache visited" if against == "selectivity" else "bytes read"
         axes.set_title(
-            f"Recall at a context of {context:,} tokens", loc="left", color=INK, fontsize=13
+            f"Recall against {what}, {context:,} tokens", loc="left", color=INK, fontsize=13
         )
         return save(figure, path)
 
@@ -167,17 +174,23 @@ def head_maps(
     panels += [(f"recall, {m}", np.array(own[m]["head_recall"]), "YlGnBu") for m in chosen]
     with plt.rc_context({**STYLE, "axes.grid": False}):
         layers, heads = mass.shape
-        width = max(1.9, 0.42 * heads + 0.6)
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        width = max(2.5, 0.42 * heads + 0.6)
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(width * len(panels), 0.42 * layers + 1.3), squeeze=False
+            rows,
+            columns,
+            figsize=(width * columns, (0.42 * layers + 1.0) * rows),
+            squeeze=False,
         )
-        for axis, (title, values, cmap) in zip(axes[0], panels, strict=True):
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, values, cmap) in zip(axes.flat, panels, strict=False):
             axis.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect="auto")
             axis.set_title(title, fontsize=10, color=INK)
             axis.set_xticks(range(heads))
             axis.set_yticks(range(layers))
             axis.tick_params(length=0, labelsize=9)
-            axis.set_xlabel("query head", fontsize=9)
             if layers * heads <= 128:
                 for (i, j), value in np.ndenumerate(values):
                     shade = "white" if value > 0.55 else INK
@@ -192,6 +205,9 @@ def head_maps(
                         color=shade,
                         alpha=faint,
                     )
-        axes[0][0].set_ylabel("layer", fontsize=9)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("layer", fontsize=9)
+        for axis in axes[-1]:
+            axis.set_xlabel("query head", fontsize=9)
         figure.tight_layout()
         return save(figure, path)

@@ -26,11 +26,11 @@ def markdown(scores: list[dict]) -> str:
         headline(scores).replace("<p class=lead>", "").replace("</p>", "").replace("<b>", "**")
         .replace("</b>", "**"),
         "",
-        "| " + " | ".join([*(title for _, title, _ in COLUMNS), "pass keys"]) + " |",
+        "| " + " | ".join([*(title for _, title, _, _ in COLUMNS), "pass keys"]) + " |",
         "|" + "---|" * (len(COLUMNS) + 1),
     ]  # fmt: skip
     for row in table_rows(scores, context, budget):
-        cells = [cell(row.get(key), form) for key, _, form in COLUMNS]
+        cells = [cell(row.get(key), form) for key, _, _, form in COLUMNS]
         cells.append(cell(answers.get(row["method"]), "{:.0%}"))
         mark = "**" if row["method"] == "saap" else ""
         lines.append("| " + " | ".join(f"{mark}{c}{mark}" for c in cells) + " |")

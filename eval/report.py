@@ -12,17 +12,18 @@ from .records import read_run
 from .scores import score_run
 
 TEMPLATE = Path(__file__).with_name("report.html")
-HEAD_METHODS = ["oracle", "saap", "linear", "kmeans", "kmeans-rope"]
+HEAD_METHODS = ["oracle", "saap", "mlp", "kmeans-cells", "kmeans-rope"]
+# Key, title, title where room is scarce, format.
 COLUMNS = (
-    ("method", "method", "{}"),
-    ("selectivity", "visited", "{:.1%}"),
-    ("recall_middle", "recall, middle", "{:.1%}"),
-    ("recall_all", "recall, all", "{:.1%}"),
-    ("recall_of_oracle", "of oracle", "{:.0%}"),
-    ("output_error", "output error", "{:.3f}"),
-    ("worst_head", "worst head", "{:.0%}"),
-    ("kilobytes", "kB a layer-step", "{:,.0f}"),
-    ("router_kilobytes", "router kB", "{:,.0f}"),
+    ("method", "method", "method", "{}"),
+    ("selectivity", "visited", "visited", "{:.1%}"),
+    ("recall_middle", "recall, middle", "recall", "{:.1%}"),
+    ("recall_all", "recall, all", "of all", "{:.1%}"),
+    ("recall_of_oracle", "of oracle", "oracle", "{:.0%}"),
+    ("output_error", "output error", "error", "{:.3f}"),
+    ("worst_head", "worst head", "worst", "{:.0%}"),
+    ("kilobytes", "kB a layer-step", "kB", "{:,.0f}"),
+    ("router_kilobytes", "router kB", "router", "{:,.0f}"),
 )
 
 
@@ -133,12 +134,12 @@ def headline(scores: list[dict]) -> str:
 
 
 def table(scores: list[dict], context: int, budget: str) -> str:
-    head = "".join(f"<th>{title}</th>" for _, title, _ in COLUMNS)
+    head = "".join(f"<th>{title}</th>" for _, title, _, _ in COLUMNS)
     body = "".join(
         "<tr{}>{}</tr>".format(
             " class=ours" if row["method"] == "saap" else "",
             "".join(
-                f"<td>{html.escape(cell(row.get(key), form))}</td>" for key, _, form in COLUMNS
+                f"<td>{html.escape(cell(row.get(key), form))}</td>" for key, _, _, form in COLUMNS
             ),
         )
         for row in table_rows(scores, context, budget)
@@ -162,8 +163,16 @@ def definition_list(items: dict) -> str:
     return (
         "<dl>"
         + "".join(
-            f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
+            f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(readable(v))}</dd>"
             for k, v in items.items()
         )
         + "</dl>"
     )
+
+
+def readable(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {readable(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

@@ -99,7 +99,7 @@ def add_share_of_oracle(scores: list[dict]) -> None:
     oracle = {place(s): s["recall_middle"] for s in scores if s["method"] == "oracle"}
     for score in scores:
         best = oracle.get(place(score))
-        if best and score["recall_middle"] is not None:
+        if best and score["recall_middle"] is not None and score["method"] != "dense":
             score["recall_of_oracle"] = score["recall_middle"] / best
 
 

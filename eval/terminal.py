@@ -47,19 +47,26 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         title_justify="left",
         title_style="bold",
         header_style="dim",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     accuracy = {
         s["method"]: s["accuracy"]
         for s in scores
         if s["task"] == "passkey" and s["context"] == context and s["budget"] == budget
     }
-    for key, title, _ in COLUMNS:
-        table.add_column(title, justify="left" if key == "method" else "right")
+    for key, _, title, _ in COLUMNS:
+        table.add_column(title, justify="left" if key == "method" else "right", no_wrap=True)
     if accuracy:
-        table.add_column("pass keys", justify="right")
+        table.add_column("keys", justify="right", no_wrap=True)
     for row in table_rows(scores, context, budget):
-        cells = [cell(row.get(key), form) for key, _, form in COLUMNS]
+        cells = [cell(row.get(key), form) for key, _, _, form in COLUMNS]
         if accuracy:
             cells.append(cell(accuracy.get(row["method"]), "{:.0%}"))
         table.add_row(*cells, style="bold" if row["method"] == "saap" else None)
     console.print(table)
+    console.print(
+        "[dim]recall: attention mass of the middle that is found; of all: sinks and window too; "
+        "oracle: share of the oracle's; error: of the output; worst: the worst far-looking head; "
+        "kB: read a layer and step, with the router; keys: pass keys answered[/]"
+    )

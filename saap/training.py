@@ -168,7 +168,7 @@ def train(
     n_sink: int = 16,
     window: int | None = None,
     n_segments: int = N_SEGMENTS,
-    hidden: int = 128,
+    hidden: int = 64,
     steps: int = 400,
     baselines: bool = False,
     progress: Progress | None = None,
