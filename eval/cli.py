@@ -46,9 +46,9 @@ def train(
     ] = None,
     router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
     window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
-    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 800,
+    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
     baselines: Annotated[
-        bool, typer.Option(help="also cluster keys with RoPE, to compare")
+        bool, typer.Option(help="also fit what is only compared with: linear, kmeans-rope")
     ] = False,
     seed: int = 0,
 ) -> None:
@@ -181,11 +181,14 @@ def numbers(text: str, kind: type, name: str) -> tuple:
 
 
 def check_writable(folder: Path) -> None:
-    import os
+    """Tried, now rather than after an hour of work: permissions alone do not tell."""
+    import tempfile
 
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"{folder}: not a folder that can be written to")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from error
 
 
 def main() -> None:

@@ -146,15 +146,36 @@ def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) ->
 
 def passkey_unit(model, tokenizer, text, methods, config, context, number) -> list[dict]:
     # Depths are spread evenly over the prompts, so that every run covers beginning to end.
-    rng = np.random.default_rng([config.seed, context, number])
     depth = (number + 0.5) / config.n_prompts * 0.95
-    room = context - passkey.KEY_DIGITS - 8
-    prompt = passkey.make_prompt(text, room, rng, n_distractors=config.n_distractors, depth=depth)
+
+    def make(n_bytes: int) -> passkey.PassKeyPrompt:
+        rng = np.random.default_rng([config.seed, context, number])
+        return passkey.make_prompt(
+            text, n_bytes, rng, n_distractors=config.n_distractors, depth=depth
+        )
+
+    prompt = prompt_of_tokens(make, tokenizer, context - passkey.KEY_DIGITS - 8, len(text))
     n_context = len(answering.encode(tokenizer, prompt.context))
     budgets = budgets_for(config.answer_budgets, n_context, config)
     return answering.evaluate(
         model, tokenizer, prompt, passkey.is_right, methods, budgets, passkey.KEY_DIGITS + 1
     )
+
+
+def prompt_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int):
+    """`make(n_bytes)` so long that it has at most `n_tokens` tokens, and nearly as many.
+
+    A token is a byte for some tokenizers and several for others; text is not equally dense.
+    """
+    n_bytes = n_tokens
+    prompt = make(n_bytes)
+    for _ in range(6):
+        found = len(answering.encode(tokenizer, prompt.text, special=False))
+        if 0.98 * n_tokens <= found <= n_tokens or (found < n_tokens and n_bytes == most_bytes):
+            break
+        n_bytes = min(most_bytes, int(n_bytes * 0.99 * n_tokens / found))
+        prompt = make(n_bytes)
+    return prompt
 
 
 def load_for_eval(model_source, index_path: Path | None):

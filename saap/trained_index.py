@@ -76,7 +76,8 @@ class TrainedIndex:
     def check_model(self, description: dict) -> None:
         """Raise ValueError naming what differs when this index was trained for another model."""
         own = self.metadata["model"]
-        for key in own:
+        # What a reader understands first; weights last.
+        for key in sorted(own, key=lambda k: (k == "attention_norms", k != "model_type", k)):
             same = own[key] == description.get(key)
             if key == "attention_norms":
                 same = len(own[key]) == len(description[key]) and all(

@@ -8,7 +8,7 @@ from saap.eval import records as records_module
 from saap.eval import reference
 from saap.eval.records import RecordFile, read_run
 from saap.eval.report import make_report
-from saap.eval.run import EvalConfig, check_contexts, run
+from saap.eval.run import EvalConfig, check_contexts, prompt_of_tokens, run
 from saap.eval.scores import score_run
 from saap.eval.tasks import passkey
 from saap.methods import METHODS
@@ -140,6 +140,22 @@ def test_pass_key_prompts(depth):
     assert abs(where - depth) < 0.12
     assert passkey.is_right(prompt, prompt.answer.encode() + b"\n")
     assert not passkey.is_right(prompt, b"0" + prompt.answer.encode())
+
+
+@pytest.mark.parametrize("bytes_a_token", [1, 3])
+def test_pass_key_prompts_are_measured_in_tokens(bytes_a_token):
+    import numpy as np
+
+    text = reference.split_held_out()[1]
+
+    def make(n_bytes):
+        return passkey.make_prompt(text, n_bytes, np.random.default_rng(1))
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [0] * -(-len(text) // bytes_a_token)}
+
+    prompt = prompt_of_tokens(make, tokenizer, 2000, len(text))
+    assert 0.97 * 2000 <= len(prompt.text) / bytes_a_token <= 2000
 
 
 def test_pass_key_limits():
