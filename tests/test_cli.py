@@ -79,7 +79,7 @@ def test_unwritable_output(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "eval", "reference", "--methods", "dense", "--out", blocker / "x"
     )
     assert code == 2
-    assert "not a folder that can be written to" in err
+    assert "cannot be written to" in err
 
 
 def test_info_shows_recall_a_head(monkeypatch, capsys, index_file):
