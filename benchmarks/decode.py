@@ -273,7 +273,7 @@ def flush_ms(cache) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", default="8192,32768,131072")
-    parser.add_argument("--budget", type=int, default=2048, help="rows of the middle a step")
+    parser.add_argument("--budget", type=int, help="rows of the middle a step; the default's")
     parser.add_argument("--nlist", type=int, help="as `saap.train` chooses by context")
     parser.add_argument("--seconds", type=float, default=10, help="of turns for each context")
     parser.add_argument("--threads", type=int, help="torch's number of threads")
@@ -281,7 +281,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     contexts = [int(part) for part in options.contexts.split(",")]
-    budget = Budget(max_tokens=options.budget)
+    budget = Budget(max_tokens=options.budget or Budget.default().max_tokens)
     records = []
     for name, make in MODELS.items():
         model = make()

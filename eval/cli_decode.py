@@ -154,11 +154,11 @@ def joined(document, tokenizer, question: str):
 
 
 def budget_of(trained, max_tokens=None, nprobe=None, top_p=None):
-    """What was asked for, or the index's default; sinks and window as the index was trained."""
+    """What was asked for, or the default; sinks and window as the index was trained."""
     from saap import Budget
 
     if max_tokens is None and nprobe is None and top_p is None:
-        nprobe = Budget.of(trained.nlist).nprobe
+        max_tokens = Budget.default().max_tokens
     return Budget(
         nprobe=nprobe,
         max_tokens=max_tokens,

@@ -58,9 +58,9 @@ class Budget:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     @classmethod
-    def of(cls, nlist: int) -> "Budget":
-        """The default for a partition of `nlist` buckets: an eighth of them, at most 64."""
-        return cls(nprobe=max(1, min(64, nlist // 8)))
+    def default(cls) -> "Budget":
+        """So many rows that a token costs the same at any context: 3 % of 128k tokens."""
+        return cls(max_tokens=4096)
 
     @classmethod
     def for_selectivity(

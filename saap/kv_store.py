@@ -229,16 +229,18 @@ class KVStore:
         if not any(dropped):
             return
         self._assign_pending()
+        before = list(self.middles)
         for b, n in enumerate(left):
             if n - self.budget.n_sink - self.middles[b] < self.budget.window:
                 self._lay_out(b, n)
         self.lengths, self._new = left, []
-        self._recount()
+        if self.middles != before:
+            self._recount()
 
     def _lay_out(self, b: int, length: int) -> None:
         """The order of rows as if the sequence had never been longer."""
-        first, n_middle = self.budget.n_sink, max(0, self._due(length))
-        if not self.middles[b]:
+        first, n_middle = self.budget.n_sink, min(self.middles[b], self._due(length))
+        if n_middle == self.middles[b]:
             return
         used = slice(first, self.lengths[b])
         tokens, lists = self.rows.tokens[b, :, used].long(), self.rows.lists[b, :, used].long()

@@ -11,12 +11,8 @@ from .test_generate import random_index
 @pytest.fixture(scope="module")
 def files(reference_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decode")
-    index = random_index(reference_model)
-    index.metadata.update(n_sink=4, window=16)
-    index.save(folder / "index.safetensors")
-    other = random_index(reference_model, nlist=4)
-    other.metadata.update(n_sink=4, window=16)
-    other.save(folder / "other.safetensors")
+    random_index(reference_model).save(folder / "index.safetensors")
+    random_index(reference_model, nlist=4).save(folder / "other.safetensors")
     text = reference.split_held_out()[1]
     (folder / "document.txt").write_bytes(text[:900])
     (folder / "empty.txt").write_text("")
@@ -60,7 +56,8 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
     )
     assert asked.split("\nsaap:")[0] == out.split("\nsaap:")[0]
     assert "same tokens: the first 12 of 12" in out
-    small = answer("ask", "reference", context / "context.safetensors", "\ndef main(")
+    few = ("--max-tokens", 64)
+    small = answer("ask", "reference", context / "context.safetensors", "\ndef main(", *few)
     assert "100.0%" not in small
 
 

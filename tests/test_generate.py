@@ -80,7 +80,11 @@ def random_index(model, nlist=NLIST):
         LayerIndex(torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1))
         for _ in range(about["num_layers"])
     )
-    return TrainedIndex(layers, {"model": about, "nlist": nlist, "router": "centroid"})
+    metadata = {
+        "model": about, "nlist": nlist, "router": "centroid", "n_sink": 4, "window": 16,
+        "n_segments": 1, "interleaved": False, "sm_scale": [1.0] * len(layers),
+    }  # fmt: skip
+    return TrainedIndex(layers, metadata)
 
 
 def prompt(batch=1, length=70, seed=3):
@@ -282,6 +286,11 @@ def test_small_budget_differs_and_is_the_same_however_it_came(llama):
         dense = model(tokens).logits[:, -1]
     assert_same_logits(found[0], found[1])
     assert (found[0] - dense).abs().max() > 1e-4
+
+
+def test_default_budget(llama):
+    with saap.attached(*llama) as saap_model:
+        assert saap_model.budget == Budget.default() == Budget(max_tokens=4096)
 
 
 def test_dense_layers_are_dense(llama):

@@ -190,7 +190,7 @@ def attached(
     Streaming, sampling, beams, assisted and prompt-lookup decoding, left-padded batches, chunked
     prefill and the next turn over the same cache all work; prefill and any forward of several
     tokens are exact. Layers with a sliding window keep their own cache and stay dense. Without our
-    cache the model computes what it always did. `budget`: `Budget.of(index)` if not given.
+    cache the model computes what it always did. `budget`: `Budget.default()` if not given.
     `router`: one of the index's, by default the one it was trained for.
 
     Raises ValueError for a model that is not supported or not the index's, by name.
@@ -198,7 +198,7 @@ def attached(
     decoder = model.get_decoder()
     if getattr(decoder, "_saap_attached", False):
         raise ValueError("this model is attached already: leave that block first")
-    saap_model = SaapModel(model, index, budget or Budget.of(index.nlist), router)
+    saap_model = SaapModel(model, index, budget or Budget.default(), router)
     modules = attention_modules(model)
     hooks = [
         decoder.register_forward_pre_hook(saap_model.begin_forward, with_kwargs=True),
