@@ -5,7 +5,7 @@ import torch
 
 from saap.budget import Budget
 from saap.chunks import attend_chunk
-from saap.index.routers import CentroidRouter
+from saap.index.routers import CentroidRouter, MLPRouter
 from saap.kernels.attention import reference
 from saap.kv_store import KVStore
 from saap.routing import LayerRouting
@@ -233,6 +233,53 @@ def test_batch_with_left_padding_is_each_alone(routing, budget):
         assert torch.equal(rows_of(alone)[0], rows_of(batch, b)[0])
     assert (together[0][0][2, :, : n - 3] == 0).all()
     assert torch.isneginf(together[0][1][2, :, : n - 3]).all()
+
+
+@pytest.mark.parametrize("router", ["centroid", "mlp"])
+def test_cells(routing, router):
+    """Buckets cut by age: more lists than buckets, the same rows."""
+    network = MLPRouter(
+        torch.zeros(HQ, DIM), torch.ones(HQ, DIM), random(HQ, 6, DIM), random(HQ, 6),
+        random(HQ, NLIST + 1, 6), random(HQ, NLIST + 1),
+    )  # fmt: skip
+    cells = LayerRouting(
+        routing.centroids,
+        network if router == "mlp" else routing.router,
+        n_segments=3,
+        key_scale=torch.full((HKV, NLIST), 4.0),
+        inv_freq=1.0 / 100 ** (torch.arange(DIM // 2) / (DIM // 2)),
+        sm_scale=DIM**-0.5,
+    )
+    assert cells.n_lists == 3 * NLIST
+    keys, queries = tokens(70)
+    whole = Budget(nprobe=3 * NLIST, n_sink=4, window=8, flush_every=8)
+    _, found = fed(cells, whole, keys, list(every(70)), queries)
+    assert_close(found, expected(keys, queries[0], 70))
+    few = Budget(max_tokens=20, n_sink=4, window=8, flush_every=8)
+    outs = [fed(cells, few, keys, cuts, queries)[1] for cuts in ([69, 70], list(every(70)))]
+    assert torch.equal(outs[0][0], outs[1][0])
+    assert (outs[0][0] - found[0]).abs().max() > 1e-3
+    # Beside a shorter sequence, which has no lists yet, and a longer one.
+    longer, more = tokens(90, seed=5)
+    batch = KVStore(cells, few)
+    given = [
+        torch.cat([pad(a, 19), pad(b[:, :, :9], 80), b[:, :, :89]])
+        for a, b in zip(part((*keys, *queries), 0, 70), (*longer, *more), strict=True)
+    ]
+    mask = torch.arange(89) >= torch.tensor([19, 80, 0])[:, None]
+    batch.append(*given[:3], mask)
+    ends = [torch.cat([a[:, :, -1:], b[:, :, 9:10], b[:, :, 89:]]) for a, b in zip(
+        (*keys, *queries), (*longer, *more), strict=True)]  # fmt: skip
+    batch.append(*ends[:3])
+    together = batch.attend(*ends[3:])
+    alone = KVStore(cells, few)
+    alone.append(*keys)
+    alone.append(*(t[:, :, -1:] for t in keys))
+    assert_close(alone.attend(*(t[:, :, -1:] for t in queries)), [t[:1] for t in together])
+
+
+def pad(x, n):
+    return torch.nn.functional.pad(x, (0, 0, n, 0))
 
 
 @pytest.mark.parametrize("left", [69, 62, 52, 30, 12, 4, 0])
