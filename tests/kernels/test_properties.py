@@ -49,7 +49,7 @@ class Problem:
 
 
 @st.composite
-def problems(draw, dtypes=(torch.float32,), softcaps=(None,)) -> Problem:
+def problems(draw, dtypes=(torch.float32,), softcaps=(None,), scale=1) -> Problem:
     """Ranges in any order, touching or apart, some of length 0, and lists of those alone.
 
     Half of the stores have rows enough for several workers and partial results.
@@ -62,7 +62,7 @@ def problems(draw, dtypes=(torch.float32,), softcaps=(None,)) -> Problem:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(dtypes))
 
-    q = torch.randn(batch, kv_heads * group, dim, generator=generator)
+    q = scale * torch.randn(batch, kv_heads * group, dim, generator=generator)
     k, v = torch.randn(2, batch, kv_heads, rows, dim, generator=generator)
     cuts = torch.randint(0, rows + 1, (batch, lists, 2 * n_ranges), generator=generator)
     cuts = cuts.sort(-1).values
@@ -90,7 +90,7 @@ def masked_softmax(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhn,bhnd->bhd", weights, v), torch.logsumexp(scores, -1)
 
 
-@examples(60)
+@examples(30)
 @given(problem=problems(softcaps=(None, 5.0)))
 def test_the_reference_is_the_definition(problem):
     doubled = {name: getattr(problem, name).double() for name in "qkv"}
@@ -102,14 +102,32 @@ def test_the_reference_is_the_definition(problem):
         assert (error <= 4 * rounding(want, got.dtype)).all()
 
 
-@examples(200)
+@examples(60)
 @given(problem=problems(dtypes=DTYPES, softcaps=(None, 5.0)))
 def test_numba_is_within_the_error_budget(problem):
     problem.check(problem.attend("numba"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@examples(40)
+@examples(15)
+@given(problem=problems(scale=100))
+def test_scores_may_differ_by_more_than_exp_can_hold(impl, problem):
+    """Scores in the hundreds, where an error of a score is one of the weights' exponents.
+
+    Few heads decide the largest error, so the budget is what rounding does to a score.
+    """
+    q, k, v = (x.double() for x in (problem.q, problem.k, problem.v))
+    largest = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / math.sqrt(q.shape[-1])
+    allowed = 2 * torch.finfo(torch.float32).eps * largest
+    exact = replace(problem, q=q, k=k, v=v).attend("reference")
+    empty = torch.isneginf(exact[1])
+    scales = (2 * float(v.abs().max()), 1)
+    for got, want, scale in zip(problem.attend(impl), exact, scales, strict=True):
+        assert ((got - want)[~empty].abs() <= allowed * scale).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@examples(20)
 @given(problem=problems(), seed=st.integers(0, 2**32))
 def test_any_order_of_rows_gives_the_same_output(impl, problem, seed):
     """The selected rows, found again as single tokens of a shuffled store."""
@@ -128,7 +146,7 @@ def test_any_order_of_rows_gives_the_same_output(impl, problem, seed):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@examples(40)
+@examples(20)
 @given(problem=problems(), share=st.floats(0, 1))
 def test_two_parts_merge_to_the_whole(impl, problem, share):
     """Every range cut in two at `share` of its length."""
@@ -138,7 +156,7 @@ def test_two_parts_merge_to_the_whole(impl, problem, share):
     problem.check(merge_states(*one, *two))
 
 
-@examples(40)
+@examples(20)
 @given(problem=problems(), cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_merging_is_associative_and_commutative(problem, cuts):
     low, high = ((problem.lengths * cut).int() for cut in sorted(cuts))
@@ -153,7 +171,7 @@ def test_merging_is_associative_and_commutative(problem, cuts):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@examples(30)
+@examples(15)
 @given(problem=problems(dtypes=DTYPES))
 def test_runs_are_bit_equal_at_one_number_of_threads(threads, problem):
     before = torch.get_num_threads()
@@ -169,7 +187,7 @@ def test_runs_are_bit_equal_at_one_number_of_threads(threads, problem):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@examples(30)
+@examples(15)
 @given(problem=problems(), prefix_rows=st.integers(0, 200))
 def test_a_shared_prefix_is_a_prefix_of_every_sequence(impl, problem, prefix_rows):
     q, k, v, starts, lengths = problem.inputs
@@ -193,7 +211,7 @@ def test_a_shared_prefix_is_a_prefix_of_every_sequence(impl, problem, prefix_row
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
-@examples(30)
+@examples(15)
 @given(problem=problems(dtypes=DTYPES))
 def test_rows_that_no_range_selects_never_reach_the_output(impl, poison, problem):
     lists, kv_heads = problem.starts.shape[1], problem.k.shape[1]
@@ -205,7 +223,7 @@ def test_rows_that_no_range_selects_never_reach_the_output(impl, poison, problem
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@examples(30)
+@examples(15)
 @given(problem=problems(dtypes=DTYPES))
 def test_empty_rows_are_zero_and_minus_infinity(impl, problem):
     out, lse = problem.attend(impl)
