@@ -63,6 +63,15 @@ def rows_of(store, b=0):
     return store.rows.tokens[b, :, : store.lengths[b]], store.middles[b]
 
 
+def assert_rows_are_tokens(store, keys):
+    """Keys and values moved with the numbers of their tokens, each of which is there once."""
+    layout, _ = rows_of(store)
+    for head, rows in enumerate(layout.long()):
+        assert torch.equal(rows.sort().values, torch.arange(store.length))
+        assert torch.equal(store.k[0, head, : store.length], keys[0][0, head, rows])
+        assert torch.equal(store.v[0, head, : store.length], keys[1][0, head, rows])
+
+
 def every(n):
     return range(1, n + 1)
 
@@ -126,11 +135,10 @@ def test_layout(routing):
     keys, _ = tokens(70)
     store, _ = fed(routing, SMALL, keys, list(every(70)))
     store.flush()
+    assert_rows_are_tokens(store, keys)
     layout, n_middle = rows_of(store)
     lists = routing.assign(keys[2])[0]
     for head, rows in enumerate(layout.long()):
-        assert torch.equal(store.k[0, head, :70], keys[0][0, head, rows])
-        assert torch.equal(store.v[0, head, :70], keys[1][0, head, rows])
         assert rows[:4].tolist() == [0, 1, 2, 3]
         assert rows[4 + n_middle :].tolist() == list(range(4 + n_middle, 70))
         order = [(int(lists[head, t]), int(t)) for t in rows[4 : 4 + n_middle]]
@@ -352,6 +360,7 @@ def test_memory(routing):
     assert store.nbytes <= 1.05 * 3000 * rows
     store, _ = fed(routing, SMALL, keys, [3000, *range(3001, 3300)], queries)
     assert store.nbytes <= 1.13 * 3300 * rows + 80_000
+    assert_rows_are_tokens(store, keys)  # so many that they moved in several pieces
     before = store.k.data_ptr()
     store.reserve(3000)
     assert store.k.data_ptr() == before
