@@ -49,6 +49,14 @@ def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def integers(name: str, x: Tensor) -> None:
+    """A list of numbers `[m]`, int64 or int32."""
+    if x.ndim != 1 or x.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: accepted is [m] of integers"
+        )
+
+
 def new_positions(positions: Tensor, count: int, known: Tensor, first_free: int) -> None:
     """`count` positions from 0, none twice and none `known`; from `first_free` on all are free."""
     if positions.shape != (count,) or positions.dtype not in (torch.int64, torch.int32):

@@ -1,30 +1,17 @@
 """`AsymmetricIVF`: the keys of one layer in k-means buckets, visited as a router says."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks, fitting, kmeans
+from . import checks, kmeans
 from .faiss_backend import check_gpu_limits
 from .ivf_search import BucketSearch
-from .lists import bucket_ranges, check_bounds, expand_heads
+from .ivf_training import train_parts
+from .lists import BucketStatistics, bucket_ranges, check_bounds, expand_heads
 from .routers import CentroidRouter, Router
 from .rows import BucketRows
 from .spill import second_sizes, spilled_ranges
-from .targets import query_masses
-
-TRAINABLE = ("mlp", "linear", "centroid")
-
-
-@dataclass(frozen=True)
-class BucketStatistics:
-    """`sizes [Hkv, nlist]` int32; `imbalance [Hkv]` is FAISS's factor, 1 for equal buckets."""
-
-    sizes: Int[Tensor, "Hkv nlist"]
-    imbalance: Float[Tensor, " Hkv"]
-    n_empty: Int[Tensor, " Hkv"]
 
 
 class AsymmetricIVF:
@@ -134,10 +121,7 @@ class AsymmetricIVF:
 
     def statistics(self) -> BucketStatistics:
         """Sizes of the buckets by best centroid, pending keys left out."""
-        sizes = self.offsets.diff(dim=-1)
-        total = sizes.double().sum(-1).clamp(min=1)
-        imbalance = self.nlist * (sizes.double() ** 2).sum(-1) / total**2
-        return BucketStatistics(sizes, imbalance.float(), (sizes == 0).sum(-1))
+        return BucketStatistics.of(self.offsets)
 
     def train(
         self,
@@ -163,42 +147,11 @@ class AsymmetricIVF:
         """
         if self.ntotal:
             raise ValueError(f"ntotal={self.ntotal}: an index is trained before keys are added")
-        router = router or ("centroid" if xq_train is None else "mlp")
-        if router not in TRAINABLE:
-            raise ValueError(f"router={router!r}: accepted are {', '.join(TRAINABLE)}")
-        if (xq_train is None) != (router == "centroid"):
-            raise ValueError(f"router={router!r}: accepted with training queries are mlp, linear")
         checks.vectors("xt", xt, self.n_kv, self.d)
-        centroids = kmeans.train_centroids(
-            xt.to(self.device), self.nlist, n_iter=n_iter, seed=seed
-        )
-        if router == "centroid":
-            self.centroids, self.router = centroids, CentroidRouter(centroids)
-            return
-        checks.queries("xq_train", xq_train.transpose(0, 1), self.n_kv, self.d)
-        scored = xt if xt_score is None else xt_score
-        checks.same_shape("xt_score", scored, "xt", xt)
-        asked = xq_train if xq_score is None else xq_score
-        checks.same_shape("xq_score", asked, "xq_train", xq_train)
-        buckets = kmeans.assign(xt.to(self.device), centroids)
-        masses = query_masses(
-            asked.to(self.device),
-            scored.to(self.device),
-            buckets,
-            self.nlist,
-            sm_scale=self.d**-0.5 if sm_scale is None else sm_scale,
-        )
-        queries = xq_train.to(self.device).float()
-        if router == "linear":
-            fitted = fitting.fit_linear(queries, masses, **fit_options)
-        else:
-            sizes = torch.stack([torch.bincount(b.long(), minlength=self.nlist) for b in buckets])
-            seen_by = torch.zeros(queries.shape[1], dtype=torch.long, device=self.device)
-            with torch.enable_grad():
-                fitted = fitting.fit_mlp(
-                    queries, masses, sizes[:, None], seen_by, seed=seed, **fit_options
-                )
-        self.centroids, self.router = centroids, fitted
+        self.centroids, self.router = train_parts(
+            xt.to(self.device), xq_train, self.nlist, router=router, xt_score=xt_score,
+            xq_score=xq_score, sm_scale=sm_scale, n_iter=n_iter, seed=seed, **fit_options,
+        )  # fmt: skip
 
     def refine(self, x: Float[Tensor, "Hkv n D"], *, n_iter: int = 3) -> None:
         """A few Lloyd steps of the trained centroids on this context's own vectors.
@@ -231,7 +184,7 @@ class AsymmetricIVF:
         checks.vectors("xb", xb, self.n_kv, self.d, self.dtype)
         route_by = xb if route_by is None else route_by
         checks.same_shape("route_by", route_by, "xb", xb)
-        kmeans.check_finite(route_by, "route_by")
+        checks.vectors("route_by", route_by, self.n_kv, self.d)
         first = self._rows.highest + 1
         if positions is None:
             positions = torch.arange(first, first + xb.shape[1])
@@ -257,7 +210,11 @@ class AsymmetricIVF:
         self._pending_routes = []
 
     def remove(self, positions: Int[Tensor, " m"]) -> int:
-        """Forget the keys at these positions; returns how many there were. Others are ignored."""
+        """Forget the keys at these positions; returns how many there were. Others are ignored.
+
+        Raises ValueError for anything but integers `[m]`.
+        """
+        checks.integers("positions", positions)
         return self._keep(~torch.isin(self.positions, positions.to(self.device)))
 
     def truncate(self, length: int) -> int:

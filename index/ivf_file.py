@@ -119,6 +119,7 @@ def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     if header.get("sha256") != header_digest(header):
         raise ValueError(f"{path}: its header does not fit its checksum: the file was altered")
+    check_options(path, header)
     found = {name: shape_and_dtype(t) for name, t in tensors.items()}
     promised = {
         name: {key: entry[key] for key in ("shape", "dtype")}
@@ -130,6 +131,29 @@ def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
                 f"{path}: {name} is {found.get(name)}: its header says {promised.get(name)}"
             )
     return header, tensors
+
+
+def check_options(path: Path, header: dict) -> None:
+    """ValueError where the options of a header are none, or do not fit the tensors it lists."""
+    try:
+        n_kv, d, nlist, n = (header[name] for name in ("n_kv", "d", "nlist", "ntotal"))
+        listed = {name: (t["shape"], t["dtype"]) for name, t in header["tensors"].items()}
+        implied = {
+            "vectors": ([n_kv, n, d], str(DTYPES[header["dtype"]])),
+            "positions": ([n_kv, n], "torch.int64"),
+            "offsets": ([n_kv, nlist + 1], "torch.int32"),
+            "centroids": ([n_kv, nlist, d], "torch.float32"),
+        }
+        if header["spill"]:
+            implied["second"] = ([n_kv, n], "torch.int32")
+        parts = {name for name in listed if name.startswith("router.")}
+        if header["router"] not in ROUTERS or (header["router"] == "centroid") == bool(parts):
+            raise ValueError(f"{path}: router {header['router']!r} with tensors {sorted(parts)}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its header lacks or misstates {error}") from error
+    for name, own in implied.items():
+        if listed.get(name) != own:
+            raise ValueError(f"{path}: {name} is {listed.get(name)}: its options say {own}")
 
 
 def shape_and_dtype(tensor: Tensor) -> dict:

@@ -28,9 +28,27 @@ class InvertedLists:
         return self.offsets.diff(dim=-1)
 
     def imbalance(self) -> Float[Tensor, "B Hkv"]:
-        """FAISS's imbalance factor: `nlist * sum(size^2) / n^2`; 1 when all are equally large."""
-        sizes = self.sizes.double()
-        return self.nlist * (sizes**2).sum(-1) / sizes.sum(-1).clamp(min=1) ** 2
+        return imbalance_factor(self.sizes)
+
+
+def imbalance_factor(sizes: Int[Tensor, "*heads nlist"]) -> Float[Tensor, "*heads"]:
+    """FAISS's imbalance factor: `nlist * sum(size^2) / n^2`; 1 when all are equally large."""
+    sizes = sizes.double()
+    return sizes.shape[-1] * (sizes**2).sum(-1) / sizes.sum(-1).clamp(min=1) ** 2
+
+
+@dataclass(frozen=True)
+class BucketStatistics:
+    """`sizes [Hkv, nlist]` int32; `imbalance [Hkv]` (`imbalance_factor`); empty buckets."""
+
+    sizes: Int[Tensor, "Hkv nlist"]
+    imbalance: Float[Tensor, " Hkv"]
+    n_empty: Int[Tensor, " Hkv"]
+
+    @classmethod
+    def of(cls, offsets: Int[Tensor, "Hkv nlist_plus_1"]) -> "BucketStatistics":
+        sizes = offsets.diff(dim=-1)
+        return cls(sizes, imbalance_factor(sizes).float(), (sizes == 0).sum(-1))
 
 
 def invert(buckets: Int[Tensor, "B Hkv n"], nlist: int) -> InvertedLists:

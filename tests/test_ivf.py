@@ -81,6 +81,31 @@ def test_search_is_select_and_brute_force(seed, nprobe, k, n, spill, share):
 
 
 @pytest.mark.parametrize("spill", [False, True])
+def test_equal_scores_may_come_in_any_order_but_each_key_once(spill):
+    """Every key is there four times, pending ones too, and k cuts through the equals."""
+    index = filled(0, spill=spill, flush_every=100)
+    keys = random(N_KV, 30, DIM, seed=2)
+    for _ in range(4):
+        index.add(keys)
+    assert index.n_pending == 0
+    index.add(keys[:, :8])
+    q = random(3, N_HEADS, DIM, seed=4)
+    scores, positions = index.search(q, 10, 5)
+    starts, lengths = index.select(q, nprobe=5)
+    row_of = index.positions.argsort(dim=1)
+    for query in range(3):
+        for head in range(N_HEADS):
+            kv = head * N_KV // N_HEADS
+            rows = row_of[kv, positions[query, head]]
+            assert len(rows.unique()) == 10
+            visited = visited_rows(starts, lengths, query, kv)
+            assert torch.isin(rows, visited).all()
+            exact = index.vectors[kv] @ q[query, head]
+            assert torch.allclose(exact[rows], scores[query, head], atol=1e-5)
+            assert torch.allclose(exact[visited].topk(10).values, scores[query, head], atol=1e-5)
+
+
+@pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("share", ["group", "head"])
 def test_selection_keeps_every_bound(spill, share):
     index = filled(spill=spill, flush_every=1)

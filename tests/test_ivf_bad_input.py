@@ -60,6 +60,15 @@ BAD_CALLS = [
     ),
     (lambda i: i.train(random(N_KV, 99, DIM)), "ntotal=110: an index is trained before"),
     (lambda i: i.refine(random(N_KV, 99, DIM)), "ntotal=110: centroids are refined before"),
+    (
+        lambda i: i.add(random(N_KV, 5, DIM), route_by=torch.ones(N_KV, 5, DIM, dtype=torch.int8)),
+        "route_by has dtype torch.int8: accepted is torch.float32",
+    ),
+    (
+        lambda i: i.remove(torch.tensor([1.0])),
+        r"positions has shape \(1,\) and dtype torch.float32",
+    ),
+    (lambda i: i.remove(torch.tensor(3)), r"positions has shape \(\)"),
     (lambda i: i.truncate(-1), "length=-1: accepted are integers from 0"),
     (lambda i: i.route(random(3, 5, DIM)), r"xq has shape \(3, 5, 16\): accepted is \[n, a mult"),
     (lambda i: i.route(random(3, 4, 9)), r"xq has shape \(3, 4, 9\)"),
@@ -116,6 +125,14 @@ def zero_vector():
             random(N_KV, 50, DIM),
             {"xq_train": random(N_HEADS, 9, DIM), "xq_score": random(N_HEADS, 8, DIM)},
             r"xq_score has shape \(4, 8, 16\): accepted is that of xq_train",
+        ),
+        (
+            random(N_KV, 50, DIM),
+            {
+                "xq_train": random(N_HEADS, 9, DIM),
+                "xt_score": random(N_KV, 50, DIM) * torch.inf,
+            },
+            "xt_score holds NaN or inf",
         ),
         (
             random(N_KV, 50, DIM),

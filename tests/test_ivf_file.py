@@ -134,13 +134,15 @@ def test_truncated_files(tmp_path, share):
     refused(path, "truncated or not a safetensors file")
 
 
-def rewrite_header(path, change):
+def rewrite_header(path, change, *, sign=False):
     """Apply `change` to the JSON header, and write the file again around it."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     outer = json.loads(data[8 : 8 + length])
     header = json.loads(outer["__metadata__"][ivf_file.FORMAT])
     change(header, outer)
+    if sign:
+        header["sha256"] = ivf_file.header_digest(header)
     outer["__metadata__"][ivf_file.FORMAT] = json.dumps(header, sort_keys=True)
     inner = json.dumps(outer).encode()
     inner += b" " * (-len(inner) % 8)
@@ -171,6 +173,28 @@ def test_altered_headers(tmp_path, change, message):
     path = tmp_path / "i.safetensors"
     filled().save(path)
     rewrite_header(path, change)
+    refused(path, message)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ntotal", 299, r"vectors is \(\[2, 300, 16\], 'torch.float32'\): its options say"),
+        ("nlist", 13, r"offsets is .*\[2, 13\].*: its options say .*\[2, 14\]"),
+        ("n_kv", "two", "header lacks or misstates|its options say"),
+        ("dtype", "int8", "header lacks or misstates 'int8'"),
+        ("dtype", "bfloat16", "vectors is .*float32.*: its options say .*bfloat16"),
+        ("spill", True, "second is None: its options say"),
+        ("router", "tree", "router 'tree' with tensors"),
+        ("router", "centroid", "router 'centroid' with tensors"),
+        ("tensors", None, "header lacks or misstates"),
+    ],
+)
+def test_a_header_that_contradicts_its_tensors(tmp_path, option, value, message):
+    """Its own checksum fits: whoever made it up could compute that, too."""
+    path = tmp_path / "i.safetensors"
+    filled().save(path)
+    rewrite_header(path, lambda header, _: header.update({option: value}), sign=True)
     refused(path, message)
 
 
