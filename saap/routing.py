@@ -122,30 +122,38 @@ class LayerRouting:
         `per_row`: worth by rows visited (for `max_tokens`), else predicted mass (`nprobe`,
         `top_p`).
         """
-        if self.n_segments == 1:
-            mass = self.router.mass(q_derope, sizes)
-        else:
-            mass = self._cell_mass(q_derope, sizes, n_middle, distance)
+        if self.n_segments > 1:
+            weight = self._weight_a_key(q_derope, sizes, n_middle, distance, share)
+            return weight if per_row else weight * expand_heads(sizes, weight.shape[1])
+        mass = self.router.mass(q_derope, sizes)
         if share == "group":
             mass = mass.unflatten(1, (self.centroids.shape[0], -1)).sum(2)
         if not per_row:
             return mass
         rows = expand_heads(sizes.float().clamp(min=1), mass.shape[1])
-        knows_sizes = self.n_segments > 1 or isinstance(self.router, MLPRouter)
-        return mass / (rows if knows_sizes else rows**SIZE_POWER)
+        return mass / (rows if isinstance(self.router, MLPRouter) else rows**SIZE_POWER)
 
-    def _cell_mass(self, q, sizes, n_middle, distance) -> Float[Tensor, "B Hq n_lists"]:
-        sizes = sizes.unflatten(-1, (self.nlist, self.n_segments)).float()
-        log_sizes = expand_heads(sizes.log(), q.shape[1])
-        scores = self._turned_scores(q, n_middle, distance)
+    def _weight_a_key(self, q, sizes, n_middle, distance, share) -> Float[Tensor, "B H n_lists"]:
+        """Predicted attention weight of one key of each cell; meaningless where a cell is empty.
+
+        The scores of all cells are the large thing here: they are changed in place and read few
+        times.
+        """
+        n_kv, n = sizes.shape[1], sizes.float()
+        scores = self._turned_scores(q, n_middle, distance).unflatten(1, (n_kv, -1))
         middle = 1.0
         if isinstance(self.router, MLPRouter):
-            logits = self.router.logits(q)
-            scores = (1 - TRAINED_SHARE) * scores + TRAINED_SHARE * logits[..., :-1, None]
-            in_bucket = expand_heads(sizes.sum(-1).log(), q.shape[1])
+            logits = self.router.logits(q).unflatten(1, (n_kv, -1))
+            scores.mul_(1 - TRAINED_SHARE).add_(logits[..., :-1, None], alpha=TRAINED_SHARE)
+            in_bucket = n.unflatten(-1, (self.nlist, -1)).sum(-1).log()[:, :, None]
             whole = torch.cat([logits[..., :-1] + in_bucket, logits[..., -1:]], -1)
-            middle = 1.0 - whole.softmax(-1)[..., -1:]
-        return (scores + log_sizes).flatten(-2).softmax(-1) * middle
+            middle = 1.0 - whole.softmax(-1)[..., -1]
+        scores = scores.flatten(-2)  # [B, Hkv, G, n_lists]
+        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        share_of_key = middle / (scores @ n[..., None])[..., 0]  # [B, Hkv, G]
+        if share == "group":
+            return (share_of_key[:, :, None] @ scores)[:, :, 0]
+        return (scores * share_of_key[..., None]).flatten(1, 2)
 
     def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hq nlist S"]:
         """Expected score of a key of each cell, for the query at that distance."""
@@ -156,6 +164,7 @@ class LayerRouting:
         width = (n / self.n_segments).clamp(min=1.0)
         q = turned(q, age, width, self.inv_freq, interleaved=self.interleaved)
         keys = self.centroids * (self.key_scale * self.sm_scale)[..., None]
-        grouped = q.unflatten(1, (len(keys), -1))  # [B, Hkv, G, S, D]
-        scores = torch.einsum("bhgsd,hnd->bhgns", grouped, keys)
-        return scores.flatten(1, 2)
+        group = q.shape[1] // len(keys)
+        grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, Hkv, G * S, D]
+        scores = (keys @ grouped.mT).unflatten(-1, (group, -1))
+        return scores.transpose(2, 3).flatten(1, 2).contiguous()

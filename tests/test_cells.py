@@ -116,8 +116,12 @@ def test_sequences_of_a_batch_are_scored_as_alone(router, share):
             q[b : b + 1], sizes[b : b + 1], int(n[b]), int(distance[b]), share=share
         )
         assert torch.allclose(together[b], alone[0], rtol=1e-5)
-    assert (together[expand(sizes, together) == 0] == 0).all()
     assert together.isfinite().all()
+    mass = own.scores(q, sizes, n, distance, share=share, per_row=False)
+    filled = expand(sizes, mass)
+    assert torch.allclose(mass, together * filled, rtol=1e-5)
+    per_head = mass.sum(-1) if share == "head" else mass.sum(-1) / G
+    assert (per_head <= 1 + 1e-5).all()
 
 
 def expand(sizes, scores):
