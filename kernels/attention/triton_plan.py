@@ -36,15 +36,16 @@ class Blocks(NamedTuple):
 # By bytes an element of k and v and by DIM_BLOCK. About 32 KiB of k and v in flight hide the
 # latency of an H200's memory (4.8 TB/s over 132 SMs); the entries have 64 to 192 KiB. Where a
 # third program would need fewer than 168 registers a thread, which Triton 3.9 achieves and 3.6
-# does not, two with one buffer more are planned. Products of float32 (no tensor cores) spill with
-# four warps. Not yet tuned on a GPU: `python -m benchmarks.gpu --tune` times the alternatives.
+# does not, two with one buffer more are planned. Products of float32 (no tensor cores) spill a
+# few bytes with most numbers of warps and register limits: these entries do not. Not yet tuned
+# on a GPU: `python -m benchmarks.gpu --tune` times the alternatives.
 AMPERE = {
     (2, 64): Blocks(128, 4, 3, 255, 2),
     (2, 128): Blocks(64, 4, 3, 255, 2),
     (2, 256): Blocks(32, 4, 3, 255, 2),
     (4, 64): Blocks(32, 8, 4, None, 2),
-    (4, 128): Blocks(32, 8, 3, None, 2),
-    (4, 256): Blocks(32, 8, 2, None, 1),
+    (4, 128): Blocks(32, 16, 3, 64, 2),
+    (4, 256): Blocks(32, 16, 2, 128, 1),
     (1, 64): Blocks(128, 4, 4, 255, 2),
     (1, 128): Blocks(64, 4, 4, 255, 2),
     (1, 256): Blocks(32, 4, 4, 255, 2),
@@ -53,8 +54,8 @@ HOPPER = {
     (2, 64): Blocks(128, 4, 4, 255, 2),
     (2, 128): Blocks(64, 4, 4, 255, 2),
     (2, 256): Blocks(32, 4, 4, 255, 2),
-    (4, 64): Blocks(64, 8, 3, None, 2),
-    (4, 128): Blocks(32, 8, 3, None, 2),
+    (4, 64): Blocks(64, 8, 3, 128, 2),
+    (4, 128): Blocks(32, 16, 3, None, 2),
     (4, 256): Blocks(32, 8, 2, None, 2),
     (1, 64): Blocks(128, 4, 4, 255, 2),
     (1, 128): Blocks(64, 4, 4, 255, 2),
