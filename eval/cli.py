@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_decode
+from . import cli_decode, cli_results
 
 app = typer.Typer(
     add_completion=False,
@@ -143,14 +143,6 @@ def evaluate(
 
 
 @app.command()
-def report(folder: Path) -> None:
-    """Score and plot a result folder again; needs neither model nor index."""
-    from .report import make_report
-
-    typer.echo(make_report(folder))
-
-
-@app.command()
 def info(file: Path) -> None:
     """What an index file holds, and the recall a head that was measured when it was trained."""
     from saap.trained_index import TrainedIndex
@@ -160,6 +152,7 @@ def info(file: Path) -> None:
     print_index(file, TrainedIndex.load(file))
 
 
+cli_results.register(app)
 cli_decode.register(app)
 
 

@@ -29,13 +29,27 @@ class RecordFile:
             raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def _check_same_run(self, path: Path, run: dict) -> None:
-        before = json.loads(path.read_text())
-        for key, value in run["config"].items():
-            if before["config"].get(key) != value:
+        try:
+            before = json.loads(path.read_text())
+            settings_before = before["config"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path}: is not what `saap eval` wrote ({error})") from error
+        both = [
+            *((key, settings_before.get(key), value) for key, value in run["config"].items()),
+            *((key, before.get(key), run[key]) for key in ("model", "index") if key in run),
+        ]
+        for key, old, new in both:
+            if old != new:
                 raise ValueError(
-                    f"{path.parent} holds results of another run: its {key} is "
-                    f"{before['config'].get(key)!r}, now {value!r}; choose another folder"
+                    f"{path.parent} holds results of another run: its {key} is {old!r}, now "
+                    f"{new!r}; choose another folder"
                 )
+        if before.get("version") != run.get("version"):
+            raise ValueError(
+                f"{path.parent} holds results of version {before.get('version')}, this is "
+                f"{run.get('version')}: figures of two versions are not mixed; choose another "
+                "folder"
+            )
 
     def _keep_whole_units(self) -> set[str]:
         if not self.path.exists():
@@ -49,9 +63,10 @@ class RecordFile:
             os.replace(temporary, self.path)
         return done
 
-    def write(self, unit: str, records: list[dict]) -> None:
+    def write(self, unit: str, records: list[dict], input_hash: str | None = None) -> None:
+        """All records of a unit, and a hash of the text or prompt that it judged."""
         lines = [json.dumps({"unit": unit, **record}) for record in records]
-        lines.append(json.dumps({"done": unit}))
+        lines.append(json.dumps({"done": unit, "input": input_hash}))
         with open(self.path, "a") as file:
             file.write("".join(line + "\n" for line in lines))
             file.flush()
@@ -60,18 +75,24 @@ class RecordFile:
 
 
 def read_lines(path: Path, *, allow_cut: bool = False) -> Iterator[dict]:
-    """The objects of a JSONL file; a line that is no JSON is an error, or the end if allowed."""
+    """The objects of a JSONL file. `allow_cut` drops a last line that was half written."""
     with open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                if allow_cut:
-                    return
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
                 raise ValueError(
-                    f"{path}: line {number} is not JSON: the run was cut short; run `saap eval` "
-                    "again with the same options to complete it"
+                    f"{path}: line {number} of {len(lines)} is not JSON: the file was damaged "
+                    "after it was written; accepted is what `saap eval` wrote"
                 ) from None
+            if allow_cut:
+                return
+            raise ValueError(
+                f"{path}: line {number} is not JSON: the run was cut short; run `saap eval` "
+                "again with the same options to complete it"
+            ) from None
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
@@ -81,6 +102,16 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
             raise ValueError(
                 f"{folder}: holds no {name}; accepted is a folder that `saap eval` wrote"
             )
-    run = json.loads((folder / RUN).read_text())
+    try:
+        run = json.loads((folder / RUN).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / RUN}: is not JSON ({error})") from error
     records = [r for r in read_lines(folder / RECORDS) if "done" not in r]
+    if not records:
+        raise ValueError(f"{folder / RECORDS}: holds no records; accepted is at least one unit")
     return run, records
+
+
+def read_inputs(folder: Path) -> dict[str, str]:
+    """The hash of what each finished unit judged, where it was written down."""
+    return {r["done"]: r["input"] for r in read_lines(folder / RECORDS) if r.get("input")}

@@ -8,6 +8,7 @@ from string import Template
 from saap.trained_index import write_atomically
 
 from . import plots
+from .checks import suspicions
 from .records import read_run
 from .scores import score_run
 
@@ -84,7 +85,7 @@ CAPTIONS = {
 
 def make_report(folder: Path) -> Path:
     """Score, plot and write `report.html`; needs the records only, no model."""
-    run, _ = read_run(folder)
+    run, records = read_run(folder)
     scores = score_run(folder)
     pictures = make_plots(scores, folder)
     sections = []
@@ -97,6 +98,7 @@ def make_report(folder: Path) -> Path:
     page = Template(TEMPLATE.read_text()).substitute(
         title=html.escape(f"Saap on {Path(run['model']).name}"),
         headline=headline(scores),
+        suspicions=warning(suspicions(records)),
         figures=figures,
         tables="".join(sections),
         settings=definition_list(
@@ -131,6 +133,16 @@ def headline(scores: list[dict]) -> str:
     if saap["recall_of_oracle"] is not None:
         text += f"; that is {saap['recall_of_oracle']:.0%} of what an oracle finds"
     return f"<p class=lead>{text}.</p>"
+
+
+def warning(lines: list[str]) -> str:
+    if not lines:
+        return ""
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return (
+        "<section class=warning><b>Some results are suspicious.</b> Read nothing else here before "
+        f"they are explained.<ul>{listed}</ul></section>"
+    )
 
 
 def table(scores: list[dict], context: int, budget: str) -> str:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .compare import Change, Comparison
 from .report import COLUMNS, cell, table_rows
 
 console = Console()
@@ -70,3 +71,67 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         "oracle: share of the oracle's; error: of the output; worst: the worst far-looking head; "
         "kB: read a layer and step, with the router; keys: pass keys answered[/]"
     )
+
+
+VERDICT_STYLES = {"worse": "bold red", "better": "green", "unclear": "yellow", "told": "dim"}
+
+
+def print_comparison(found: Comparison, level: float, everything: bool) -> None:
+    """Changes beyond noise first; with `everything`, all others too."""
+    for line in found.settings:
+        console.print(f"[dim]{line}[/]", highlight=False)
+    alone = {"only in the first": found.only_a, "only in the second": found.only_b}
+    for name, places in alone.items():
+        if places:
+            listed = sorted({f"{task} {method}" for task, _, method, _ in places})
+            console.print(f"[yellow]{name}[/]: {', '.join(listed)}", highlight=False)
+    order = ("worse", "better", "unclear", "told", "same")
+    hidden = () if everything else ("same", "told")
+    rows = [c for c in found.changes if c.verdict not in hidden]
+    if rows:
+        table = Table(header_style="dim", box=None, padding=(0, 1, 0, 0))
+        for title in ("", "task", "context", "method", "budget", "metric"):
+            table.add_column(title, no_wrap=True, overflow="fold")
+        for title in ("before", "after", "difference"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for change in sorted(rows, key=lambda c: (order.index(c.verdict), c.place)):
+            table.add_row(*comparison_cells(change), style=VERDICT_STYLES.get(change.verdict))
+        console.print(table)
+    counts = {name: sum(c.verdict == name for c in found.changes) for name in order}
+    names = ("worse", "better", "without change beyond noise", "with too few texts to say")
+    told = zip(names, (counts[k] for k in ("worse", "better", "same", "unclear")), strict=True)
+    console.print(
+        f"{len(found.changes)} results compared: "
+        + ", ".join(f"{n} {name}" for name, n in told if n)
+        + (f", {counts['told']} times not judged" if counts["told"] else "")
+        + f". [dim]{level:.0%} intervals of a paired bootstrap over texts and prompts[/]",
+        highlight=False,
+    )
+
+
+def comparison_cells(change: Change) -> list[str]:
+    task, context, method, budget = change.place
+    form, interval = change.metric.form, change.interval
+    bounds = ""
+    if interval.low is not None and change.verdict != "told":
+        bounds = f" [{signed(form, interval.low)}, {signed(form, interval.high)}]"
+    return [
+        change.verdict,
+        task,
+        f"{context:,}",
+        method,
+        budget,
+        change.metric.title,
+        form.format(change.before),
+        form.format(change.after),
+        signed(form, change.after - change.before) + bounds,
+    ]
+
+
+def signed(form: str, value: float) -> str:
+    return form.replace("{:", "{:+").format(value)
+
+
+def print_suspicions(found: list[str]) -> None:
+    for line in found:
+        errors.print(f"[yellow]suspicious[/]: {line}", highlight=False)

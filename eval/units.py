@@ -1,0 +1,80 @@
+"""What each unit (a text, a prompt) gives to a metric: the level at which noise is judged."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+Place = tuple[str, int, str, str]  # task, context, method, budget
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A ratio of sums over records. `better` is +1 where more is better, -1 where less is.
+
+    `noisy` ones depend on what else the machine does, not on texts alone.
+    """
+
+    name: str
+    title: str
+    form: str
+    better: int
+    noisy: bool = False
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("recall_middle", "recall, middle", "{:.1%}", 1),
+        Metric("output_error", "output error", "{:.4f}", -1),
+        Metric("accuracy", "accuracy", "{:.1%}", 1),
+        Metric("nll", "nats a token", "{:.4f}", -1),
+        Metric("selectivity", "visited", "{:.1%}", -1),
+        Metric("bytes_read", "bytes a layer-step", "{:,.0f}", -1),
+        Metric("step_us", "µs a layer-step", "{:,.0f}", -1, noisy=True),
+        Metric("build_ms", "build ms a layer", "{:,.1f}", -1, noisy=True),
+    )
+}
+
+
+def contribution(metric: str, record: dict) -> tuple[float, float] | None:
+    """(top, bottom) of one record; None where the record has no such metric."""
+    if metric == "recall_middle" and "middle_caught" in record:
+        return sum(record["middle_caught"]), sum(record["middle_mass"])
+    if metric == "output_error" and "output_error" in record:
+        return record["output_error"], record["queries"]
+    if metric == "nll" and "nll" in record:
+        return record["nll"], record["tokens"]
+    if metric in ("accuracy", "selectivity", "bytes_read", "build_ms") and metric in record:
+        return record[metric], 1.0
+    if metric == "step_us" and "step_us" in record:
+        return float(np.median(record["step_us"])), 1.0
+    return None
+
+
+def place_of(record: dict) -> Place:
+    return record["task"], record["context"], record["method"], record["budget"]
+
+
+def by_unit(records: list[dict]) -> dict[tuple[Place, str], dict[str, np.ndarray]]:
+    """For each (place, metric): the unit's summed (top, bottom), by unit name."""
+    found: dict[tuple[Place, str], dict[str, np.ndarray]] = defaultdict(dict)
+    for record in records:
+        if "method" not in record:
+            continue
+        for metric in METRICS:
+            parts = contribution(metric, record)
+            if parts is not None:
+                units = found[place_of(record), metric]
+                units[record["unit"]] = units.get(record["unit"], 0) + np.array(parts)
+    return found
+
+
+def paired(
+    a: dict[str, np.ndarray], b: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The units that both have, in one order; None where there are none."""
+    shared = [unit for unit in a if unit in b]
+    if not shared:
+        return None
+    return np.array([a[u] for u in shared]), np.array([b[u] for u in shared])
