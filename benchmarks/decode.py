@@ -40,13 +40,13 @@ from saap.kv_store import KVStore
 from saap.routing import LayerRouting
 from saap.selection import StepRanges
 from saap.trained_index import LayerIndex, TrainedIndex
-from saap.training import default_nlist
+from saap.training import N_SEGMENTS, default_nlist
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load, take_turns
 from .gpu import ROOT, slug, write
 
-HIDDEN = 128  # of the routers, as `saap.train` makes them
+HIDDEN = 64  # of the routers, as `saap.train` makes them
 SPARE = 2048
 STEPS_A_TURN = 4
 PARTS = ("append", "rope", "routing", "selection", "attention")
@@ -88,7 +88,16 @@ def random_index(about: dict, nlist: int) -> TrainedIndex:
             torch.zeros(heads, nlist + 1),
         )
         centroids = torch.nn.functional.normalize(torch.randn(n_kv, nlist, dim), dim=-1)
-        layers.append(LayerIndex(centroids, {"mlp": router}))
+        layers.append(
+            LayerIndex(
+                centroids,
+                {"mlp": router},
+                n_segments=N_SEGMENTS,
+                key_scale=torch.full((n_kv, nlist), float(dim) ** 0.5),
+                inv_freq=1e4 ** (-torch.arange(0, dim, 2) / dim),
+                sm_scale=dim**-0.5,
+            )
+        )
     return TrainedIndex(tuple(layers), {"model": about, "nlist": nlist, "router": "mlp"})
 
 

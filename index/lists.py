@@ -103,6 +103,25 @@ def bucket_of_row(offsets: Int[Tensor, "H nlist_plus_1"], n_rows: int) -> Int[Te
     )
 
 
+def _best_lists(scores, sizes, n_ranges, max_tokens, top_p):
+    """Scores, numbers and sizes of the `n_ranges` best lists, or of fewer that fill the budget.
+
+    Lists of typical size fill `max_tokens` long before the worst case would; to look costs a
+    synchronisation, so only where there is none to fear.
+    """
+    if max_tokens is not None and top_p is None and scores.device.type == "cpu":
+        held = sizes.sum(-1)
+        typical = max(1, int(held.max()) // sizes.shape[-1])
+        fewer = 3 * max_tokens // typical + 64
+        if fewer < n_ranges:
+            values, best = scores.topk(fewer, dim=-1)
+            lengths = sizes.gather(-1, best)
+            if bool((lengths.sum(-1) >= held.clamp(max=max_tokens)).all()):
+                return values, best, lengths
+    values, best = scores.topk(n_ranges, dim=-1)
+    return values, best, sizes.gather(-1, best)
+
+
 def bucket_ranges(
     scores: Float[Tensor, "B H nlist"],
     offsets: Int[Tensor, "B Hkv nlist_plus_1"],
@@ -130,8 +149,7 @@ def bucket_ranges(
     n_ranges = min(
         nlist if nprobe is None else nprobe, nlist if max_tokens is None else max_tokens
     )
-    values, best = scores.topk(n_ranges, dim=-1)
-    lengths = sizes.gather(-1, best)
+    values, best, lengths = _best_lists(scores, sizes, n_ranges, max_tokens, top_p)
     ends = offsets.gather(-1, best + 1)
     if top_p is not None:
         lengths = lengths * within_share(values, scores, top_p)

@@ -4,6 +4,7 @@ The one place that the methods and the KV store share.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -155,6 +156,11 @@ class LayerRouting:
             return (share_of_key[:, :, None] @ scores)[:, :, 0]
         return (scores * share_of_key[..., None]).flatten(1, 2)
 
+    @cached_property
+    def _typical_keys(self) -> Float[Tensor, "Hkv nlist D"]:
+        """Centroids as long as the keys of their buckets, and scaled as scores are."""
+        return self.centroids * (self.key_scale * self.sm_scale)[..., None]
+
     def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hq nlist S"]:
         """Expected score of a key of each cell, for the query at that distance."""
         batch, device = len(q), q.device
@@ -163,7 +169,7 @@ class LayerRouting:
         age = distance[:, None] - segment_centers(n, self.n_segments, device)
         width = (n / self.n_segments).clamp(min=1.0)
         q = turned(q, age, width, self.inv_freq, interleaved=self.interleaved)
-        keys = self.centroids * (self.key_scale * self.sm_scale)[..., None]
+        keys = self._typical_keys
         group = q.shape[1] // len(keys)
         grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, Hkv, G * S, D]
         scores = (keys @ grouped.mT).unflatten(-1, (group, -1))

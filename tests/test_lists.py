@@ -79,3 +79,28 @@ def test_nprobe_out_of_range(nprobe):
     _, lists = random_lists(0)
     with pytest.raises(ValueError, match=rf"nprobe={nprobe}: accepted are 1 to nlist=7"):
         bucket_ranges(torch.rand(1, 2, 7), lists.offsets, nprobe=nprobe)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_few_lists_that_fill_the_budget_are_found_as_all_are(uneven):
+    """The shortcut for lists of typical size, and where they are too small for it."""
+    generator = torch.Generator().manual_seed(0)
+    nlist, max_tokens = 2000, 120
+    buckets = torch.randint(0, nlist, (1, 2, 40_000), generator=generator, dtype=torch.int32)
+    if uneven:  # half of all in one list, so that typical is not typical
+        buckets[..., ::2] = 7
+        buckets[..., 2000:] = 7
+    lists = invert(buckets, nlist)
+    scores = torch.rand(3, 2, nlist, generator=generator)
+    scores[..., 7] = -1.0
+    starts, lengths = bucket_ranges(scores, lists.offsets, max_tokens=max_tokens)
+    assert (lengths.sum(-1) == max_tokens).all()
+    sizes = lists.sizes.expand(3, -1, -1)
+    order = scores.masked_fill(sizes == 0, -torch.inf).argsort(-1, descending=True)
+    rows = sizes.gather(-1, order).cumsum(-1)
+    for query in range(3):
+        for head in range(2):
+            n = int((rows[query, head] < max_tokens).sum()) + 1
+            ends = lists.offsets[0, head][order[query, head, :n].long() + 1]
+            used = lengths[query, head] > 0
+            assert (starts + lengths)[query, head][used].tolist() == ends.tolist()
