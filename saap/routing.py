@@ -135,21 +135,26 @@ class LayerRouting:
         return mass / (rows if isinstance(self.router, MLPRouter) else rows**SIZE_POWER)
 
     def _weight_a_key(self, q, sizes, n_middle, distance, share) -> Float[Tensor, "B H n_lists"]:
-        """Predicted attention weight of one key of each cell; meaningless where a cell is empty.
+        """Predicted attention weight of one key of each cell, 0 where a cell is empty.
 
         The scores of all cells are the large thing here: they are changed in place and read few
         times.
         """
         n_kv, n = sizes.shape[1], sizes.float()
-        scores = self._turned_scores(q, n_middle, distance).unflatten(1, (n_kv, -1))
+        turned_scores = self._turned_scores(q, n_middle, distance)
+        scores = turned_scores.new_empty(turned_scores.shape)
         middle = 1.0
         if isinstance(self.router, MLPRouter):
             logits = self.router.logits(q).unflatten(1, (n_kv, -1))
-            scores.mul_(1 - TRAINED_SHARE).add_(logits[..., :-1, None], alpha=TRAINED_SHARE)
+            trained = TRAINED_SHARE * logits[..., :-1, None]
+            torch.add(trained, turned_scores, alpha=1 - TRAINED_SHARE, out=scores)
             in_bucket = n.unflatten(-1, (self.nlist, -1)).sum(-1).log()[:, :, None]
             whole = torch.cat([logits[..., :-1] + in_bucket, logits[..., -1:]], -1)
             middle = 1.0 - whole.softmax(-1)[..., -1]
+        else:
+            scores.copy_(turned_scores)
         scores = scores.flatten(-2)  # [B, Hkv, G, n_lists]
+        scores.masked_fill_((sizes == 0)[:, :, None], -torch.inf)
         scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         share_of_key = middle / (scores @ n[..., None])[..., 0]  # [B, Hkv, G]
         if share == "group":
@@ -161,7 +166,7 @@ class LayerRouting:
         """Centroids as long as the keys of their buckets, and scaled as scores are."""
         return self.centroids * (self.key_scale * self.sm_scale)[..., None]
 
-    def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hq nlist S"]:
+    def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hkv G nlist S"]:
         """Expected score of a key of each cell, for the query at that distance."""
         batch, device = len(q), q.device
         n = torch.as_tensor(n_middle, device=device).expand(batch).clamp(min=1)
@@ -173,4 +178,4 @@ class LayerRouting:
         group = q.shape[1] // len(keys)
         grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, Hkv, G * S, D]
         scores = (keys @ grouped.mT).unflatten(-1, (group, -1))
-        return scores.transpose(2, 3).flatten(1, 2).contiguous()
+        return scores.transpose(2, 3)

@@ -117,6 +117,7 @@ def test_sequences_of_a_batch_are_scored_as_alone(router, share):
         )
         assert torch.allclose(together[b], alone[0], rtol=1e-5)
     assert together.isfinite().all()
+    assert (together[expand(sizes, together) == 0] == 0).all()
     mass = own.scores(q, sizes, n, distance, share=share, per_row=False)
     filled = expand(sizes, mass)
     assert torch.allclose(mass, together * filled, rtol=1e-5)
@@ -147,3 +148,17 @@ def test_an_mlp_router_predicts_weight_a_key():
     predicted = router.mass(q[:, held].transpose(0, 1), flipped[None]).transpose(0, 1)
     ignorant = router.mass(q[:, held].transpose(0, 1), sizes[None]).transpose(0, 1)
     assert (predicted - truth).abs().mean() < 0.25 * (ignorant - truth).abs().mean()
+
+
+def test_an_empty_cell_far_above_all_others_does_no_harm():
+    own = routing()
+    far = LayerRouting(
+        own.centroids, own.router, own.n_segments, 1e4 * own.key_scale, FREQ, False, D**-0.5
+    )
+    q = random(1, HKV * G, D)
+    sizes = torch.ones(1, HKV, own.n_lists, dtype=torch.int32)
+    best = far.scores(q, sizes, 48, 60, per_row=False).argmax(-1)
+    sizes.scatter_(-1, best[..., None], 0)
+    mass = far.scores(q, sizes, 48, 60, per_row=False)
+    assert mass.isfinite().all()
+    assert torch.allclose(mass.sum(-1), torch.full((1, HKV), float(G)), rtol=1e-4)
