@@ -59,8 +59,12 @@ class Budget:
 
     @classmethod
     def default(cls) -> "Budget":
-        """So many rows that a token costs the same at any context: 3 % of 128k tokens."""
-        return cls(max_tokens=4096)
+        """So many rows that a token costs the same at any long context: 3 % of 128k tokens.
+
+        Below 16k tokens choosing costs about as much as reading everything (`benchmarks/decode`),
+        so those contexts are visited whole.
+        """
+        return cls(max_tokens=4096, dense_below=16384)
 
     @classmethod
     def for_selectivity(

@@ -290,7 +290,7 @@ def test_small_budget_differs_and_is_the_same_however_it_came(llama):
 
 def test_default_budget(llama):
     with saap.attached(*llama) as saap_model:
-        assert saap_model.budget == Budget.default() == Budget(max_tokens=4096)
+        assert saap_model.budget == Budget.default() == Budget(max_tokens=4096, dense_below=16384)
 
 
 def test_dense_layers_are_dense(llama):
