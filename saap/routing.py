@@ -23,7 +23,7 @@ from .trained_index import LayerIndex
 # and mass per row, better than both.
 SIZE_POWER = 0.5
 # Share of the trained router in the blend with turned centroids. Their errors are unlike, so the
-# mean of both is better than either; from 0.25 to 0.75 the result is flat.
+# mean of both is better than either (docs/routing.md).
 TRAINED_SHARE = 0.5
 
 
@@ -47,6 +47,7 @@ class LayerRouting:
     inv_freq: Float[Tensor, " pairs"] | None = None
     interleaved: bool = False
     sm_scale: float = 1.0
+    trained_share: float = TRAINED_SHARE
 
     @classmethod
     def of(cls, layer: LayerIndex, router: str, n_segments: int | None = None) -> "LayerRouting":
@@ -73,7 +74,7 @@ class LayerRouting:
         router = type(self.router)(**{n: moved(t) for n, t in self.router.tensors().items()})
         return LayerRouting(
             moved(self.centroids), router, self.n_segments, moved(self.key_scale),
-            moved(self.inv_freq), self.interleaved, self.sm_scale,
+            moved(self.inv_freq), self.interleaved, self.sm_scale, self.trained_share,
         )  # fmt: skip
 
     @property
@@ -146,8 +147,8 @@ class LayerRouting:
         middle = 1.0
         if isinstance(self.router, MLPRouter):
             logits = self.router.logits(q).unflatten(1, (n_kv, -1))
-            trained = TRAINED_SHARE * logits[..., :-1, None]
-            torch.add(trained, turned_scores, alpha=1 - TRAINED_SHARE, out=scores)
+            trained = self.trained_share * logits[..., :-1, None]
+            torch.add(trained, turned_scores, alpha=1 - self.trained_share, out=scores)
             in_bucket = n.unflatten(-1, (self.nlist, -1)).sum(-1).log()[:, :, None]
             whole = torch.cat([logits[..., :-1] + in_bucket, logits[..., -1:]], -1)
             middle = 1.0 - whole.softmax(-1)[..., -1]

@@ -1,0 +1,179 @@
+"""What each part of routing brings, on the reference model: the tables of `docs/routing.md`.
+
+    python -m benchmarks.routing                # trains an index first, as the demo does
+    python -m benchmarks.routing --index FILE   # one that `saap train --baselines` wrote
+
+The last queries of held-out texts ask the context before them, in every layer and head, at equal
+rows. Raw figures go to `$OUT`, else to `benchmarks/results/<device>/routing.json`, and in the
+latter case the tables in `docs/routing.md` are made from them.
+"""
+
+import argparse
+import dataclasses
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saap import hf
+from saap.budget import Budget
+from saap.eval import reference
+from saap.eval.demo import training_sequences
+from saap.eval.tasks.answering import encode
+from saap.eval.tasks.attention import LayerProblem, capture
+from saap.methods import find_method
+from saap.methods.learned import RoutedSelector
+from saap.routing import LayerRouting
+from saap.trained_index import TrainedIndex
+from saap.training import default_window, train
+
+from .cpu import cpu_name, environment
+from .gpu import ROOT, slug, write
+
+CONTEXT, N_QUERIES, N_SINK = 8192, 64, 16
+SHARES = (0.04, 0.05, 0.1)
+TOP_P = (0.5, 0.8, 0.9, 0.95)
+PAGE = ROOT / "docs" / "routing.md"
+BEGIN, END = "<!-- tables: python -m benchmarks.routing -->", "<!-- end of tables -->"
+
+# Name, router, segments a bucket, share of the trained router in the blend, one selection a ...
+VARIANTS = (
+    ("linear, whole buckets", "linear", 1, 0.0, "group"),
+    ("trained, whole buckets (`mlp`)", "mlp", 1, 1.0, "group"),
+    ("turned centroids, 4 segments", "centroid", 4, 0.0, "group"),
+    ("turned centroids, 8", "centroid", 8, 0.0, "group"),
+    ("turned centroids, 16 (`kmeans-cells`)", "centroid", 16, 0.0, "group"),
+    ("turned centroids, 32", "centroid", 32, 0.0, "group"),
+    ("trained, cells of 16, no turned centroids", "mlp", 16, 1.0, "group"),
+    ("blend, 4 segments", "mlp", 4, 0.5, "group"),
+    ("blend, 8", "mlp", 8, 0.5, "group"),
+    ("**blend, 16 (`saap`)**", "mlp", 16, 0.5, "group"),
+    ("blend, 32", "mlp", 32, 0.5, "group"),
+    ("blend, 16, a quarter trained", "mlp", 16, 0.25, "group"),
+    ("blend, 16, three quarters trained", "mlp", 16, 0.75, "group"),
+    ("blend, 16, a selection a query head", "mlp", 16, 0.5, "head"),
+)
+
+
+def routing_of(layer, router: str, n_segments: int, share: float) -> LayerRouting:
+    return dataclasses.replace(LayerRouting.of(layer, router, n_segments), trained_share=share)
+
+
+def measure(model, index: TrainedIndex, texts: list[torch.Tensor]) -> dict:
+    """Sums over texts and layers: `{"variants": {(name, share): [...]}, "top_p": {...}}`."""
+    window = default_window(CONTEXT - N_QUERIES)
+    found: dict[str, dict] = {"variants": defaultdict(list), "top_p": defaultdict(list)}
+    for number, tokens in enumerate(texts):
+        taken = capture(model, tokens, N_QUERIES)
+        for layer in sorted(taken.caches):
+            problem = LayerProblem(taken, layer, N_SINK, window)
+            own = index.layers[layer]
+
+            def run(selector, budget, problem=problem):
+                store = problem.store_for(selector)
+                return problem.measure(selector, store, budget)
+
+            for share in SHARES:
+                rows = round(share * problem.n_context) - N_SINK - window
+                for name, router, n_segments, trained, a_head in VARIANTS:
+                    budget = Budget(max_tokens=rows, n_sink=N_SINK, window=window, share=a_head)
+                    routing = routing_of(own, router, n_segments, trained)
+                    result = run(RoutedSelector(problem.keys, routing), budget)
+                    found["variants"][name, share].append(result)
+                for name in ("kmeans", "kmeans-rope", "oracle"):
+                    budget = Budget(max_tokens=rows, n_sink=N_SINK, window=window)
+                    result = run(find_method(name)(index).build(problem.keys), budget)
+                    found["variants"][name, share].append(result)
+            for p in TOP_P:
+                budget = Budget(top_p=p, n_sink=N_SINK, window=window)
+                for name, n_segments, trained in (("mlp", 1, 1.0), ("saap", 16, 0.5)):
+                    routing = routing_of(own, "mlp", n_segments, trained)
+                    result = run(RoutedSelector(problem.keys, routing), budget)
+                    found["top_p"][name, p].append(result)
+        print(f"text {number + 1} of {len(texts)}", flush=True)
+    return found
+
+
+def summary(results: list[dict]) -> dict:
+    caught, mass = (
+        sum(np.sum(r[key]) for r in results) for key in ("middle_caught", "middle_mass")
+    )
+    queries = sum(r["queries"] for r in results)
+    return {
+        "recall_middle": round(float(caught / mass), 4),
+        "output_error": round(sum(r["output_error"] for r in results) / queries, 4),
+        "selectivity": round(float(np.mean([r["selectivity"] for r in results])), 4),
+        "kilobytes": round(float(np.mean([r["bytes_read"] for r in results])) / 1e3, 1),
+    }
+
+
+def tables(report: dict) -> str:
+    shares = [f"{s:.0%}" for s in SHARES]
+    lines = [
+        "Recall of the middle's attention mass, and output error, at equal rows "
+        f"({report['texts']} held-out texts of {CONTEXT:,} tokens, all layers and heads):",
+        "",
+        f"| routing | {' | '.join(shares)} | error at 5% | kB at 5% |",
+        "|---|" + "---|" * (len(SHARES) + 2),
+    ]
+    for name, by_share in report["variants"].items():
+        at = by_share["0.05"]
+        recalls = " | ".join(f"{by_share[str(s)]['recall_middle']:.1%}" for s in SHARES)
+        lines.append(f"| {name} | {recalls} | {at['output_error']:.3f} | {at['kilobytes']:,.0f} |")
+    lines += [
+        "",
+        "What `top_p` asks for and what is found (recall of the middle; share of the cache read):",
+        "",
+        f"| | {' | '.join(f'top_p={p}' for p in TOP_P)} |",
+        "|---|" + "---|" * len(TOP_P),
+    ]
+    for name, by_p in report["top_p"].items():
+        cells = (by_p[str(p)] for p in TOP_P)
+        row = " | ".join(f"{c['recall_middle']:.1%} of {c['selectivity']:.1%}" for c in cells)
+        lines.append(f"| {name} | {row} |")
+    return "\n".join(lines)
+
+
+def nested(found: dict) -> dict:
+    out: dict[str, dict] = {}
+    for (name, point), results in found.items():
+        out.setdefault(name, {})[str(point)] = summary(results)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--index", type=Path)
+    parser.add_argument("--texts", type=int, default=6)
+    options = parser.parse_args()
+    model = hf.load_model(reference.FOLDER)
+    training_text, evaluation_text = reference.split_held_out()
+    if options.index:
+        index = TrainedIndex.load(options.index)
+    else:
+        sequences = training_sequences(training_text, CONTEXT, 0)
+        index = train(model, sequences, baselines=True, progress=None)
+    tokens = encode(hf.load_tokenizer(reference.FOLDER), evaluation_text)
+    step = (len(tokens) - CONTEXT) // max(1, options.texts - 1)
+    texts = [tokens[i * step : i * step + CONTEXT] for i in range(options.texts)]
+    found = measure(model, index, texts)
+    report = {
+        "environment": environment(),
+        "texts": len(texts),
+        "variants": nested(found["variants"]),
+        "top_p": nested(found["top_p"]),
+    }
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "routing.json", report)
+    if "OUT" not in os.environ:
+        page = PAGE.read_text()
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        PAGE.write_text(f"{before}{BEGIN}\n{tables(report)}\n{END}{after}")
+    print(tables(report))
+
+
+if __name__ == "__main__":
+    main()
