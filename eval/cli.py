@@ -96,13 +96,22 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option(help="shares of the context")
     ] = "0.04,0.05,0.075,0.1,0.2",
-    tasks: Names = "all",
+    tasks: Annotated[str, typer.Option(help="comma-separated; or 'all'")] = "attention,passkey",
     corpus: Annotated[
         list[Path] | None, typer.Option(help="held-out text; shipped if not given")
     ] = None,
     share: Annotated[str, typer.Option(help="one selection a 'group' or a 'head'")] = "group",
     texts: Annotated[int, typer.Option(help="texts a context, attention task")] = 8,
-    prompts: Annotated[int, typer.Option(help="prompts a context, pass-key task")] = 20,
+    prompts: Annotated[int, typer.Option(help="prompts a context of each task that asks")] = 20,
+    sweep: Annotated[
+        Path | None, typer.Option(help="YAML file; its keys replace these options")
+    ] = None,
+    build: Annotated[
+        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: an index for each value")
+    ] = None,
+    search: Annotated[
+        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: the same index, asked differently")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
@@ -112,20 +121,25 @@ def evaluate(
     from . import corpus as texts_of
     from . import reference
     from .report import main_budget, make_report
-    from .run import TASKS, EvalConfig, check_contexts, load_for_eval, run
+    from .run import EvalConfig, check_contexts, load_for_eval, run
     from .scores import read_scores
+    from .sweep import read_sweep, with_parameters
+    from .tasks.registry import TASKS
     from .terminal import errors, one_bar, print_scores
 
-    config = EvalConfig(
-        methods=choose(methods, tuple(METHODS)),
-        contexts=numbers(contexts, int, "contexts"),
-        budgets=numbers(budgets, float, "budgets"),
-        tasks=choose(tasks, TASKS),
-        share=share,
-        n_texts=texts,
-        n_prompts=prompts,
-        seed=seed,
-    )
+    options = {
+        "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
+        "contexts": numbers(contexts, int, "contexts"),
+        "budgets": numbers(budgets, float, "budgets"),
+        "tasks": choose(tasks, tuple(TASKS)),
+        "share": share,
+        "n_texts": texts,
+        "n_prompts": prompts,
+        "seed": seed,
+    }
+    if sweep is not None:
+        options.update(read_sweep(sweep))
+    config = EvalConfig(**options)
     check_writable(out)
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
     loaded, tokenizer, trained = load_for_eval(model_path(model), index)

@@ -7,10 +7,12 @@ from string import Template
 
 from saap.trained_index import write_atomically
 
-from . import plots
+from . import pictures, plots
 from .checks import suspicions
 from .records import read_run
 from .scores import score_run
+from .tables import answer_section, csv_text, speed_section
+from .units import share_of, told_search
 
 TEMPLATE = Path(__file__).with_name("report.html")
 HEAD_METHODS = ["oracle", "saap", "mlp", "kmeans-cells", "kmeans-rope"]
@@ -29,18 +31,28 @@ COLUMNS = (
 
 
 def main_budget(scores: list[dict]) -> str:
-    """The budget nearest to 5 % among those of the attention task."""
-    budgets = {s["budget"] for s in scores if s["task"] == "attention"}
-    return min(budgets, key=lambda b: abs(float(b) - 0.05))
+    """The share nearest to 5 % among those of the attention task, as its label begins."""
+    shares = {share_of(s["budget"]) for s in scores if s["task"] == "attention"} - {None}
+    shares = shares or {share_of(s["budget"]) for s in scores} - {None} or {0.05}
+    return f"{min(shares, key=lambda b: abs(b - 0.05)):g}"
+
+
+def at_budget(scores: list[dict], budget: str) -> list[dict]:
+    """Scores at that share, and those bounded otherwise; searches are told with the method."""
+    found = []
+    for score in scores:
+        if share_of(score["budget"]) not in (float(budget), None):
+            continue
+        told = told_search(score["budget"])
+        found.append({**score, "method": f"{score['method']} {told}".strip()})
+    return found
 
 
 def table_rows(scores: list[dict], context: int, budget: str) -> list[dict]:
     """Rows of the main table, best first, dense at the top."""
-    own = [
-        s
-        for s in scores
-        if s["task"] == "attention" and s["context"] == context and s["budget"] == budget
-    ]
+    own = at_budget(
+        [s for s in scores if s["task"] == "attention" and s["context"] == context], budget
+    )
     rows = [
         {**s, "kilobytes": s["bytes_read"] / 1e3, "router_kilobytes": s["router_bytes"] / 1e3}
         for s in own
@@ -52,8 +64,9 @@ def cell(value, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def make_plots(scores: list[dict], folder: Path) -> dict[str, Path]:
+def make_plots(scores: list[dict], records: list[dict], folder: Path) -> dict[str, Path]:
     made = {}
+    budget = main_budget(scores)
     attention = [s for s in scores if s["task"] == "attention"]
     if attention:
         context = max(s["context"] for s in attention)
@@ -66,7 +79,40 @@ def make_plots(scores: list[dict], folder: Path) -> dict[str, Path]:
         )
     if any(s["task"] == "passkey" for s in scores):
         made["answers"] = plots.answer_bars(scores, folder / "answers.png")
+    for task in dict.fromkeys(s["task"] for s in scores if s.get("by_depth")):
+        own = [s for s in at_budget(scores, answer_budget(scores)) if s["task"] == task]
+        prompts = max(len(s["by_depth"]) for s in own)
+        if prompts >= pictures.N_DEPTHS:
+            name = f"depths-{task}"
+            made[name] = pictures.needle_grid(own, task, grid_methods(own), folder / f"{name}.png")
+    if any(s["task"] == "speed" for s in scores):
+        rows = at_budget(scores, budget)
+        made["latency"] = pictures.latency(scores, rows, folder / "latency.png")
+    heads = [r for r in records if r["task"] == "geometry"]
+    if heads:
+        context = max(r["context"] for r in heads)
+        heads = [r for r in heads if r["context"] == context]
+        made["keys_queries"] = pictures.keys_and_queries(heads, folder / "keys_queries.png")
+        if "bucket_sizes" in heads[0]:
+            made["bucket_sizes"] = pictures.bucket_sizes(heads, folder / "bucket_sizes.png")
     return made
+
+
+def answer_budget(scores: list[dict]) -> str:
+    """The share nearest to 5 % among those of the tasks that ask."""
+    shares = {share_of(s["budget"]) for s in scores if s.get("by_depth")} - {None} or {0.05}
+    return f"{min(shares, key=lambda b: abs(b - 0.05)):g}"
+
+
+def grid_methods(own: list[dict], most: int = 6) -> list[str]:
+    """The best by accuracy, dense first; ties in the order of the run."""
+    names = list(dict.fromkeys(s["method"] for s in own))
+    means = {
+        n: sum(s["accuracy"] for s in own if s["method"] == n) / sum(s["method"] == n for s in own)
+        for n in names
+    }
+    names.sort(key=lambda n: (n != "dense", n != "saap", -means[n]))
+    return names[:most]
 
 
 CAPTIONS = {
@@ -80,6 +126,16 @@ CAPTIONS = {
     "numbers belong to heads with under 5 % there.",
     "answers": "A named seven-digit key among distractor keys in source text. The context is "
     "prefilled densely; question and answer go through the method.",
+    "depths": "Where in the context the answer stood (down), and how long the context was "
+    "(across). A method that loses one place loses it for every length.",
+    "latency": "Medians of one decode step of one layer on the path that gives the answers above. "
+    "<b>dense</b> is SDPA with the query heads of a group packed as rows, which took turns with "
+    "each method.",
+    "keys_queries": "Keys and queries of the heads that look farthest, RoPE removed, on their "
+    "first two principal components together. Where the clouds lie apart, the bucket whose "
+    "centroid is nearest to a query is not the bucket with its keys.",
+    "bucket_sizes": "Rows a bucket of the trained partition on this context; the red line is the "
+    "mean. Imbalance is FAISS's factor: 1 when all are equally large.",
 }
 
 
@@ -87,13 +143,15 @@ def make_report(folder: Path) -> Path:
     """Score, plot and write `report.html`; needs the records only, no model."""
     run, records = read_run(folder)
     scores = score_run(folder)
-    pictures = make_plots(scores, folder)
+    made = make_plots(scores, records, folder)
     sections = []
     attention = [s for s in scores if s["task"] == "attention"]
     if attention:
         for context in sorted({s["context"] for s in attention}, reverse=True):
             sections.append(table(scores, context, main_budget(scores)))
-    figures = "".join(figure(name, path) for name, path in pictures.items())
+    sections += [answer_section(scores), speed_section(scores)]
+    figures = "".join(figure(name, path) for name, path in made.items())
+    write_atomically(folder / "scores.csv", csv_text(scores).encode())
     config, environment = run["config"], run["environment"]
     page = Template(TEMPLATE.read_text()).substitute(
         title=html.escape(f"Saap on {Path(run['model']).name}"),
@@ -167,7 +225,7 @@ def figure(name: str, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+        f"<figcaption>{CAPTIONS[name.split('-')[0]]}</figcaption></figure>"
     )
 
 

@@ -1,39 +1,42 @@
 """Run an evaluation: every unit of work once, records first; nothing is scored here."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from saap import hf
-from saap.budget import Budget
-from saap.methods import find_method
 from saap.trained_index import TrainedIndex
-from saap.training import default_window
 
-from .environment import environment
+from .arms import check_method_entry, make_arms
+from .environment import environment, version
 from .records import RecordFile
-from .tasks import answering, attention, passkey
+from .tasks.base import Bench, prompt_of_tokens, text_tokens
+from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 
-TASKS = ("attention", "passkey")
+__all__ = ["EvalConfig", "check_contexts", "load_for_eval", "prompt_of_tokens", "run",
+           "text_tokens"]  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated. `budgets` are shares of the context, sinks and window counted in."""
+    """What is evaluated. `budgets` are shares of the context, sinks and window counted in.
 
-    methods: tuple[str, ...]
+    `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.arms`).
+    """
+
+    methods: tuple[str | dict, ...]
     contexts: tuple[int, ...]
     budgets: tuple[float, ...] = (0.05,)
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = DEFAULT_TASKS
     share: str = "group"
     n_texts: int = 8
     n_queries: int = 64
     n_prompts: int = 20
     n_distractors: int = 8
+    n_scored: int = 64
     answer_budgets: tuple[float, ...] = (0.05,)
     seed: int = 0
 
@@ -41,11 +44,10 @@ class EvalConfig:
         for name in ("methods", "contexts", "budgets", "tasks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: accepted is at least one")
-        for name in self.methods:
-            find_method(name)
+        for entry in self.methods:
+            check_method_entry(entry)
         for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"task {task!r} is unknown: accepted are {', '.join(TASKS)}")
+            find_task(task)
         if self.share not in ("group", "head"):
             raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
 
@@ -86,6 +88,7 @@ def run(
         out,
         {
             "model": model_name,
+            "version": version(),
             "config": as_plain(config),
             "environment": environment(),
             "index": None
@@ -94,88 +97,31 @@ def run(
             "trained_recall": None if index is None else index.metadata["recall"],
         },
     )
-    methods = {name: find_method(name)(index, seed=config.seed) for name in config.methods}
+    arms = make_arms(config.methods, index, config.seed)
+    bench = Bench(model, tokenizer, text, arms, config)
+    tasks = [TASKS[name]() for name in config.tasks]
     units = [
         (task, context, number)
-        for task in config.tasks
+        for task in tasks
         for context in config.contexts
-        for number in range(config.n_texts if task == "attention" else config.n_prompts)
+        for number in range(task.n_units(config))
     ]
     for done, (task, context, number) in enumerate(units):
-        unit = f"{task}/{context}/{number}"
-        progress(f"{task} at {context}", done, len(units))
+        unit = f"{task.name}/{context}/{number}"
+        progress(f"{task.name} at {context}", done, len(units))
         if unit in records.done:
             continue
-        evaluate = attention_unit if task == "attention" else passkey_unit
-        found = evaluate(model, tokenizer, text, methods, config, context, number)
-        records.write(unit, [{"task": task, "context": context, **r} for r in found])
+        found, judged = task.run_unit(bench, context, number)
+        place = {"task": task.name, "context": context}
+        records.write(
+            unit, [{**place, **r} for r in found], hashlib.sha256(judged).hexdigest()[:16]
+        )
     progress("done", len(units), len(units))
 
 
 def as_plain(config: EvalConfig) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-
-
-def budgets_for(
-    shares: tuple[float, ...], n_context: int, config: EvalConfig
-) -> dict[str, Budget]:
-    window = default_window(n_context)
-    return {
-        f"{share:g}": Budget.for_selectivity(
-            share, n_context, n_sink=16, window=window, share=config.share
-        )
-        for share in shares
-    }
-
-
-def attention_unit(model, tokenizer, text, methods, config, context, number) -> list[dict]:
-    tokens = text_tokens(tokenizer, text, context, number, config.n_texts)
-    budgets = budgets_for(config.budgets, context - config.n_queries, config)
-    return attention.evaluate(model, tokens, methods, budgets, config.n_queries)
-
-
-def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) -> torch.Tensor:
-    """The `number`-th of `count` evenly spread pieces of `length` tokens."""
-    n_bytes = length * 8  # a token is at most a few bytes; the rest is cut off
-    start = int(number * max(0, len(text) - min(n_bytes, len(text))) / max(1, count - 1))
-    tokens = answering.encode(tokenizer, text[start : start + n_bytes])[:length]
-    if len(tokens) < length:
-        raise ValueError(f"the text gives {len(tokens)} tokens: context {length} needs as many")
-    return tokens
-
-
-def passkey_unit(model, tokenizer, text, methods, config, context, number) -> list[dict]:
-    # Depths are spread evenly over the prompts, so that every run covers beginning to end.
-    depth = (number + 0.5) / config.n_prompts * 0.95
-
-    def make(n_bytes: int) -> passkey.PassKeyPrompt:
-        rng = np.random.default_rng([config.seed, context, number])
-        return passkey.make_prompt(
-            text, n_bytes, rng, n_distractors=config.n_distractors, depth=depth
-        )
-
-    prompt = prompt_of_tokens(make, tokenizer, context - passkey.KEY_DIGITS - 8, len(text))
-    n_context = len(answering.encode(tokenizer, prompt.context))
-    budgets = budgets_for(config.answer_budgets, n_context, config)
-    return answering.evaluate(
-        model, tokenizer, prompt, passkey.is_right, methods, budgets, passkey.KEY_DIGITS + 1
-    )
-
-
-def prompt_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int):
-    """`make(n_bytes)` so long that it has at most `n_tokens` tokens, and nearly as many.
-
-    A token is a byte for some tokenizers and several for others; text is not equally dense.
-    """
-    n_bytes = n_tokens
-    prompt = make(n_bytes)
-    for _ in range(6):
-        found = len(answering.encode(tokenizer, prompt.text, special=False))
-        if 0.98 * n_tokens <= found <= n_tokens or (found < n_tokens and n_bytes == most_bytes):
-            break
-        n_bytes = min(most_bytes, int(n_bytes * 0.99 * n_tokens / found))
-        prompt = make(n_bytes)
-    return prompt
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def load_for_eval(model_source, index_path: Path | None):

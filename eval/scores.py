@@ -13,7 +13,9 @@ import numpy as np
 
 from saap.trained_index import write_atomically
 
+from .bootstrap import ratio_difference
 from .records import read_run
+from .units import by_unit, paired
 
 SCORES = "scores.json"
 FAR_HEAD_SHARE = 0.05
@@ -24,11 +26,13 @@ def score_run(folder: Path) -> list[dict]:
     run, records = read_run(folder)
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for record in records:
+        if "method" not in record:
+            continue
         key = (record["task"], record["context"], record["method"], record["budget"])
         groups[key].append(record)
     scores = []
     for (task, context, method, budget), members in groups.items():
-        measure = score_attention if task == "attention" else score_answers
+        measure = MEASURES.get(task, score_answers)
         scores.append(
             {
                 "method": method,
@@ -41,6 +45,7 @@ def score_run(folder: Path) -> list[dict]:
             }
         )
     add_share_of_oracle(scores)
+    add_difference_to_dense(scores, records)
     write_atomically(folder / SCORES, (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
@@ -89,17 +94,76 @@ def score_answers(members: list[dict]) -> dict:
         "output_error": None,
         "accuracy": float(np.mean([r["accuracy"] for r in members])),
         "prompts": len(members),
+        "by_depth": [[r["depth"], r["accuracy"]] for r in members if r.get("depth") is not None],
     }
+
+
+def score_text(members: list[dict]) -> dict:
+    return {
+        "recall_all": None,
+        "recall_middle": None,
+        "recall_of_oracle": None,
+        "output_error": None,
+        "accuracy": None,
+        "nll": sum(r["nll"] for r in members) / sum(r["tokens"] for r in members),
+        "texts": len(members),
+    }
+
+
+def score_speed(members: list[dict]) -> dict:
+    """Microseconds a layer-step: medians over the rounds of the mean over the layers.
+
+    `speedup` is the median of the rounds' own ratios to dense, which took turns with the method.
+    `break_even_tokens`: tokens to generate until the build is paid for; None where never.
+    """
+    rounds = {
+        name: np.mean([r[f"{name}_us"] for r in members], 0)
+        for name in ("route", "select", "attend", "other", "step", "dense")
+    }
+    median = {f"{name}_us": float(np.median(values)) for name, values in rounds.items()}
+    build_ms = float(np.mean([r["build_ms"] for r in members]))
+    saved_us = float(np.median(rounds["dense"] - rounds["step"]))
+    return {
+        **median,
+        "speedup": float(np.median(rounds["dense"] / rounds["step"])),
+        "build_ms": build_ms,
+        "load": float(np.mean([r["load"] for r in members])),
+        "break_even_tokens": 1e3 * build_ms / saved_us if saved_us > 0 else None,
+        "recall_middle": None,
+        "recall_of_oracle": None,
+        "accuracy": None,
+    }
+
+
+MEASURES = {"attention": score_attention, "perplexity": score_text, "speed": score_speed}
+
+
+def add_difference_to_dense(scores: list[dict], records: list[dict]) -> None:
+    """`to_dense: [difference, low, high]` of accuracy or nats a token, paired over the units."""
+    units = by_unit(records)
+    dense = {
+        (p[0], p[1], metric): found for (p, metric), found in units.items() if p[2] == "dense"
+    }
+    for score in scores:
+        place = score["task"], score["context"], score["method"], score["budget"]
+        for metric in ("accuracy", "nll"):
+            own = units.get((place, metric))
+            if own is None or (*place[:2], metric) not in dense or score["method"] == "dense":
+                continue
+            found = ratio_difference(*paired(dense[(*place[:2], metric)], own))
+            score["to_dense"] = [found.value, found.low, found.high]
 
 
 def add_share_of_oracle(scores: list[dict]) -> None:
     def place(score):
         return score["task"], score["context"], score["budget"]
 
-    oracle = {place(s): s["recall_middle"] for s in scores if s["method"] == "oracle"}
+    oracle = {place(s): s.get("recall_middle") for s in scores if s["method"] == "oracle"}
     for score in scores:
+        if score.get("recall_middle") is None:
+            continue
         best = oracle.get(place(score))
-        if best and score["recall_middle"] is not None and score["method"] != "dense":
+        if best and score["method"] != "dense":
             score["recall_of_oracle"] = score["recall_middle"] / best
 
 

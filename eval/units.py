@@ -78,3 +78,16 @@ def paired(
     if not shared:
         return None
     return np.array([a[u] for u in shared]), np.array([b[u] for u in shared])
+
+
+def share_of(budget: str) -> float | None:
+    """The share of the context in a budget's label; None for a bound of another kind."""
+    try:
+        return float(budget.split()[0])
+    except ValueError:
+        return None
+
+
+def told_search(budget: str) -> str:
+    """What of a budget's label is no share: `0.05 ef=32` -> `ef=32`."""
+    return budget if share_of(budget) is None else " ".join(budget.split()[1:])

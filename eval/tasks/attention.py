@@ -10,10 +10,12 @@ from torch import Tensor
 from saap import hf
 from saap.budget import Budget
 from saap.kernels.attention.api import attend_ranges, merge_states
-from saap.methods import Method
 from saap.methods.base import LayerKeys
 from saap.prefill import DensePrefill, LayerCall
 from saap.store import LayerStore, middle_bounds
+
+from ..arms import Arm, Point
+from .base import Task, text_tokens
 
 
 class QueryCapture(DensePrefill):
@@ -128,25 +130,43 @@ def rounded(values: Tensor) -> list[float]:
     return [round(float(x), 6) for x in values]
 
 
+class Attention(Task):
+    """Recall and output error of every layer and head on held-out text."""
+
+    name = "attention"
+
+    def n_units(self, config):
+        return config.n_texts
+
+    def run_unit(self, bench, context, number):
+        config = bench.config
+        tokens = text_tokens(bench.tokenizer, bench.text, context, number, config.n_texts)
+        points = bench.points(context - config.n_queries, config.budgets)
+        records = evaluate(bench.model, tokens, points, config.n_queries)
+        return records, bytes(tokens.to(torch.int32).numpy())
+
+
 def evaluate(
-    model, tokens: Tensor, methods: dict[str, Method], budgets: dict[str, Budget], n_queries: int
+    model, tokens: Tensor, arms_points: list[tuple[Arm, list[Point]]], n_queries: int
 ) -> list[dict]:
-    """Records of every layer, method and budget for one text of token ids `[N]`."""
+    """Records of every layer, arm and point for one text of token ids `[N]`."""
     taken = capture(model, tokens, n_queries)
     records = []
-    any_budget = next(iter(budgets.values()))
     for layer in sorted(taken.caches):
-        problem = LayerProblem(taken, layer, any_budget.n_sink, any_budget.window)
-        for name, method in methods.items():
-            selector = method.build(problem.keys)
-            store = problem.store_for(selector)
-            for label, budget in budgets.items():
-                records.append(
-                    {
-                        "method": name,
-                        "budget": label,
-                        "layer": layer,
-                        **problem.measure(selector, store, budget),
-                    }
-                )
+        problems: dict[tuple[int, int], LayerProblem] = {}
+        for arm, points in arms_points:
+            built = {}
+            for point in points:
+                layout = point.budget.n_sink, point.budget.window
+                if layout not in problems:
+                    problems[layout] = LayerProblem(taken, layer, *layout)
+                problem = problems[layout]
+                if layout not in built:
+                    selector = arm.method.build(problem.keys)
+                    built[layout] = selector, problem.store_for(selector)
+                selector, store = built[layout]
+                point.prepare(selector)
+                measured = problem.measure(selector, store, point.budget)
+                place = {"method": arm.label, "budget": point.label, "layer": layer}
+                records.append({**place, **measured})
     return records

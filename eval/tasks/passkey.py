@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import answering
+from .base import Task, prompt_of_tokens
+
 # No two names end in the same two letters: a byte-level model of a few million parameters can tell
 # them apart, and still has to match the name.
 NAMES = """
@@ -40,6 +43,10 @@ class PassKeyPrompt:
     question: bytes
     answer: str
     depth: float
+
+    @property
+    def questions(self) -> tuple[bytes]:
+        return (self.question,)
 
     @property
     def text(self) -> bytes:
@@ -104,3 +111,36 @@ def make_prompt(
 def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
     """All digits right, as the first thing after the question."""
     return generated.startswith(prompt.answer.encode())
+
+
+class PassKey(Task):
+    """One of nine named pass keys."""
+
+    name = "passkey"
+
+    def n_units(self, config):
+        return config.n_prompts
+
+    def run_unit(self, bench, context, number):
+        config = bench.config
+        # Depths are spread evenly over the prompts, so that every run covers beginning to end.
+        depth = (number + 0.5) / config.n_prompts * 0.95
+
+        def make(n_bytes: int) -> PassKeyPrompt:
+            rng = bench.rng(context, number)
+            return make_prompt(
+                bench.text, n_bytes, rng, n_distractors=config.n_distractors, depth=depth
+            )
+
+        room = context - KEY_DIGITS - 8
+        prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
+        n_context = len(answering.encode(bench.tokenizer, prompt.context))
+        records = answering.evaluate(
+            bench.model,
+            bench.tokenizer,
+            prompt,
+            lambda prompt, answers: is_right(prompt, answers[0]),
+            bench.points(n_context, config.answer_budgets),
+            KEY_DIGITS + 1,
+        )
+        return records, prompt.text

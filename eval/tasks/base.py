@@ -1,0 +1,68 @@
+"""The interface of a task: so many units a context, each judged once for every arm and point."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..arms import Arm, Point
+from .answering import encode
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every unit needs: the model, text that it has not seen, the arms, the settings."""
+
+    model: Any
+    tokenizer: Any
+    text: bytes
+    arms: list[Arm]
+    config: Any
+
+    def points(self, n_context: int, shares: tuple[float, ...]) -> list[tuple[Arm, list[Point]]]:
+        return [(arm, arm.points(shares, n_context, self.config.share)) for arm in self.arms]
+
+    def rng(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, *place])
+
+
+class Task(ABC):
+    """`name` is its key in `TASKS`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def n_units(self, config) -> int:
+        """Texts or prompts at each context."""
+
+    @abstractmethod
+    def run_unit(self, bench: Bench, context: int, number: int) -> tuple[list[dict], bytes]:
+        """Raw records of the unit, and the text that was judged."""
+
+
+def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) -> torch.Tensor:
+    """The `number`-th of `count` evenly spread pieces of `length` tokens."""
+    n_bytes = length * 8  # a token is at most a few bytes; the rest is cut off
+    start = int(number * max(0, len(text) - min(n_bytes, len(text))) / max(1, count - 1))
+    tokens = encode(tokenizer, text[start : start + n_bytes])[:length]
+    if len(tokens) < length:
+        raise ValueError(f"the text gives {len(tokens)} tokens: context {length} needs as many")
+    return tokens
+
+
+def prompt_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int):
+    """`make(n_bytes)` so long that it has at most `n_tokens` tokens, and nearly as many.
+
+    A token is a byte for some tokenizers and several for others; text is not equally dense.
+    """
+    n_bytes = n_tokens
+    prompt = make(n_bytes)
+    for _ in range(6):
+        found = len(encode(tokenizer, prompt.text, special=False))
+        if 0.98 * n_tokens <= found <= n_tokens or (found < n_tokens and n_bytes == most_bytes):
+            break
+        n_bytes = min(most_bytes, int(n_bytes * 0.99 * n_tokens / found))
+        prompt = make(n_bytes)
+    return prompt

@@ -1,0 +1,106 @@
+"""Tasks that ask about something in a long prompt; score is the share of the answers found.
+
+RULER (Hsieh et al., arXiv 2404.06654) names the families and the score (`string_match_all`); the
+generators are our own. Lengths are in tokens of the model at hand. The context is dense, question
+and answer are sparse.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import answering
+from .base import Bench, Task, prompt_of_tokens
+from .passkey import insert_lines
+
+DEEPEST = 0.95
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`answers[i]` are the strings that what follows `questions[i]` has to contain."""
+
+    context: bytes
+    questions: tuple[bytes, ...]
+    answers: tuple[tuple[str, ...], ...]
+    depth: float | None
+
+    @property
+    def text(self) -> bytes:
+        return self.context + b"".join(self.questions)
+
+
+def share_found(prompt: Prompt, generated: list[bytes]) -> float:
+    """RULER's `string_match_all`, without regard to case."""
+    found = [
+        answer.lower() in text.decode(errors="replace").lower()
+        for text, wanted in zip(generated, prompt.answers, strict=True)
+        for answer in wanted
+    ]
+    return float(np.mean(found))
+
+
+class PromptTask(Task):
+    """Subclasses make prompts; `slack` tokens are left for the line ends of an answer."""
+
+    slack = 2
+
+    def n_units(self, config):
+        return config.n_prompts
+
+    @abstractmethod
+    def make(
+        self, haystack: bytes, n_bytes: int, rng: np.random.Generator, depth: float, config
+    ) -> Prompt:
+        """A prompt of at most `n_bytes` bytes, and nearly as many."""
+
+    def score(self, prompt: Prompt, generated: list[bytes]) -> float:
+        return share_found(prompt, generated)
+
+    def run_unit(self, bench: Bench, context, number):
+        # Depths are spread evenly over the prompts, so that every run covers beginning to end.
+        depth = (number + 0.5) / bench.config.n_prompts * DEEPEST
+
+        def make(n_bytes):
+            # The same draws at every length that is tried.
+            rng = bench.rng(context, number, sum(self.name.encode()))
+            return self.make(bench.text, n_bytes, rng, depth, bench.config)
+
+        wanted = make(context).answers
+        lengths = [
+            len(answering.encode(bench.tokenizer, ", ".join(w).encode(), special=False))
+            for w in wanted
+        ]
+        n_tokens = max(lengths) + self.slack
+        room = context - len(wanted) * n_tokens - 8
+        prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
+        n_context = len(answering.encode(bench.tokenizer, prompt.context))
+        records = answering.evaluate(
+            bench.model,
+            bench.tokenizer,
+            prompt,
+            self.score,
+            bench.points(n_context, bench.config.answer_budgets),
+            n_tokens,
+        )
+        return records, prompt.text
+
+
+def hide(
+    haystack: bytes, lines: list[tuple[float, bytes]], room: int, rng: np.random.Generator
+) -> bytes:
+    """`lines` at their depths in `room` bytes of `haystack`, ended by a newline."""
+    size = room - sum(len(line) for _, line in lines) - 1
+    if not 0 < size <= len(haystack):
+        raise ValueError(
+            f"{room} bytes of prompt with {len(lines)} lines hidden in it need 1 to "
+            f"{len(haystack)} bytes of text around them, not {size}"
+        )
+    start = int(rng.integers(0, len(haystack) - size + 1))
+    context = insert_lines(haystack[start : start + size], lines)
+    return context if context.endswith(b"\n") else context + b"\n"
+
+
+def random_depths(rng: np.random.Generator, count: int) -> list[float]:
+    return rng.uniform(0.0, DEEPEST, count).tolist()

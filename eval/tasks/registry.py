@@ -1,0 +1,39 @@
+"""Every task, by name."""
+
+import difflib
+
+from .attention import Attention
+from .base import Task
+from .copying import Copying
+from .geometry import Geometry
+from .needles import MultiKey, MultiQuery, MultiValue
+from .passkey import PassKey
+from .perplexity import Perplexity
+from .speed import Speed
+from .tracking import VariableTracking
+from .words import CommonWords, FrequentWords
+
+TASKS: dict[str, type[Task]] = {
+    "attention": Attention,
+    "passkey": PassKey,
+    "multi-key": MultiKey,
+    "multi-value": MultiValue,
+    "multi-query": MultiQuery,
+    "variable-tracking": VariableTracking,
+    "common-words": CommonWords,
+    "frequent-words": FrequentWords,
+    "copying": Copying,
+    "perplexity": Perplexity,
+    "speed": Speed,
+    "geometry": Geometry,
+}
+DEFAULT_TASKS = ("attention", "passkey")
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of that name; ValueError lists the known ones and the nearest."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"task {name!r} is unknown{hint}: accepted are {', '.join(TASKS)}")
+    return TASKS[name]

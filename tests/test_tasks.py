@@ -1,0 +1,139 @@
+"""Tasks: prompts of the right length that hold their answers; every task runs and is scored."""
+
+import numpy as np
+import pytest
+import torch
+
+from saap.eval import reference
+from saap.eval.run import EvalConfig, run
+from saap.eval.scores import score_run
+from saap.eval.tasks.copying import Copying
+from saap.eval.tasks.needles import MultiKey, MultiQuery, MultiValue
+from saap.eval.tasks.prompts import Prompt, share_found
+from saap.eval.tasks.registry import TASKS, find_task
+from saap.eval.tasks.tracking import VariableTracking
+from saap.eval.tasks.words import CommonWords, FrequentWords
+
+TEXT = reference.split_held_out()[1]
+HIDDEN = [MultiKey, MultiValue, MultiQuery, VariableTracking, Copying]
+PROMPTED = [*HIDDEN, CommonWords, FrequentWords]
+
+
+def make(task, n_bytes, seed=0, depth=0.5):
+    return task().make(TEXT, n_bytes, np.random.default_rng(seed), depth, None)
+
+
+@pytest.mark.parametrize("task", PROMPTED)
+@pytest.mark.parametrize("n_bytes", [1500, 6001])
+def test_prompts_have_their_length_and_hold_their_answers(task, n_bytes):
+    prompt = make(task, n_bytes)
+    assert 0.8 * n_bytes <= len(prompt.text) <= n_bytes
+    for wanted in prompt.answers:
+        for answer in wanted:
+            assert answer.encode() in prompt.context
+    assert len(prompt.questions) == len(prompt.answers)
+    assert make(task, n_bytes).text == prompt.text
+    assert make(task, n_bytes, seed=1).text != prompt.text
+
+
+@pytest.mark.parametrize("task", [MultiKey, MultiValue, MultiQuery, Copying])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 0.9])
+def test_the_first_answer_stands_at_its_depth(task, depth):
+    prompt = make(task, 8000, depth=depth)
+    place = prompt.context.index(prompt.answers[0][0].encode()) / len(prompt.context)
+    assert abs(place - depth) < 0.15
+
+
+def test_chains_are_in_order_and_complete():
+    prompt = make(VariableTracking, 4000)
+    text = prompt.context.decode()
+    value = prompt.questions[0].split(b"value ")[1].split(b",")[0].decode()
+    held = {value}
+    for line in text.splitlines():
+        if line.startswith("VAR "):
+            name, source = line[4:].split(" = ")
+            if source in held:
+                held.add(name)
+    assert held == {value, *prompt.answers[0]}
+
+
+@pytest.mark.parametrize("task", [CommonWords, FrequentWords])
+def test_the_asked_words_are_the_most_frequent(task):
+    prompt = make(task, 6000)
+    words = [w for w in prompt.context.decode().split()[:-1] if not w.endswith(".")]
+    counts = {w: words.count(w) for w in set(words)}
+    least = min(counts[w] for w in prompt.answers[0])
+    assert all(n <= least for w, n in counts.items() if w not in prompt.answers[0])
+
+
+def test_scores():
+    prompt = Prompt(b"", (b"?", b"?"), (("one", "TWO"), ("three",)), 0.0)
+    assert share_found(prompt, [b"two, four", b"three\n"]) == pytest.approx(2 / 3)
+    copied = make(Copying, 2000)
+    right = copied.answers[0][0].encode()
+    assert Copying().score(copied, [right]) == 1.0
+    assert Copying().score(copied, [right[:12] + b"_" + right[13:]]) == 0.5
+    assert Copying().score(copied, [b""]) == 0.0
+
+
+def test_too_short_a_text():
+    with pytest.raises(ValueError, match=r"bytes of prompt with 12 lines .* need 1 to 9 bytes of"):
+        MultiQuery().make(b"too short", 5000, np.random.default_rng(0), 0.5, None)
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'multikey' is unknown .did you mean 'multi-key'"):
+        find_task("multikey")
+
+
+@pytest.fixture(scope="module")
+def scores(reference_model, reference_tokenizer, tmp_path_factory):
+    config = EvalConfig(
+        methods=("dense", "streaming", {"name": "quest", "search": {"share": ["group", "head"]}}),
+        contexts=(900,), budgets=(0.3,), answer_budgets=(0.3,), n_texts=1, n_queries=4,
+        n_prompts=1, n_distractors=2, n_scored=16,
+        tasks=tuple(t for t in TASKS if t not in ("multi-value", "variable-tracking", "geometry")),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tasks")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps this small only wait for each other on a busy machine
+    try:
+        run(reference_model, reference_tokenizer, None, TEXT, config, folder, model_name="tiny")
+    finally:
+        torch.set_num_threads(threads)
+    return score_run(folder)
+
+
+def test_every_task_is_scored(scores):
+    for task in {s["task"] for s in scores}:
+        own = [(s["method"], s["budget"]) for s in scores if s["task"] == task]
+        assert own == [
+            ("dense", "0.3"), ("streaming", "0.3"), ("quest", "0.3 share=group"),
+            ("quest", "0.3 share=head"),
+        ], task  # fmt: skip
+    answers = [s for s in scores if s.get("accuracy") is not None]
+    assert len(answers) == 4 * 6
+    assert all(0 <= s["accuracy"] <= 1 for s in answers)
+    assert all("to_dense" in s for s in answers if s["method"] != "dense")
+
+
+def test_perplexity_is_that_of_the_model(scores, reference_model, reference_tokenizer):
+    from saap.eval.tasks.base import text_tokens
+
+    tokens = text_tokens(reference_tokenizer, TEXT, 900, 0, 1)
+    with torch.no_grad():
+        logits = reference_model(tokens[None]).logits[0, -16:-1]
+    true = float(torch.nn.functional.cross_entropy(logits, tokens[-15:]))
+    own = {s["method"]: s["nll"] for s in scores if s["task"] == "perplexity"}
+    assert own["dense"] == pytest.approx(true, rel=1e-4)
+    assert own["streaming"] != own["dense"]
+
+
+def test_speed_is_split(scores):
+    for score in (s for s in scores if s["task"] == "speed"):
+        parts = sum(score[f"{p}_us"] for p in ("route", "select", "attend", "other"))
+        # Medians of parts do not add up to the median of the sum, least of all on a busy machine.
+        assert 0 < parts < 10 * score["step_us"]
+        assert score["build_ms"] > 0
+        assert score["speedup"] > 0
+        assert (score["break_even_tokens"] or 1) > 0
