@@ -2,7 +2,8 @@
 
 The metadata holds a JSON header: format version, shape, options, the SHA-256 of each tensor, and
 its own SHA-256. `load` reads the header and the bucket offsets alone: an altered header, a missing
-or misshapen tensor, or a truncated file is refused, and keys are read as they are searched.
+or misshapen tensor, or a truncated file is refused; centroids, router and keys are read as they
+are used.
 `verify` reads all. There is no pickle in the format, and FAISS reads nothing but what the caller
 vouches for.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .faiss_backend import InvertedFile, read_inverted_file
 from .ivf import AsymmetricIVF
-from .routers import ROUTERS
+from .routers import ROUTERS, CentroidRouter, Router
 from .rows import BucketRows
 
 FORMAT = "saap.AsymmetricIVF"
@@ -79,18 +80,30 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> AsymmetricI
     ):
         raise ValueError(f"{path}: its bucket offsets do not lead from 0 to {n}: it was altered")
     tensors = {name: t.to(device) for name, t in tensors.items()}
-    parts = {k.removeprefix("router."): t for k, t in tensors.items() if k.startswith("router.")}
-    index = AsymmetricIVF.from_trained(
-        tensors["centroids"],
-        ROUTERS[header["router"]](**parts) if parts else None,
-        spill=header["spill"],
-        flush_every=header["flush_every"],
-        dtype=DTYPES[header["dtype"]],
-    )
+    # Nothing but offsets is read here: `from_trained` would look through all centroids.
+    index = AsymmetricIVF(
+        header["d"], header["n_kv"], header["nlist"], spill=header["spill"],
+        flush_every=header["flush_every"], dtype=DTYPES[header["dtype"]], device=device,
+    )  # fmt: skip
+    index.centroids = tensors["centroids"]
+    index.router = router_of(path, header, tensors)
     index._rows = BucketRows.from_sorted(
         tensors["vectors"], tensors["positions"], offsets.to(device), tensors.get("second")
     )
     return index
+
+
+def router_of(path: Path, header: dict, tensors: dict[str, Tensor]) -> Router:
+    parts = {k.removeprefix("router."): t for k, t in tensors.items() if k.startswith("router.")}
+    if not parts:
+        return CentroidRouter(tensors["centroids"])
+    try:
+        router = ROUTERS[header["router"]](**parts)
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"{path}: router {header['router']!r}: {error}") from error
+    if router.nlist != header["nlist"]:
+        raise ValueError(f"{path}: router has nlist={router.nlist}, the index {header['nlist']}")
+    return router
 
 
 def verify(path: str | Path) -> None:

@@ -185,6 +185,7 @@ def test_altered_headers(tmp_path, change, message):
         ("dtype", "int8", "header lacks or misstates 'int8'"),
         ("dtype", "bfloat16", "vectors is .*float32.*: its options say .*bfloat16"),
         ("spill", True, "second is None: its options say"),
+        ("router", "linear", "router 'linear': "),
         ("router", "tree", "router 'tree' with tensors"),
         ("router", "centroid", "router 'centroid' with tensors"),
         ("tensors", None, "header lacks or misstates"),
