@@ -120,12 +120,20 @@ def evaluate(
 
     from . import corpus as texts_of
     from . import reference
+    from .checks import check_folder
     from .report import main_budget, make_report
     from .run import EvalConfig, check_contexts, load_for_eval, run
     from .scores import read_scores
     from .sweep import read_sweep, with_parameters
     from .tasks.registry import TASKS
-    from .terminal import errors, one_bar, print_scores
+    from .terminal import (
+        errors,
+        one_bar,
+        print_against_dense,
+        print_scores,
+        print_speed,
+        print_suspicions,
+    )
 
     options = {
         "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
@@ -153,6 +161,9 @@ def evaluate(
     if "attention" in config.tasks:
         for context in config.contexts:
             print_scores(scores, context, main_budget(scores))
+    print_against_dense(scores)
+    print_speed(scores, main_budget(scores))
+    print_suspicions(check_folder(out))
     typer.echo(f"report  {report_path}")
 
 

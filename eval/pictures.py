@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .plots import INK, STYLE, color, label_ends, save
 
@@ -26,7 +26,7 @@ def needle_grid(scores: list[dict], task: str, methods: list[str], path: Path) -
     rows = -(-len(methods) // columns)
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(
-            rows, columns, figsize=(WIDTH, 1.9 * rows + 0.5), squeeze=False, sharex=True,
+            rows, columns, figsize=(WIDTH, 2.0 * rows + 0.9), squeeze=False, sharex=True,
             sharey=True, layout="constrained",
         )  # fmt: skip
         for axis in axes.flat[len(methods) :]:
@@ -46,7 +46,7 @@ def needle_grid(scores: list[dict], task: str, methods: list[str], path: Path) -
                               color=shade)  # fmt: skip
         figure.supylabel("depth of the answer", fontsize=10)
         figure.supxlabel("tokens of context", fontsize=10)
-        figure.suptitle(f"{task}: answers found, %", fontsize=13, color=INK, x=0.02, ha="left")
+        figure.suptitle(f"{task}: answers found, %\n", fontsize=13, color=INK, x=0.02, ha="left")
         return save(figure, path)
 
 
@@ -88,7 +88,9 @@ def latency(scores: list[dict], budget_rows, path: Path) -> Path:
         axes.set_xticks(contexts, [thousands(c) for c in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         spread_log_labels(axes, ends)
         axes.set_ylabel("µs a layer and step, median")
         axes.set_xlabel("tokens of context")

@@ -1,5 +1,6 @@
 """Pictures of scores, one function each; PNG files that stand alone."""
 
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
+
+from .units import share_of, told_search
 
 COLORS = {
     "saap": "#d1495b",
@@ -22,6 +25,7 @@ COLORS = {
     "random": "#9a9a9a",
     "dense": "#2e4057",
 }
+OTHERS = ("#7a8450", "#a4508b", "#3d5a80", "#9c6644", "#5e548e", "#588157")
 DASHES = {"oracle": (4, 2), "random": (1, 2)}
 STYLE = {
     "font.size": 11,
@@ -39,7 +43,9 @@ INK = "#222222"
 
 
 def color(method: str) -> str:
-    return COLORS.get(method, "#555555")
+    """A method's own; variants have their method's, any other one of a few, by its name."""
+    base = method.split("[")[0].split(" ")[0]
+    return COLORS.get(base) or OTHERS[zlib.crc32(base.encode()) % len(OTHERS)]
 
 
 def save(figure, path: Path) -> Path:
@@ -53,7 +59,8 @@ def curves(scores: list[dict], x: str, y: str, context: int) -> dict[str, np.nda
     found: dict[str, list] = {}
     for s in scores:
         if s["context"] == context and s.get(y) is not None and s["method"] != "dense":
-            found.setdefault(s["method"], []).append((s[x], s[y]))
+            name = f"{s['method']} {told_search(s['budget'])}".strip()
+            found.setdefault(name, []).append((s[x], s[y]))
     return {m: np.array(sorted(points)) for m, points in found.items()}
 
 
@@ -131,6 +138,8 @@ def answer_bars(scores: list[dict], path: Path) -> Path:
         for context in contexts:
             own = {s["method"]: s for s in answers if s["context"] == context}
             for method in methods:
+                if method not in own:
+                    continue
                 value = own[method]["accuracy"]
                 axes.barh(at, value, height=0.72, color=color(method))
                 axes.annotate(
@@ -161,15 +170,23 @@ def answer_bars(scores: list[dict], path: Path) -> Path:
 
 def head_maps(
     scores: list[dict], context: int, budget: str, methods: list[str], path: Path
-) -> Path:
-    """Share of attention on the middle, and each method's recall, a layer and query head."""
+) -> Path | None:
+    """Share of attention on the middle, and each method's recall, a layer and query head.
+
+    None where the run holds no method at that share.
+    """
     own = {
         s["method"]: s
         for s in scores
-        if s["task"] == "attention" and s["context"] == context and s["budget"] == budget
+        if s["task"] == "attention"
+        and s["context"] == context
+        and not told_search(s["budget"])
+        and share_of(s["budget"]) == float(budget)
     }
-    chosen = [m for m in methods if m in own]
-    mass = np.array(own[chosen[0]]["head_middle_mass"])
+    chosen = [m for m in methods if m in own] or [m for m in own if m != "dense"][:3]
+    if not own:
+        return None
+    mass = np.array(next(iter(own.values()))["head_middle_mass"])
     panels = [("share of attention\non the middle", mass, "Greys")]
     panels += [(f"recall, {m}", np.array(own[m]["head_recall"]), "YlGnBu") for m in chosen]
     with plt.rc_context({**STYLE, "axes.grid": False}):

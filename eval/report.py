@@ -44,7 +44,8 @@ def at_budget(scores: list[dict], budget: str) -> list[dict]:
         if share_of(score["budget"]) not in (float(budget), None):
             continue
         told = told_search(score["budget"])
-        found.append({**score, "method": f"{score['method']} {told}".strip()})
+        label = score["budget"].split()[0] if share_of(score["budget"]) is not None else "–"
+        found.append({**score, "method": f"{score['method']} {told}".strip(), "budget": label})
     return found
 
 
@@ -78,7 +79,9 @@ def make_plots(scores: list[dict], records: list[dict], folder: Path) -> dict[st
             scores, context, main_budget(scores), HEAD_METHODS, folder / "heads.png"
         )
     if any(s["task"] == "passkey" for s in scores):
-        made["answers"] = plots.answer_bars(scores, folder / "answers.png")
+        made["answers"] = plots.answer_bars(
+            at_budget(scores, answer_budget(scores)), folder / "answers.png"
+        )
     for task in dict.fromkeys(s["task"] for s in scores if s.get("by_depth")):
         own = [s for s in at_budget(scores, answer_budget(scores)) if s["task"] == task]
         prompts = max(len(s["by_depth"]) for s in own)
@@ -95,7 +98,7 @@ def make_plots(scores: list[dict], records: list[dict], folder: Path) -> dict[st
         made["keys_queries"] = pictures.keys_and_queries(heads, folder / "keys_queries.png")
         if "bucket_sizes" in heads[0]:
             made["bucket_sizes"] = pictures.bucket_sizes(heads, folder / "bucket_sizes.png")
-    return made
+    return {name: path for name, path in made.items() if path is not None}
 
 
 def answer_budget(scores: list[dict]) -> str:
@@ -127,13 +130,13 @@ CAPTIONS = {
     "answers": "A named seven-digit key among distractor keys in source text. The context is "
     "prefilled densely; question and answer go through the method.",
     "depths": "Where in the context the answer stood (down), and how long the context was "
-    "(across). A method that loses one place loses it for every length.",
+    "(across): the mean of the prompts whose answer stood there.",
     "latency": "Medians of one decode step of one layer on the path that gives the answers above. "
     "<b>dense</b> is SDPA with the query heads of a group packed as rows, which took turns with "
     "each method.",
     "keys_queries": "Keys and queries of the heads that look farthest, RoPE removed, on their "
     "first two principal components together. Where the clouds lie apart, the bucket whose "
-    "centroid is nearest to a query is not the bucket with its keys.",
+    "centroid is nearest to a query need not be the bucket with its keys.",
     "bucket_sizes": "Rows a bucket of the trained partition on this context; the red line is the "
     "mean. Imbalance is FAISS's factor: 1 when all are equally large.",
 }
@@ -215,7 +218,7 @@ def table(scores: list[dict], context: int, budget: str) -> str:
         for row in table_rows(scores, context, budget)
     )
     return (
-        f"<h2>{context:,} tokens, {float(budget):.0%} of the cache</h2>"
+        f"<h2>{context:,} tokens, {100 * float(budget):.3g}% of the cache</h2>"
         f"<div class=scroll><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )

@@ -11,7 +11,7 @@ def named(score: dict) -> str:
     return f"{score['method']} {told_search(score['budget'])}".strip()
 
 
-def html_table(title: str, note: str, head: list[str], rows: list[list[str]]) -> str:
+def html_table(title: str, note: str, head: tuple[str, ...], rows: list[list[str]]) -> str:
     if not rows:
         return ""
     header = "".join(f"<th>{html.escape(h)}</th>" for h in head)
@@ -42,67 +42,81 @@ def with_bounds(score: dict, form: str) -> str:
     return f"{text} [{form.format(low)}, {form.format(high)}]{star}"
 
 
-def answer_section(scores: list[dict]) -> str:
-    """One table a context for all tasks that are judged by answers or by nats."""
-    sections = []
+ANSWER_HEAD = ("method", "task", "budget", "visited", "score", "minus dense")
+SPEED_HEAD = ("method", "budget", "route", "select", "attend", "other", "step", "dense",
+              "speed-up", "build ms", "break-even")  # fmt: skip
+
+
+def budget_cell(score: dict) -> str:
+    share = share_of(score["budget"])
+    return "–" if share is None else f"{share:.1%}"
+
+
+def by_context(scores: list[dict]) -> dict[int, list[dict]]:
+    contexts = sorted({s["context"] for s in scores}, reverse=True)
+    return {c: [s for s in scores if s["context"] == c] for c in contexts}
+
+
+def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
+    """Rows by context for all tasks that are judged by answers or by nats."""
     asked = [s for s in scores if s.get("accuracy") is not None or s.get("nll") is not None]
-    for context in sorted({s["context"] for s in asked}, reverse=True):
-        rows = []
-        for s in (s for s in asked if s["context"] == context):
-            accuracy = s.get("accuracy") is not None
-            share = share_of(s["budget"])
-            rows.append(
-                [
-                    named(s),
-                    s["task"],
-                    "–" if share is None else f"{share:.1%}",
-                    f"{s['selectivity']:.1%}",
-                    f"{s['accuracy']:.0%}" if accuracy else f"{s['nll']:.3f} nats",
-                    with_bounds(s, "{:+.0%}" if accuracy else "{:+.3f}"),
-                ]
-            )
-        sections.append(
-            html_table(
-                f"Against dense attention, {context:,} tokens",
-                "The context is dense, question and answer are sparse. Difference with a 95 % "
-                "interval of a paired bootstrap over prompts or texts; * excludes 0.",
-                ["method", "task", "budget", "visited", "score", "minus dense"],
-                rows,
-            )
-        )
-    return "".join(sections)
+    rows = {}
+    for context, own in by_context(asked).items():
+        rows[context] = []
+        for s in own:
+            right = s.get("accuracy")
+            score = f"{s['nll']:.3f} nats" if right is None else f"{right:.0%}"
+            difference = with_bounds(s, "{:+.3f}" if right is None else "{:+.0%}")
+            visited = f"{s['selectivity']:.1%}"
+            rows[context].append([named(s), s["task"], budget_cell(s), visited, score, difference])
+    return rows
 
 
-def speed_section(scores: list[dict]) -> str:
-    own = [s for s in scores if s["task"] == "speed"]
-    sections = []
-    for context in sorted({s["context"] for s in own}, reverse=True):
-        here = [s for s in own if s["context"] == context]
-        rows = [
+def speed_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
+    parts = ("route", "select", "attend", "other", "step", "dense")
+    return {
+        context: [
             [
                 named(s),
-                "–" if share_of(s["budget"]) is None else f"{share_of(s['budget']):.1%}",
-                *(f"{s[f'{p}_us']:,.0f}" for p in ("route", "select", "attend", "other", "step")),
-                f"{s['dense_us']:,.0f}",
+                budget_cell(s),
+                *(f"{s[f'{p}_us']:,.0f}" for p in parts),
                 f"{s['speedup']:.2f}x",
                 f"{s['build_ms']:,.1f}",
                 "never" if s["break_even_tokens"] is None else f"{s['break_even_tokens']:,.0f}",
             ]
-            for s in here
+            for s in own
         ]
-        load = max(s["load"] for s in here)
-        sections.append(
-            html_table(
-                f"Speed, {context:,} tokens",
-                "Microseconds a layer-step, medians; dense is packed SDPA, taking turns. Build: "
-                "indexing this context, a layer. Break-even: tokens until the build is paid for. "
-                f"{load:.1f} processes wanted a core while this ran.",
-                ["method", "budget", "route", "select", "attend", "other", "step", "dense",
-                 "speed-up", "build ms", "break-even"],
-                rows,
-            )
-        )  # fmt: skip
-    return "".join(sections)
+        for context, own in by_context([s for s in scores if s["task"] == "speed"]).items()
+    }
+
+
+def answer_section(scores: list[dict]) -> str:
+    return "".join(
+        html_table(
+            f"Against dense attention, {context:,} tokens",
+            "The context is dense, question and answer are sparse. Difference with a 95 % "
+            "interval of a paired bootstrap over prompts or texts; * excludes 0.",
+            ANSWER_HEAD,
+            rows,
+        )
+        for context, rows in answer_rows(scores).items()
+    )
+
+
+def speed_section(scores: list[dict]) -> str:
+    own = [s for s in scores if s["task"] == "speed"]
+    load = max((s["load"] for s in own), default=0.0)
+    return "".join(
+        html_table(
+            f"Speed, {context:,} tokens",
+            "Microseconds a layer-step, medians; dense is packed SDPA, taking turns. Build: "
+            "indexing this context, a layer. Break-even: tokens until the build is paid for. "
+            f"{load:.1f} processes wanted a core while this ran.",
+            SPEED_HEAD,
+            rows,
+        )
+        for context, rows in speed_rows(own).items()
+    )
 
 
 def csv_text(scores: list[dict]) -> str:

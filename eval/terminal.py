@@ -7,7 +7,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from .compare import Change, Comparison
-from .report import COLUMNS, cell, table_rows
+from .report import COLUMNS, at_budget, cell, table_rows
+from .tables import ANSWER_HEAD, SPEED_HEAD, answer_rows, speed_rows
+from .units import share_of
 
 console = Console()
 errors = Console(stderr=True)
@@ -44,7 +46,7 @@ def one_bar(what: str):
 
 def print_scores(scores: list[dict], context: int, budget: str) -> None:
     table = Table(
-        title=f"{context:,} tokens, {float(budget):.0%} of the cache",
+        title=f"{context:,} tokens, {100 * float(budget):.3g}% of the cache",
         title_justify="left",
         title_style="bold",
         header_style="dim",
@@ -54,7 +56,9 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
     accuracy = {
         s["method"]: s["accuracy"]
         for s in scores
-        if s["task"] == "passkey" and s["context"] == context and s["budget"] == budget
+        if s["task"] == "passkey"
+        and s["context"] == context
+        and share_of(s["budget"]) == float(budget)
     }
     for key, _, title, _ in COLUMNS:
         table.add_column(title, justify="left" if key == "method" else "right", no_wrap=True)
@@ -71,6 +75,29 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         "oracle: share of the oracle's; error: of the output; worst: the worst far-looking head; "
         "kB: read a layer and step, with the router; keys: pass keys answered[/]"
     )
+
+
+def plain_table(title: str, head: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "saap" else None)
+    console.print(table)
+
+
+def print_against_dense(scores: list[dict]) -> None:
+    """Tasks judged by answers or nats, but pass keys, which the main table holds."""
+    for context, rows in answer_rows([s for s in scores if s["task"] != "passkey"]).items():
+        plain_table(f"against dense, {context:,} tokens", ANSWER_HEAD, rows)
+
+
+def print_speed(scores: list[dict], budget: str) -> None:
+    for context, rows in speed_rows(at_budget(scores, budget)).items():
+        plain_table(f"µs a layer-step, {context:,} tokens", SPEED_HEAD, rows)
 
 
 VERDICT_STYLES = {"worse": "bold red", "better": "green", "unclear": "yellow", "told": "dim"}

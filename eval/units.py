@@ -90,4 +90,6 @@ def share_of(budget: str) -> float | None:
 
 def told_search(budget: str) -> str:
     """What of a budget's label is no share: `0.05 ef=32` -> `ef=32`."""
-    return budget if share_of(budget) is None else " ".join(budget.split()[1:])
+    if share_of(budget) is None:
+        return budget.removeprefix("–")
+    return " ".join(budget.split()[1:])

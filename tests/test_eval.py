@@ -109,7 +109,7 @@ def test_unwritable_folder(tmp_path, monkeypatch):
     [
         ({"methods": ()}, "methods is empty"),
         ({"methods": ("saap", "kmean")}, "did you mean 'kmeans'"),
-        ({"tasks": ("poetry",)}, "task 'poetry' is unknown: accepted are attention, passkey"),
+        ({"tasks": ("poetry",)}, "task 'poetry' is unknown .*: accepted are attention, passkey"),
         ({"share": "layer"}, "share='layer'"),
     ],
 )
