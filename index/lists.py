@@ -109,9 +109,10 @@ def _best_lists(scores, sizes, n_ranges, max_tokens, top_p):
     Lists of typical size fill `max_tokens` long before the worst case would; to look costs a
     synchronisation, so only where there is none to fear.
     """
-    if max_tokens is not None and top_p is None and scores.device.type == "cpu":
+    n_lists = sizes.shape[-1]
+    if max_tokens and n_lists and top_p is None and scores.device.type == "cpu":
         held = sizes.sum(-1)
-        typical = max(1, int(held.max()) // sizes.shape[-1])
+        typical = max(1, int(held.max()) // n_lists)
         fewer = 3 * max_tokens // typical + 64
         if fewer < n_ranges:
             values, best = scores.topk(fewer, dim=-1)
