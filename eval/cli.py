@@ -96,6 +96,9 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option(help="shares of the context")
     ] = "0.04,0.05,0.075,0.1,0.2",
+    answer_budgets: Annotated[
+        str, typer.Option(help="shares of the context, for tasks that ask or predict text")
+    ] = "0.05",
     tasks: Annotated[str, typer.Option(help="comma-separated; or 'all'")] = "attention,passkey",
     corpus: Annotated[
         list[Path] | None, typer.Option(help="held-out text; shipped if not given")
@@ -139,6 +142,7 @@ def evaluate(
         "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
         "contexts": numbers(contexts, int, "contexts"),
         "budgets": numbers(budgets, float, "budgets"),
+        "answer_budgets": numbers(answer_budgets, float, "answer-budgets"),
         "tasks": choose(tasks, tuple(TASKS)),
         "share": share,
         "n_texts": texts,

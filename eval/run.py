@@ -41,7 +41,7 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("methods", "contexts", "budgets", "tasks"):
+        for name in ("methods", "contexts", "budgets", "answer_budgets", "tasks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: accepted is at least one")
         for entry in self.methods:

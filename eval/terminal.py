@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -68,6 +69,7 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         cells = [cell(row.get(key), form) for key, _, _, form in COLUMNS]
         if accuracy:
             cells.append(cell(accuracy.get(row["method"]), "{:.0%}"))
+        cells = map(escape, cells)  # variants are named in brackets, which rich takes for markup
         table.add_row(*cells, style="bold" if row["method"] == "saap" else None)
     console.print(table)
     console.print(
@@ -83,9 +85,9 @@ def plain_table(title: str, head: tuple[str, ...], rows: list[list[str]]) -> Non
         padding=(0, 1, 0, 0),
     )  # fmt: skip
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "saap" else None)
+        table.add_row(*map(escape, row), style="bold" if row[0] == "saap" else None)
     console.print(table)
 
 
@@ -97,7 +99,9 @@ def print_against_dense(scores: list[dict]) -> None:
 
 def print_speed(scores: list[dict], budget: str) -> None:
     for context, rows in speed_rows(at_budget(scores, budget)).items():
-        plain_table(f"µs a layer-step, {context:,} tokens", SPEED_HEAD, rows)
+        title = f"µs a layer-step, {context:,} tokens, {100 * float(budget):.3g}% of the cache"
+        shorter = (SPEED_HEAD[0], *SPEED_HEAD[2:])
+        plain_table(title, shorter, [[row[0], *row[2:]] for row in rows])
 
 
 VERDICT_STYLES = {"worse": "bold red", "better": "green", "unclear": "yellow", "told": "dim"}
@@ -106,21 +110,21 @@ VERDICT_STYLES = {"worse": "bold red", "better": "green", "unclear": "yellow", "
 def print_comparison(found: Comparison, level: float, everything: bool) -> None:
     """Changes beyond noise first; with `everything`, all others too."""
     for line in found.settings:
-        console.print(f"[dim]{line}[/]", highlight=False)
+        console.print(f"[dim]{escape(line)}[/]", highlight=False)
     alone = {"only in the first": found.only_a, "only in the second": found.only_b}
     for name, places in alone.items():
         if places:
             listed = sorted({f"{task} {method}" for task, _, method, _ in places})
-            console.print(f"[yellow]{name}[/]: {', '.join(listed)}", highlight=False)
+            console.print(f"[yellow]{name}[/]: {escape(', '.join(listed))}", highlight=False)
     order = ("worse", "better", "unclear", "told", "same")
     hidden = () if everything else ("same", "told")
     rows = [c for c in found.changes if c.verdict not in hidden]
     if rows:
         table = Table(header_style="dim", box=None, padding=(0, 1, 0, 0))
-        for title in ("", "task", "context", "method", "budget", "metric"):
-            table.add_column(title, no_wrap=True, overflow="fold")
+        for title in ("", "result", "metric"):
+            table.add_column(title, overflow="fold")
         for title in ("before", "after", "difference"):
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", overflow="fold")
         for change in sorted(rows, key=lambda c: (order.index(c.verdict), c.place)):
             table.add_row(*comparison_cells(change), style=VERDICT_STYLES.get(change.verdict))
         console.print(table)
@@ -144,14 +148,11 @@ def comparison_cells(change: Change) -> list[str]:
         bounds = f" [{signed(form, interval.low)}, {signed(form, interval.high)}]"
     return [
         change.verdict,
-        task,
-        f"{context:,}",
-        method,
-        budget,
+        escape(f"{method}, {task} {context:,}, {budget}"),
         change.metric.title,
         form.format(change.before),
         form.format(change.after),
-        signed(form, change.after - change.before) + bounds,
+        escape(signed(form, change.after - change.before) + bounds),
     ]
 
 
@@ -161,4 +162,4 @@ def signed(form: str, value: float) -> str:
 
 def print_suspicions(found: list[str]) -> None:
     for line in found:
-        errors.print(f"[yellow]suspicious[/]: {line}", highlight=False)
+        errors.print(f"[yellow]suspicious[/]: {escape(line)}", highlight=False)

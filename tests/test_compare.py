@@ -135,6 +135,15 @@ def test_exit_codes(monkeypatch, capsys, tmp_path, a, b, code, message):
     assert message in " ".join((out + err).split())
 
 
+def test_the_table_names_variants(monkeypatch, capsys, tmp_path):
+    a = write_folder(tmp_path / "a", {"quest[page_size=8]": {"recall": 0.7}})
+    b = write_folder(tmp_path / "b", {"quest[page_size=8]": {"recall": 0.6}})
+    _, out, _ = run_cli(monkeypatch, capsys, "compare", a, b)
+    (row,) = (line for line in out.splitlines() if line.startswith("worse"))
+    assert "recall" in row
+    assert "quest[page_size=8]" in out.replace("\n", "")
+
+
 def test_level_is_checked(tmp_path):
     a = write_folder(tmp_path / "a", {"saap": {"recall": 0.7}})
     with pytest.raises(ValueError, match=r"level=1\.5: accepted are 0\.5 <= level < 1"):
