@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
         "commit": commit(),
-        "command": sys.argv[1:],
+        "command": [Path(a).name if "/" in a else a for a in sys.argv[1:]],
         "settings": {name: os.environ[name] for name in settings if name in os.environ},
         "load_before": load(),
     }
