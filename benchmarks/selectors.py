@@ -1,16 +1,20 @@
-"""Every selector on captured data of the reference model: recall against bytes, in one table.
+"""Every selector on captured keys and queries of the reference model: recall against bytes read.
 
-    python -m benchmarks.selectors [--tokens 8192] [--shares 0.05 0.1] [--index FILE] [--out FILE]
+    python -m benchmarks.selectors                     # 8192 tokens, trains an index first
+    python -m benchmarks.selectors --index FILE        # one that `saap train --baselines` wrote
+    python -m benchmarks.selectors --tokens 2048 --texts 1 --out /tmp/selectors.json
 
-`recall@100`: share of each query head's true top 100 rows of the middle that were visited;
-`mass`: captured middle mass over middle mass, summed over layers, heads and queries. Bytes
-are those of one layer's step: keys and values of the visited rows and what choosing reads. Without
-an index file one is trained on the other part of the held-out text.
+The last queries of held-out texts ask the context before them, in every layer and head, at equal
+budgets. Raw records go to `$OUT`, else to `benchmarks/results/<device>/selectors.json`, and in the
+latter case `docs/selectors.md` is made from them: one table of all selectors, and one of what a
+few Lloyd steps on the context change (`benchmarks.refinement`).
 """
 
 import argparse
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,101 +23,168 @@ from torch import Tensor
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
-from saap.eval.tasks.answering import encode
+from saap.eval.demo import training_sequences
 from saap.eval.tasks.attention import LayerProblem, capture
-from saap.methods import METHODS
+from saap.eval.tasks.base import text_tokens
+from saap.methods import METHODS, Method, Selector
 from saap.methods.base import middle_weights
+from saap.methods.hnsw import HNSW, HNSWSearch
+from saap.methods.lsh import LSH, LSHBuild
+from saap.methods.moments import Moments, MomentsBuild, MomentsPages
+from saap.methods.pq import PQ, PQBuild
 from saap.trained_index import TrainedIndex
 from saap.training import default_window, train
 
+from .cpu import cpu_name, environment
+from .cpu_timing import load
+from .gpu import ROOT, slug
+from .selectors_page import page, table
+
 N_QUERIES, TOP_K, N_SINK = 32, 100, 16
+PAGE = ROOT / "docs" / "selectors.md"
+
+VARIANTS: dict[str, Callable[[TrainedIndex], Method]] = {
+    "moments, rank 4": lambda index: Moments(index, build=MomentsBuild(rank=4)),
+    "moments-pages, rank 4": lambda _: MomentsPages(build=MomentsBuild(rank=4)),
+    "hnsw, ef 512": lambda _: HNSW(search=HNSWSearch(ef=512)),
+    "pq, 4 dimensions a code": lambda _: PQ(build=PQBuild(dims=4)),
+    "lsh, 150 tables of 10 bits": lambda _: LSH(build=LSHBuild(n_bits=10, n_tables=150)),
+}
+"""Methods with more to read than by default."""
 
 
 def visited(starts: Tensor, lengths: Tensor, n_middle: int) -> Tensor:
-    """Which rows of the middle the ranges cover, bool `[n, H, M]`."""
+    """Which rows of the middle the ranges `[n, H, R]` cover, bool `[n, H, M]`."""
     edges = torch.zeros(*starts.shape[:2], n_middle + 1, dtype=torch.int32)
     ones = (lengths > 0).int()
+    starts = starts * ones  # that of an unused range may be any number
     edges.scatter_add_(-1, starts.long(), ones)
     edges.scatter_add_(-1, (starts + lengths).long(), -ones)
     return edges.cumsum(-1)[..., :-1] > 0
 
 
-def top_k_found(problem: LayerProblem, selector, budget: Budget, true: Tensor) -> float:
-    """Share of the true top rows `[n, Hq, k]`, in time order, that the selection covers."""
+def top_k_found(problem: LayerProblem, selector: Selector, budget: Budget, true: Tensor) -> Tensor:
+    """Share of the true top rows `[n, Hq, k]`, in time order, that is visited: `[n, Hq]`."""
+    selector.ahead = 1 + torch.arange(problem.n_queries)
     ranges = selector.select(problem.q_rope, problem.q_derope, budget)
     rows = visited(*ranges, problem.stop - problem.first)
     if selector.order is not None:
         order = selector.order.repeat_interleave(rows.shape[1] // problem.n_kv, 1)
         rows = torch.zeros_like(rows).scatter_(-1, order.expand_as(rows), rows)
     rows = rows.repeat_interleave(true.shape[1] // rows.shape[1], 1)
-    return float(rows.gather(-1, true).float().mean())
+    return rows.gather(-1, true).float().mean(-1)
 
 
-def measure(taken, index: TrainedIndex, budget: Budget, name: str) -> dict:
-    begin = time.perf_counter()
-    recalls, mass, caught, nbytes, choosing = [], 0.0, 0.0, 0.0, 0.0
-    for layer in sorted(taken.caches):
-        problem = LayerProblem(taken, layer, budget.n_sink, budget.window)
-        true = middle_weights(problem.keys, problem.q_rope).topk(TOP_K).indices
-        selector = METHODS[name](index).build(problem.keys)
-        recalls.append(top_k_found(problem, selector, budget, true))
-        found = problem.measure(selector, problem.store_for(selector), budget)
-        mass += sum(found["middle_mass"])
-        caught += sum(found["middle_caught"])
-        nbytes += found["bytes_read"] / len(taken.caches)
-        choosing += found["router_bytes"] / len(taken.caches)
+class Question:
+    """One layer of one text: what every selector is asked, and the truth."""
+
+    def __init__(self, taken, layer: int, shares: list[float]):
+        n_context = taken.caches[layer].length - taken.n_queries
+        self.budgets = {
+            share: Budget.for_selectivity(
+                share, n_context, n_sink=N_SINK, window=default_window(n_context)
+            )
+            for share in shares
+        }
+        window = self.budgets[shares[0]].window
+        self.layer = layer
+        self.problem = LayerProblem(taken, layer, N_SINK, window)
+        self.true = middle_weights(self.problem.keys, self.problem.q_rope).topk(TOP_K).indices
+
+    def records(self, method: Method) -> list[dict]:
+        """One a budget. Sums over queries and heads, bytes a step of this layer."""
+        begin = time.process_time()
+        selector = method.build(self.problem.keys)
+        build_cpu_s = round(time.process_time() - begin, 4)
+        store = self.problem.store_for(selector)
+        found = []
+        for share, budget in self.budgets.items():
+            hits = top_k_found(self.problem, selector, budget, self.true)
+            sums = self.problem.measure(selector, store, budget)
+            found.append(
+                {
+                    "layer": self.layer,
+                    "share": share,
+                    "recall@100": round(float(hits.mean()), 5),
+                    "middle_mass": round(sum(sums["middle_mass"]), 5),
+                    "middle_caught": round(sum(sums["middle_caught"]), 5),
+                    "bytes": round(sums["bytes_read"]),
+                    "bytes_choosing": round(sums["router_bytes"]),
+                    "build_cpu_s": build_cpu_s,
+                }
+            )
+        return found
+
+
+def trained(options, model, text: bytes) -> TrainedIndex:
+    if options.index:
+        return TrainedIndex.load(options.index)
+    print("training an index, as `saap demo` does", flush=True)
+    return train(model, training_sequences(text, options.tokens, options.seed), baselines=True)
+
+
+def about(options, index: TrainedIndex) -> dict:
+    n_context = options.tokens - N_QUERIES
+    kept = ("nlist", "n_segments", "context", "seed", "corpus")
     return {
-        "method": name,
-        "recall@100": round(sum(recalls) / len(recalls), 4),
-        "mass": round(caught / mass, 4),
-        "bytes": round(nbytes),
-        "bytes_choosing": round(choosing),
-        "seconds": round(time.perf_counter() - begin, 2),
+        "tokens": options.tokens,
+        "texts": options.texts,
+        "queries": N_QUERIES,
+        "n_sink": N_SINK,
+        "window": default_window(n_context),
+        "shares": options.shares,
+        "index": {name: index.metadata[name] for name in kept},
+        "model": {
+            name: index.metadata["model"][name]
+            for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")
+        },
     }
 
 
-def trained(options, model, tokenizer, text: bytes) -> TrainedIndex:
-    if options.index:
-        return TrainedIndex.load(options.index)
-    step = (len(text) - options.tokens) // options.texts
-    pieces = [text[i * step : i * step + 8 * options.tokens] for i in range(options.texts)]
-    tokens = [encode(tokenizer, piece)[: options.tokens] for piece in pieces]
-    return train(model, tokens, steps=options.steps, baselines=True)
-
-
 def main() -> None:
+    from .refinement import partitions
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--texts", type=int, default=2, help="held-out texts that are asked")
     parser.add_argument("--index", type=Path, help="file that `saap train --baselines` wrote")
-    parser.add_argument("--texts", type=int, default=16, help="to train on, without --index")
-    parser.add_argument("--steps", type=int, default=1000, help="of the router, without --index")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of training, without --index")
+    parser.add_argument("--out", type=Path, help="instead of the results folder; makes no page")
     options = parser.parse_args()
+    described = environment()
     model, tokenizer = hf.load_model(reference.FOLDER), hf.load_tokenizer(reference.FOLDER)
     training_text, text = reference.split_held_out()
-    index = trained(options, model, tokenizer, training_text)
-    taken = capture(
-        model, encode(tokenizer, text[: 8 * options.tokens])[: options.tokens], N_QUERIES
+    index = trained(options, model, training_text)
+    methods = {name: kind(index) for name, kind in METHODS.items()}
+    methods |= {name: make(index) for name, make in VARIANTS.items()}
+    records, refined = [], []
+    for number in range(options.texts):
+        tokens = text_tokens(tokenizer, text, options.tokens, number, options.texts)
+        taken = capture(model, tokens, N_QUERIES)
+        for layer in sorted(taken.caches):
+            question = Question(taken, layer, options.shares)
+            for name, method in methods.items():
+                for record in question.records(method):
+                    records.append({"method": name, "text": number, **record})
+            refined += [{"text": number, **r} for r in partitions(question, index)]
+            print(f"text {number}, layer {layer}: done", flush=True)
+    report = {
+        "environment": {**described, "load_after": load()},
+        "about": about(options, index),
+        "records": records,
+        "refinement": refined,
+    }
+    folder = os.environ.get("OUT")
+    device = slug(cpu_name())
+    path = options.out or Path(
+        folder or ROOT / "benchmarks" / "results" / device, "selectors.json"
     )
-    n_context = options.tokens - N_QUERIES
-    rows = []
-    for share in options.shares:
-        budget = Budget.for_selectivity(
-            share, n_context, n_sink=N_SINK, window=default_window(n_context)
-        )
-        print(f"\n{options.tokens} tokens, {share:.0%} of the cache, one selection a KV group")
-        print(f"{'method':15}{'recall@100':>11}{'mass':>8}{'KB a step':>11}{'choosing':>10}")
-        for name in METHODS:
-            row = {"share": share, **measure(taken, index, budget, name)}
-            rows.append(row)
-            print(
-                f"{name:15}{row['recall@100']:11.1%}{row['mass']:8.1%}"
-                f"{row['bytes'] / 1e3:11.1f}{row['bytes_choosing'] / 1e3:10.1f}",
-                flush=True,
-            )
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, separators=(",", ":")) + "\n")
+    if not (options.out or folder):
+        PAGE.write_text(page(json.loads(path.read_text()), f"benchmarks/results/{device}"))
+    print(f"{table(report)}\n\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,17 @@ METHODS = (
 N_TRAINING_TEXTS = 24
 
 
+def training_sequences(text: bytes, context: int, seed: int) -> torch.Tensor:
+    """Token ids `[n, context]` for the reference model, half of the sequences with pass keys.
+
+    Routers learn from the queries that a model is asked to answer; names and digits are random.
+    """
+    makers = SequenceMaker(np.frombuffer(text, np.uint8))
+    mix = Mix(text=0.5, keys=0.5, copies=0.0)
+    tokens, _ = makers.batch(np.random.default_rng(seed), N_TRAINING_TEXTS, context - 1, mix)
+    return torch.from_numpy(tokens)
+
+
 def demo(out: Path, context: int, seed: int) -> None:
     """Everything from the shipped model to the report, in `out`. Continues what is there."""
     model = hf.load_model(reference.FOLDER)
@@ -37,11 +48,7 @@ def demo(out: Path, context: int, seed: int) -> None:
         f"\n[bold]1. Train an index[/] on {N_TRAINING_TEXTS} texts of {context:,} tokens, "
         "half of them with pass keys"
     )
-    # Routers learn from the queries that a model is asked to answer; names and digits are random.
-    makers = SequenceMaker(np.frombuffer(training_text, np.uint8))
-    mix = Mix(text=0.5, keys=0.5, copies=0.0)
-    tokens, _ = makers.batch(np.random.default_rng(seed), N_TRAINING_TEXTS, context - 1, mix)
-    sequences = torch.from_numpy(tokens)
+    sequences = training_sequences(training_text, context, seed)
     with progress_bars() as progress:
         index = train(model, sequences, seed=seed, baselines=True, progress=progress)
     index.save(out / "index.safetensors")
