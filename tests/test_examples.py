@@ -42,3 +42,19 @@ def test_custom_decoder_is_the_model(reference_model):
     assert stores[0].middles[0] > 0
     lines = (EXAMPLES / "custom_decoder.py").read_text().splitlines()
     assert len(lines) < 200
+
+
+def test_an_indexed_cache_is_found_again(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "index.safetensors"
+    monkeypatch.setattr("sys.argv", ["index_a_cache.py", "--tokens", "1024", "--out", str(path)])
+    example("index_a_cache").main()
+    lines = capsys.readouterr().out.splitlines()
+    columns = [line.replace("%", "").split() for line in lines if line.endswith("%")]
+    nprobes, visited, routed, nearest = (
+        [float(n) for n in column] for column in zip(*columns, strict=True)
+    )
+    assert nprobes == sorted(nprobes)
+    assert visited[-1] == routed[-1] == nearest[-1] == 100.0
+    assert all(r > v for r, v in zip(routed[:-1], visited[:-1], strict=True))
+    assert any(line.endswith("same: True") for line in lines)
+    assert path.exists()

@@ -61,13 +61,20 @@ CPU = Recipe(
         # names and keys that share two were confused. A head that only repeated others starts
         # anew at 3 back.
         Stage(
-            "256, longer matches", 256, 32, 200,
+            "256, longer matches",
+            256,
+            32,
+            200,
             Mix(text=0.15, keys=0.4, copies=0.0, periods=0.45),
             resets=(HeadReset(0, 3, source=2, shift=1),),
         ),
         Stage(
-            "1k again", 1024, 8, 150,
-            Mix(text=0.2, keys=0.5, copies=0.2, periods=0.1), jump=0.3,
+            "1k again",
+            1024,
+            8,
+            150,
+            Mix(text=0.2, keys=0.5, copies=0.2, periods=0.1),
+            jump=0.3,
         ),
         Stage("4k again", 4096, 2, 60, Mix(text=0.25, keys=0.5, copies=0.2, periods=0.05)),
         Stage("8k", 8192, 1, 150, Mix(text=0.25, keys=0.5, copies=0.2, periods=0.05)),
