@@ -1,5 +1,6 @@
 """The rows of an index: vectors and positions of each head in bucket order, then those pending."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,10 +8,18 @@ from torch import Tensor
 from .lists import bucket_of_row
 
 GROWTH = 1.25
-# Numbers that move at a time. On a CPU so few that torch does not share them out among threads:
-# one thread moves them as fast, and does not wait 500 times a merge for a core that is taken.
-MOVED_AT_ONCE = 16384
-MOVED_AT_ONCE_GPU = 2**22
+MOVED_AT_ONCE = 2048
+
+
+def plain_rows(t: Tensor) -> Tensor | np.ndarray:
+    """`t` itself on a GPU; on a CPU a NumPy view: of the bytes of each vector, or of integers.
+
+    One thread of NumPy's gathers rows as fast as torch's do together, and a merge of hundreds of
+    small pieces does not wait at each for a core that other work has taken.
+    """
+    if t.is_cuda:
+        return t
+    return t.view(torch.uint8).numpy() if t.is_floating_point() else t.numpy()
 
 
 class BucketRows:
@@ -120,37 +129,33 @@ class BucketRows:
         no second copy of the keys is made, and none is read after it was written over.
         """
         self._make_room(self.n_rows)
-        pending = self._vectors[:, self.n_sorted : self.n_rows].clone()
+        pending = plain_rows(self._vectors[:, self.n_sorted : self.n_rows].clone())
         self._positions[:, : self.n_rows] = self._positions.gather(1, order)
-        step = self._rows_at_once()
-        for head, rows in enumerate(order):
-            for stop in range(self.n_rows, 0, -step):
-                start = max(0, stop - step)
+        for vectors, new_ones, rows in zip(
+            plain_rows(self._vectors), pending, plain_rows(order), strict=True
+        ):
+            for stop in range(self.n_rows, 0, -MOVED_AT_ONCE):
+                start = max(0, stop - MOVED_AT_ONCE)
                 source = rows[start:stop]
-                moved = self._vectors[head].index_select(0, source)
-                new = (source >= self.n_sorted).nonzero()[:, 0]
-                moved[new] = pending[head, source[new] - self.n_sorted]
-                self._vectors[head, start:stop] = moved
+                moved = vectors[source]
+                is_new = source >= self.n_sorted
+                moved[is_new] = new_ones[source[is_new] - self.n_sorted]
+                vectors[start:stop] = moved
 
     def _compact(self, kept_rows: Int[Tensor, "H m"]) -> None:
         """The rows that stay move to the front, in their order."""
         self._make_room(self.n_rows)
-        n, step = kept_rows.shape[1], self._rows_at_once()
+        n = kept_rows.shape[1]
         self._positions[:, :n] = self._positions.gather(1, kept_rows)
-        for head, rows in enumerate(kept_rows):
-            for start in range(0, n, step):
-                source = rows[start : start + step]
-                moved = self._vectors[head].index_select(0, source)
-                self._vectors[head, start : start + len(source)] = moved
+        for vectors, rows in zip(plain_rows(self._vectors), plain_rows(kept_rows), strict=True):
+            for start in range(0, n, MOVED_AT_ONCE):
+                source = rows[start : start + MOVED_AT_ONCE]
+                vectors[start : start + len(source)] = vectors[source]
 
     def _count(self, buckets: Int[Tensor, "H n"]) -> None:
         sizes = torch.zeros(len(buckets), self.nlist, dtype=torch.int32, device=buckets.device)
         sizes.scatter_add_(1, buckets, torch.ones_like(buckets, dtype=torch.int32))
         self.offsets = torch.nn.functional.pad(sizes.cumsum(1, dtype=torch.int32), (1, 0))
-
-    def _rows_at_once(self) -> int:
-        numbers = MOVED_AT_ONCE_GPU if self._vectors.is_cuda else MOVED_AT_ONCE
-        return max(1, numbers // self._vectors.shape[2])
 
     def _make_room(self, n: int) -> None:
         capacity = self._vectors.shape[1]

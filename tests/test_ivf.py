@@ -155,7 +155,7 @@ def test_spill_visits_both_buckets_of_a_key():
 
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("flush_every", [1, 50, 1000])
-@pytest.mark.parametrize("moved_at_once", [7 * DIM, 16384])
+@pytest.mark.parametrize("moved_at_once", [7, 2048])
 def test_append_in_steps_is_build_at_once(monkeypatch, spill, flush_every, moved_at_once):
     monkeypatch.setattr(rows, "MOVED_AT_ONCE", moved_at_once)
     at_once = filled(200, spill=spill)
@@ -178,7 +178,7 @@ def test_append_in_steps_is_build_at_once(monkeypatch, spill, flush_every, moved
 
 @pytest.mark.parametrize("spill", [False, True])
 def test_remove_and_truncate_forget_positions(monkeypatch, spill):
-    monkeypatch.setattr(rows, "MOVED_AT_ONCE", 31 * DIM)
+    monkeypatch.setattr(rows, "MOVED_AT_ONCE", 31)
     index = filled(300, spill=spill, flush_every=128)
     assert index.n_pending == 0
     index.add(random(N_KV, 40, DIM, seed=11))
