@@ -5,7 +5,7 @@ import html
 from pathlib import Path
 from string import Template
 
-from saap.trained_index import write_atomically
+from saap.index.tensor_files import write_atomically
 
 from . import pictures, plots
 from .checks import suspicions

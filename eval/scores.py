@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saap.trained_index import write_atomically
+from saap.index.tensor_files import write_atomically
 
 from .bootstrap import ratio_difference
 from .records import read_run

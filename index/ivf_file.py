@@ -10,12 +10,9 @@ vouches for.
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +20,14 @@ from .faiss_backend import InvertedFile, read_inverted_file
 from .ivf import AsymmetricIVF
 from .routers import ROUTERS, CentroidRouter, Router
 from .rows import BucketRows
+from .tensor_files import (
+    check_signed,
+    check_table,
+    header_digest,
+    read,
+    shape_and_dtype,
+    write_atomically,
+)
 
 FORMAT = "saap.AsymmetricIVF"
 FORMAT_VERSION = 1
@@ -116,33 +121,10 @@ def verify(path: str | Path) -> None:
 
 def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The checked header and the mapped tensors of an index file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; accepted is one that AsymmetricIVF.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: a safetensors file, but not one that AsymmetricIVF.save wrote")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {header.get('format_version')}: accepted is {FORMAT_VERSION}"
-        )
-    if header.get("sha256") != header_digest(header):
-        raise ValueError(f"{path}: its header does not fit its checksum: the file was altered")
+    header, tensors = read(path, FORMAT, FORMAT_VERSION, "AsymmetricIVF.save")
+    check_signed(path, header)
     check_options(path, header)
-    found = {name: shape_and_dtype(t) for name, t in tensors.items()}
-    promised = {
-        name: {key: entry[key] for key in ("shape", "dtype")}
-        for name, entry in header["tensors"].items()
-    }
-    for name in {**promised, **found}:
-        if found.get(name) != promised.get(name):
-            raise ValueError(
-                f"{path}: {name} is {found.get(name)}: its header says {promised.get(name)}"
-            )
+    check_table(path, header, tensors)
     return header, tensors
 
 
@@ -169,38 +151,11 @@ def check_options(path: Path, header: dict) -> None:
             raise ValueError(f"{path}: {name} is {listed.get(name)}: its options say {own}")
 
 
-def shape_and_dtype(tensor: Tensor) -> dict:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-
-
-def header_digest(header: dict) -> str:
-    signed = {name: value for name, value in header.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
-
-
 def tensor_digest(tensor: Tensor) -> str:
     described = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.numel():
         described.update(tensor.contiguous().view(torch.uint8).numpy())
     return described.hexdigest()
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then put that file in the place of `path`, or raise ValueError."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def to_faiss(index: AsymmetricIVF, path: str | Path, head: int) -> None:
@@ -214,8 +169,7 @@ def to_faiss(index: AsymmetricIVF, path: str | Path, head: int) -> None:
     index.flush()
     inverted = InvertedFile(index.centroids[head])
     inverted.add(index.vectors[head], index.positions[head], index._rows.buckets[head])
-    data = inverted.serialized()
-    write_atomically(Path(path), lambda temporary: Path(temporary).write_bytes(data))
+    write_atomically(Path(path), inverted.serialized())
 
 
 def from_faiss(

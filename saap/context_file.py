@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saap.index.ivf_file import header_digest, shape_and_dtype, write_atomically
+from saap.index import tensor_files
 
 FORMAT = "saap.Context"
 FORMAT_VERSION = 1
@@ -30,7 +29,10 @@ def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
     A file of that name stays until the new one is complete. Raises ValueError when it cannot be
     written.
     """
-    table = {name: {**shape_and_dtype(t), "sha256": "0" * 64} for name, t in tensors.items()}
+    table = {
+        name: {**tensor_files.shape_and_dtype(t), "sha256": "0" * 64}
+        for name, t in tensors.items()
+    }
     header = {"format_version": FORMAT_VERSION, **header, "tensors": table, "sha256": "0" * 64}
     places, end = {}, 0
     for name, t in tensors.items():
@@ -57,11 +59,11 @@ def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
                     digest.update(piece)
                     file.write(piece)
                 table[name]["sha256"] = digest.hexdigest()
-            header["sha256"] = header_digest(header)
+            header["sha256"] = tensor_files.header_digest(header)
             file.seek(0)
             file.write(head())  # digests are known now, and as long as what stood for them
 
-    write_atomically(Path(path), write_to)
+    tensor_files.write_atomically(Path(path), write_to)
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:
@@ -78,29 +80,9 @@ def pieces(tensor: Tensor) -> Iterator[memoryview]:
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The checked header and the mapped tensors. Raises ValueError for any other file."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; accepted is one that `saap index` wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            if not isinstance(header, dict):
-                raise ValueError(
-                    f"{path}: a safetensors file, but not one that `saap index` wrote"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {header.get('format_version')}: accepted is {FORMAT_VERSION}"
-        )
-    if header.get("sha256") != header_digest(header):
-        raise ValueError(f"{path}: its header does not fit its checksum: the file was altered")
-    for name in {**header["tensors"], **tensors}:
-        promised = header["tensors"].get(name, {})
-        found = shape_and_dtype(tensors[name]) if name in tensors else {}
-        if found != {key: promised.get(key) for key in ("shape", "dtype")}:
-            raise ValueError(f"{path}: {name} is {found}: its header says {promised}")
+    header, tensors = tensor_files.read(path, FORMAT, FORMAT_VERSION, "`saap index`")
+    tensor_files.check_signed(path, header)
+    tensor_files.check_table(path, header, tensors)
     return header, tensors
 
 

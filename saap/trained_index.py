@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from saap.index.routers import ROUTERS, CentroidRouter, Router
+from saap.index.tensor_files import read, write_atomically
 
 FORMAT_VERSION = 2
 FORMAT = "saap.TrainedIndex"
@@ -119,21 +117,7 @@ class TrainedIndex:
     def load(cls, path: str | Path) -> "TrainedIndex":
         """Read a file that `save` wrote. Raises ValueError for any other, and for altered ones."""
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; accepted is one that `saap train` wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
-        if not isinstance(header, dict):
-            raise ValueError(f"{path}: a safetensors file, but not one that `saap train` wrote")
-        if header.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format version {header.get('format_version')}: "
-                f"accepted is {FORMAT_VERSION}"
-            )
+        header, tensors = read(path, FORMAT, FORMAT_VERSION, "`saap train`")
         if header.pop("sha256", None) != checksum(tensors):
             raise ValueError(
                 f"{path}: its checksum does not fit its content: the file was altered"
@@ -173,21 +157,3 @@ def checksum(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, or what was there before."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)

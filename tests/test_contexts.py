@@ -9,6 +9,7 @@ import torch
 import saap
 from saap import context_file
 from saap.budget import Budget
+from saap.index import tensor_files
 
 from .test_generate import FULL, generated, make, prompt, random_index
 
@@ -96,7 +97,7 @@ def altered(path, change):
     head = json.loads(data[8 : 8 + size])
     header = json.loads(head["__metadata__"][context_file.FORMAT])
     change(header)
-    header["sha256"] = context_file.header_digest(header)
+    header["sha256"] = tensor_files.header_digest(header)
     head["__metadata__"][context_file.FORMAT] = json.dumps(header, sort_keys=True)
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saap.index import ivf_file
+from saap.index import ivf_file, tensor_files
 from saap.index.ivf import AsymmetricIVF
 from saap.index.routers import LinearRouter, MLPRouter
 
@@ -142,7 +142,7 @@ def rewrite_header(path, change, *, sign=False):
     header = json.loads(outer["__metadata__"][ivf_file.FORMAT])
     change(header, outer)
     if sign:
-        header["sha256"] = ivf_file.header_digest(header)
+        header["sha256"] = tensor_files.header_digest(header)
     outer["__metadata__"][ivf_file.FORMAT] = json.dumps(header, sort_keys=True)
     inner = json.dumps(outer).encode()
     inner += b" " * (-len(inner) % 8)

@@ -86,7 +86,7 @@ def test_failed_save_leaves_the_old_file(tiny_index, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saap.trained_index.os.fsync", full_disk)
+    monkeypatch.setattr("saap.index.tensor_files.os.fsync", full_disk)
     with pytest.raises(ValueError, match="No space left on device"):
         tiny_index.save(path)
     assert path.read_bytes() == b"old"
