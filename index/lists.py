@@ -54,16 +54,29 @@ class BucketStatistics:
 def invert(buckets: Int[Tensor, "B Hkv n"], nlist: int) -> InvertedLists:
     """Sort points by bucket, stably."""
     order = buckets.argsort(dim=-1, stable=True)
-    counts = torch.zeros(*buckets.shape[:-1], nlist, dtype=torch.int32, device=buckets.device)
-    counts.scatter_add_(-1, buckets.long(), torch.ones_like(buckets, dtype=torch.int32))
-    offsets = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
-    return InvertedLists(order, offsets)
+    return InvertedLists(order, offsets_of(sizes_of(buckets, nlist)))
+
+
+def sizes_of(lists: Int[Tensor, "*heads n"], n_lists: int) -> Int[Tensor, "*heads n_lists"]:
+    """How many points are in each list, int32, from the list of each point."""
+    sizes = torch.zeros(*lists.shape[:-1], n_lists, dtype=torch.int32, device=lists.device)
+    return sizes.scatter_add_(-1, lists.long(), torch.ones_like(lists, dtype=torch.int32))
+
+
+def offsets_of(sizes: Int[Tensor, "*heads n_lists"]) -> Int[Tensor, "*heads n_lists_plus_1"]:
+    """Where each list begins when they lie one after the other, int32, and where the last ends."""
+    return torch.nn.functional.pad(sizes.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
 def expand_heads(per_kv_head: Tensor, n_heads: int) -> Tensor:
     """Repeat dimension 1 (KV heads) so that it matches a selection for `n_heads` heads."""
     group = n_heads // per_kv_head.shape[1]
     return per_kv_head if group == 1 else per_kv_head.repeat_interleave(group, 1)
+
+
+def group_sum(per_head: Float[Tensor, "B Hq nlist"], n_kv: int) -> Float[Tensor, "B Hkv nlist"]:
+    """Predicted mass of a KV group: the sum over its query heads."""
+    return per_head.unflatten(1, (n_kv, -1)).sum(2)
 
 
 def check_bounds(
@@ -103,15 +116,15 @@ def bucket_of_row(offsets: Int[Tensor, "H nlist_plus_1"], n_rows: int) -> Int[Te
     )
 
 
-def _best_lists(scores, sizes, n_ranges, max_tokens, top_p):
+def _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p):
     """Scores, numbers and sizes of the `n_ranges` best lists, or of fewer that fill the budget.
 
+    `held [B, H]`: rows in all lists.
     Lists of typical size fill `max_tokens` long before the worst case would; to look costs a
     synchronisation, so only where there is none to fear.
     """
     n_lists = sizes.shape[-1]
     if max_tokens and n_lists and top_p is None and scores.device.type == "cpu":
-        held = sizes.sum(-1)
         typical = max(1, int(held.max()) // n_lists)
         fewer = 3 * max_tokens // typical + 64
         if fewer < n_ranges:
@@ -150,7 +163,8 @@ def bucket_ranges(
     n_ranges = min(
         nlist if nprobe is None else nprobe, nlist if max_tokens is None else max_tokens
     )
-    values, best, lengths = _best_lists(scores, sizes, n_ranges, max_tokens, top_p)
+    held = offsets[..., -1] - offsets[..., 0]
+    values, best, lengths = _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p)
     ends = offsets.gather(-1, best + 1)
     if top_p is not None:
         lengths = lengths * within_share(values, scores, top_p)

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .lists import bucket_of_row
+from .lists import bucket_of_row, offsets_of, sizes_of
 
 GROWTH = 1.25
 MOVED_AT_ONCE = 2048
@@ -153,9 +153,7 @@ class BucketRows:
                 vectors[start : start + len(source)] = vectors[source]
 
     def _count(self, buckets: Int[Tensor, "H n"]) -> None:
-        sizes = torch.zeros(len(buckets), self.nlist, dtype=torch.int32, device=buckets.device)
-        sizes.scatter_add_(1, buckets, torch.ones_like(buckets, dtype=torch.int32))
-        self.offsets = torch.nn.functional.pad(sizes.cumsum(1, dtype=torch.int32), (1, 0))
+        self.offsets = offsets_of(sizes_of(buckets, self.nlist))
 
     def _make_room(self, n: int) -> None:
         capacity = self._vectors.shape[1]

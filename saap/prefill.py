@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .chunks import attend_chunk
 
 
 @dataclass(frozen=True)
@@ -26,55 +27,6 @@ class LayerCall:
     softcap: float | None = None
     sliding_window: int | None = None
     rope: tuple[str, Tensor, Tensor] | None = None
-
-
-def causal_attention(
-    q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
-    *,
-    sm_scale: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    block: int = 1024,
-) -> Float[Tensor, "B Hq T D"]:
-    """Exact attention of the last T of N tokens, causal and aligned at the bottom right.
-
-    The G query heads of a KV head share one pass over its keys. Memory is bounded by
-    `G * block * N` scores where a mask is needed.
-    """
-    n, length = k.shape[2], q.shape[2]
-    group = q.shape[1] // k.shape[1]
-    if n == length and softcap is None and (sliding_window is None or n <= sliding_window):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k.repeat_interleave(group, 1),
-            v.repeat_interleave(group, 1),
-            is_causal=True,
-            scale=sm_scale,
-        )
-    out = torch.empty_like(q)
-    for start in range(0, length, block):
-        rows = torch.arange(start, min(start + block, length), device=q.device) + n - length
-        stop = int(n - length + min(start + block, length))
-        first = 0 if sliding_window is None else max(0, stop - block - sliding_window)
-        columns = torch.arange(first, stop, device=q.device)
-        visible = columns <= rows[:, None]
-        if sliding_window is not None:
-            visible &= columns > rows[:, None] - sliding_window
-        packed = q[:, :, start : start + block].unflatten(1, (-1, group)).flatten(2, 3)
-        keys, values = k[:, :, first:stop], v[:, :, first:stop]
-        mask = visible.repeat(group, 1)
-        if softcap is None:
-            part = torch.nn.functional.scaled_dot_product_attention(
-                packed, keys, values, attn_mask=mask, scale=sm_scale
-            )
-        else:
-            scores = softcap * torch.tanh(packed @ keys.mT * (sm_scale / softcap))
-            weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1)
-            part = weights.to(values.dtype) @ values
-        out[:, :, start : start + block] = part.unflatten(2, (group, -1)).flatten(1, 2)
-    return out
 
 
 class GrowingCache:
@@ -116,11 +68,11 @@ class DensePrefill:
         cache = self.caches.setdefault(call.layer, GrowingCache(self.capacity))
         cache.append(call.k_rope, call.v, call.k_derope)
         k, v, _ = cache.views()
-        return causal_attention(
+        return attend_chunk(
             call.q_rope,
             k,
             v,
             sm_scale=call.sm_scale,
             softcap=call.softcap,
             sliding_window=call.sliding_window,
-        )
+        )[0]

@@ -90,8 +90,9 @@ def turned(
     the mean of it over `width` consecutive ages around each of `age`, which damps the pairs that
     turn fast within a segment.
     """
-    half_step = 0.5 * inv_freq
-    damping = torch.sin(width[:, None] * half_step) / (width[:, None] * torch.sin(half_step))
+    # The mean of cos(step * i) over `width` consecutive i around 0.
+    turns = inv_freq / (2 * torch.pi)
+    damping = torch.sinc(width[:, None] * turns) / torch.sinc(turns)
     angle = age[..., None] * inv_freq
     cos, sin = (f(angle)[:, None] * damping[:, None, None] for f in (torch.cos, torch.sin))
     r = 2 * len(inv_freq)

@@ -3,7 +3,7 @@
 The one place that the methods and the KV store share.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saap.index.cells import cells_of, segment_centers
 from saap.index.kmeans import assign
-from saap.index.lists import expand_heads
+from saap.index.lists import expand_heads, group_sum
 from saap.index.routers import MLPRouter, Router
 
 from .rope import turned
@@ -72,10 +72,8 @@ class LayerRouting:
             return None if tensor is None else tensor.to(device)
 
         router = type(self.router)(**{n: moved(t) for n, t in self.router.tensors().items()})
-        return LayerRouting(
-            moved(self.centroids), router, self.n_segments, moved(self.key_scale),
-            moved(self.inv_freq), self.interleaved, self.sm_scale, self.trained_share,
-        )  # fmt: skip
+        tensors = {n: moved(getattr(self, n)) for n in ("centroids", "key_scale", "inv_freq")}
+        return replace(self, router=router, **tensors)
 
     @property
     def nlist(self) -> int:
@@ -129,7 +127,7 @@ class LayerRouting:
             return weight if per_row else weight * expand_heads(sizes, weight.shape[1])
         mass = self.router.mass(q_derope, sizes)
         if share == "group":
-            mass = mass.unflatten(1, (self.centroids.shape[0], -1)).sum(2)
+            mass = group_sum(mass, len(self.centroids))
         if not per_row:
             return mass
         rows = expand_heads(sizes.float().clamp(min=1), mass.shape[1])

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.index.lists import bucket_ranges
+from saap.index.lists import bucket_ranges, offsets_of, sizes_of
 
 from .budget import Budget
 from .routing import LayerRouting
@@ -49,9 +49,8 @@ class StepRanges:
             middle = slice(self.n_sink, self.n_sink + n)
             place = tokens[b, :, middle] - self.n_sink
             own = routing.lists_of(buckets[b, :, middle], place, n)
-            counts[b].scatter_add_(1, own.long(), torch.ones_like(own, dtype=torch.int32))
-        self.sizes = counts
-        self.offsets = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
+            counts[b] = sizes_of(own, routing.n_lists)
+        self.sizes, self.offsets = counts, offsets_of(counts)
         self._smallest = counts.masked_fill(counts == 0, torch.iinfo(torch.int32).max)
         self._smallest = self._smallest.sort(-1).values.long().cumsum(-1)
         self._bounds: dict[int, int] = {}

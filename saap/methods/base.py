@@ -87,11 +87,6 @@ class BucketSelector(Selector):
         )
 
 
-def group_sum(per_head: Float[Tensor, "n Hq nlist"], n_kv: int) -> Float[Tensor, "n Hkv nlist"]:
-    """Predicted mass of a KV group: the sum over its query heads."""
-    return per_head.unflatten(1, (n_kv, -1)).sum(2)
-
-
 def middle_weights(keys: LayerKeys, q_rope: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq M"]:
     """Softmax over the middle alone: for oracles, which may look at everything."""
     n_kv = keys.k_rope.shape[1]

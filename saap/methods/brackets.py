@@ -8,9 +8,9 @@ import torch
 
 from saap.index.cells import cells_of
 from saap.index.kmeans import assign
-from saap.index.lists import invert
+from saap.index.lists import group_sum, invert
 
-from .base import BucketSelector, Method, group_sum, middle_weights
+from .base import BucketSelector, Method, middle_weights
 
 
 class OracleSelector(BucketSelector):

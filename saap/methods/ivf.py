@@ -7,10 +7,10 @@ scaled to the mean length of the context's keys.
 """
 
 from saap.index.kmeans import assign
-from saap.index.lists import invert
+from saap.index.lists import group_sum, invert
 from saap.index.routers import CentroidRouter
 
-from .base import BucketSelector, Method, group_sum
+from .base import BucketSelector, Method
 
 
 class CentroidSelector(BucketSelector):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from saap.index.kmeans import assign
-from saap.index.lists import expand_heads, invert
+from saap.index.lists import expand_heads, group_sum, invert
 
-from .base import BucketSelector, Method, group_sum
+from .base import BucketSelector, Method
 from .kmeans_online import bucket_means
 from .pages import PAGE_SIZE, page_lists, page_of_row
 from .tokens import key_scores
