@@ -21,8 +21,8 @@ from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
 from saap.eval.demo import training_sequences
-from saap.eval.tasks.answering import encode
 from saap.eval.tasks.attention import LayerProblem, capture
+from saap.eval.tasks.base import text_tokens
 from saap.methods import find_method
 from saap.methods.learned import RoutedSelector
 from saap.routing import LayerRouting
@@ -155,9 +155,11 @@ def main() -> None:
     else:
         sequences = training_sequences(training_text, CONTEXT, 0)
         index = train(model, sequences, baselines=True, progress=None)
-    tokens = encode(hf.load_tokenizer(reference.FOLDER), evaluation_text)
-    step = (len(tokens) - CONTEXT) // max(1, options.texts - 1)
-    texts = [tokens[i * step : i * step + CONTEXT] for i in range(options.texts)]
+    tokenizer = hf.load_tokenizer(reference.FOLDER)
+    texts = [
+        text_tokens(tokenizer, evaluation_text, CONTEXT, i, options.texts)
+        for i in range(options.texts)
+    ]
     found = measure(model, index, texts)
     report = {
         "environment": environment(),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.selectors                     # 8192 tokens, trains an index first
     python -m benchmarks.selectors --index FILE        # one that `saap train --baselines` wrote
-    python -m benchmarks.selectors --tokens 2048 --texts 1 --out /tmp/selectors.json
+    python -m benchmarks.selectors --tokens 2048 --texts 1 --out selectors.json
 
 The last queries of held-out texts ask the context before them, in every layer and head, at equal
 budgets. Raw records go to `$OUT`, else to `benchmarks/results/<device>/selectors.json`, and in the

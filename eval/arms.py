@@ -5,7 +5,6 @@ one build serves all points of an arm.
 """
 
 import dataclasses
-import difflib
 import inspect
 import itertools
 import typing
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 
 from saap.budget import Budget
 from saap.methods import Method, find_method
+from saap.names import did_you_mean
 from saap.training import default_window
 
 N_SINK = 16
@@ -132,7 +132,7 @@ def check_method_entry(entry) -> None:
 def refuse_unknown(where: str, values: dict, known: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"{where}: no one reads {key!r}{hint}: accepted are {listed}")
+            raise ValueError(
+                f"{where}: no one reads {key!r}{did_you_mean(key, known)}: accepted are "
+                f"{', '.join(known) or 'none'}"
+            )

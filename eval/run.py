@@ -12,11 +12,9 @@ from saap.trained_index import TrainedIndex
 from .arms import check_method_entry, make_arms
 from .environment import environment, version
 from .records import RecordFile
-from .tasks.base import Bench, prompt_of_tokens, text_tokens
+from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 
-__all__ = ["EvalConfig", "check_contexts", "load_for_eval", "prompt_of_tokens", "run",
-           "text_tokens"]  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
 

@@ -8,9 +8,10 @@ from saap.eval import records as records_module
 from saap.eval import reference
 from saap.eval.records import RecordFile, read_run
 from saap.eval.report import make_report
-from saap.eval.run import EvalConfig, check_contexts, prompt_of_tokens, run
+from saap.eval.run import EvalConfig, check_contexts, run
 from saap.eval.scores import score_run
 from saap.eval.tasks import passkey
+from saap.eval.tasks.base import prompt_of_tokens
 from saap.methods import METHODS
 
 CONFIG = EvalConfig(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..arms import Arm, Point
-from .answering import encode
+from .answering import encode, evaluate
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) ->
     if len(tokens) < length:
         raise ValueError(f"the text gives {len(tokens)} tokens: context {length} needs as many")
     return tokens
+
+
+def ask(bench: Bench, make, room: int, score, n_tokens: int) -> tuple[list[dict], bytes]:
+    """Records of one prompt of at most `room` tokens, and its text; `n_tokens` an answer.
+
+    `make(n_bytes)` makes the prompt, `score(prompt, answers)` judges what was generated.
+    """
+    prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
+    n_context = len(encode(bench.tokenizer, prompt.context))
+    points = bench.points(n_context, bench.config.answer_budgets)
+    return evaluate(bench.model, bench.tokenizer, prompt, score, points, n_tokens), prompt.text
 
 
 def prompt_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int):

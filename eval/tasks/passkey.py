@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import answering
-from .base import Task, prompt_of_tokens
+from .base import Task, ask
 
 # No two names end in the same two letters: a byte-level model of a few million parameters can tell
 # them apart, and still has to match the name.
@@ -93,8 +92,8 @@ def make_prompt(
     depth = float(rng.uniform(0.0, 0.95)) if depth is None else depth
     depths = [depth, *rng.uniform(0.0, 0.95, n_distractors)]
     lines = [statement(n, k).encode() for n, k in zip(names, keys, strict=True)]
-    ask = question(names[0]).encode()
-    room = length - sum(map(len, lines)) - len(ask) - 1 - KEY_DIGITS
+    asked = question(names[0]).encode()
+    room = length - sum(map(len, lines)) - len(asked) - 1 - KEY_DIGITS
     if room <= 0 or len(haystack) < room:
         raise ValueError(
             f"length={length} with {n_distractors} distractors needs 1 to {len(haystack)} bytes "
@@ -105,7 +104,7 @@ def make_prompt(
     context = insert_lines(text, list(zip(depths, lines, strict=True)))
     if not context.endswith(b"\n"):
         context += b"\n"
-    return PassKeyPrompt(context, ask, keys[0], depth)
+    return PassKeyPrompt(context, asked, keys[0], depth)
 
 
 def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
@@ -132,15 +131,7 @@ class PassKey(Task):
                 bench.text, n_bytes, rng, n_distractors=config.n_distractors, depth=depth
             )
 
-        room = context - KEY_DIGITS - 8
-        prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
-        n_context = len(answering.encode(bench.tokenizer, prompt.context))
-        records = answering.evaluate(
-            bench.model,
-            bench.tokenizer,
-            prompt,
-            lambda prompt, answers: is_right(prompt, answers[0]),
-            bench.points(n_context, config.answer_budgets),
-            KEY_DIGITS + 1,
-        )
-        return records, prompt.text
+        def score(prompt: PassKeyPrompt, answers: list[bytes]) -> bool:
+            return is_right(prompt, answers[0])
+
+        return ask(bench, make, context - KEY_DIGITS - 8, score, KEY_DIGITS + 1)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import answering
-from .base import Bench, Task, prompt_of_tokens
+from .answering import encode
+from .base import Bench, Task, ask
 from .passkey import insert_lines
 
 DEEPEST = 0.95
@@ -69,22 +69,10 @@ class PromptTask(Task):
 
         wanted = make(context).answers
         lengths = [
-            len(answering.encode(bench.tokenizer, ", ".join(w).encode(), special=False))
-            for w in wanted
+            len(encode(bench.tokenizer, ", ".join(w).encode(), special=False)) for w in wanted
         ]
         n_tokens = max(lengths) + self.slack
-        room = context - len(wanted) * n_tokens - 8
-        prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
-        n_context = len(answering.encode(bench.tokenizer, prompt.context))
-        records = answering.evaluate(
-            bench.model,
-            bench.tokenizer,
-            prompt,
-            self.score,
-            bench.points(n_context, bench.config.answer_budgets),
-            n_tokens,
-        )
-        return records, prompt.text
+        return ask(bench, make, context - len(wanted) * n_tokens - 8, self.score, n_tokens)
 
 
 def hide(

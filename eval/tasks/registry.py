@@ -1,6 +1,6 @@
 """Every task, by name."""
 
-import difflib
+from saap.names import find_named
 
 from .attention import Attention
 from .base import Task
@@ -32,8 +32,4 @@ DEFAULT_TASKS = ("attention", "passkey")
 
 def find_task(name: str) -> type[Task]:
     """The class of that name; ValueError lists the known ones and the nearest."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"task {name!r} is unknown{hint}: accepted are {', '.join(TASKS)}")
-    return TASKS[name]
+    return find_named("task", name, TASKS)

@@ -1,6 +1,6 @@
 """Every way to choose rows, by name."""
 
-import difflib
+from saap.names import find_named
 
 from .base import BucketSelector, LayerKeys, Method, Selector
 from .brackets import Oracle, Random
@@ -45,8 +45,4 @@ METHODS: dict[str, type[Method]] = {
 
 def find_method(name: str) -> type[Method]:
     """The class of that name; ValueError lists the known ones and the nearest."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"method {name!r} is unknown{hint}: accepted are {', '.join(METHODS)}")
-    return METHODS[name]
+    return find_named("method", name, METHODS)
