@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.index.lists import bucket_ranges, offsets_of, sizes_of
+from saap.index.lists import offsets_of, sizes_of
 
 from .budget import Budget
+from .ranges import best_ranges
 from .routing import LayerRouting
 
 LOCAL = 2  # the ranges that every query visits: sinks and tail
@@ -80,21 +81,21 @@ class StepRanges:
             share=budget.share,
             per_row=budget.max_tokens is not None and budget.top_p is None,
         )
-        starts, counts = bucket_ranges(
-            scores,
-            self.offsets,
-            nprobe=self._bound(routing.n_lists, budget),
-            max_tokens=budget.max_tokens,
-            top_p=budget.top_p,
-            first_row=self.n_sink,
-        )
-        shape = (*starts.shape[:2], LOCAL + starts.shape[2])
+        most = self._bound(routing.n_lists, budget)
+        shape = (*scores.shape[:2], LOCAL + most)
         if self._starts is None or self._starts.shape != shape:
             self._starts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._lengths = torch.zeros_like(self._starts)
             _set_by_sequence(self._starts[..., 1], [self.n_sink + m for m in middles])
-        self._starts[..., LOCAL:] = starts
-        self._lengths[..., LOCAL:] = counts
+        chosen, _ = best_ranges(
+            scores,
+            self.offsets,
+            nprobe=most,
+            max_tokens=budget.max_tokens,
+            top_p=budget.top_p,
+            first_row=self.n_sink,
+            out=(self._starts[..., LOCAL:], self._lengths[..., LOCAL:]),
+        )
         sinks = [min(n, self.n_sink) for n in lengths]
         tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
         for b, n in enumerate(lengths):
@@ -103,8 +104,9 @@ class StepRanges:
                 sinks[b], tails[b] = n, 0
         _set_by_sequence(self._lengths[..., 0], sinks)
         _set_by_sequence(self._lengths[..., 1], tails)
-        self._last = self._lengths
-        return self._starts, self._lengths
+        used = LOCAL + chosen.shape[2]
+        self._last = self._lengths[..., :used]
+        return self._starts[..., :used], self._last
 
     def _bound(self, n_lists: int, budget: Budget) -> int:
         """The most lists that the budget can reach: no more ranges are sorted or carried along."""

@@ -71,8 +71,8 @@ def test_token_methods_refuse_nprobe(name):
 @pytest.mark.parametrize("name", PAGE_METHODS)
 def test_nprobe_counts_pages(name):
     _, _, lengths = select(name, layer_keys(160), queries(), Budget(nprobe=3))
-    assert (lengths == 16).all()
-    assert lengths.shape[-1] == 3
+    assert (lengths % 16 == 0).all()  # pages that touch are one range
+    assert (lengths.sum(-1) == 3 * 16).all()
     with pytest.raises(ValueError, match="nprobe=11: accepted are 1 to nlist=10"):
         select(name, layer_keys(160), queries(), Budget(nprobe=11))
 

@@ -4,33 +4,25 @@ LeanAttention (arXiv 2405.10480) on cores in place of SMs: every worker gets equ
 of the selected rows, wherever lists of ranges begin and end. Shares are fixed before any thread
 starts and partial results are merged in their order, so equal inputs give bit-equal outputs at
 one number of threads, whichever thread takes which share.
-
-Workers run on the OpenMP threads that torch already owns: a second pool would compete with them.
 """
 
 import ctypes
 import functools
-import logging
 import time
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import numba_kernel as kernel
+from saap.kernels.cpu.functions import compiled, run, stamp_of
 
-log = logging.getLogger(__name__)
+from . import numba_kernel as kernel
 
 DIM_STEP = 16
 
 _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-_C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_compiled = []  # keeps the machine code alive
 
 
 def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -112,10 +104,7 @@ def attend_ranges(
     plan, work = _functions(k.dtype)
     address = ctypes.addressof(job)
     plan(address)
-    if job.workers == 1:
-        work(address)
-    else:
-        _in_parallel()(work, address, job.workers)
+    run(work, address, job.workers)
     return out.to(q.dtype), lse
 
 
@@ -134,42 +123,6 @@ def warmup(*dtypes: torch.dtype) -> float:
 @functools.cache
 def _functions(dtype: torch.dtype) -> tuple[Callable, Callable]:
     """`plan` and `work` for one storage dtype, taking the address of a `Job`."""
-    begin = time.perf_counter()
-    compiled = [
-        numba.cfunc(kernel.SIGNATURE, cache=True)(entry)
-        for entry in kernel.entries(_KINDS[dtype](0), _stamp())
-    ]
-    _compiled.extend(compiled)
-    seconds = time.perf_counter() - begin
-    if all(c.cache_hits for c in compiled):
-        log.info("CPU attention for %s storage: loaded in %.1f s", dtype, seconds)
-    else:  # Shown by default: a first call that takes seconds should say why.
-        log.warning(
-            "CPU attention for %s storage: compiled in %.1f s, now in the disk cache",
-            dtype,
-            seconds,
-        )
-    plan, work = (_C_FUNCTION(c.address) for c in compiled)
+    entries = kernel.entries(_KINDS[dtype](0), stamp_of(Path(__file__).parent))
+    plan, work = compiled(f"attention for {dtype} storage", kernel.SIGNATURE, entries)
     return plan, work
-
-
-def _stamp() -> int:
-    """Changes with the kernel's source: Numba's cache sees only the file of the entry itself."""
-    sources = sorted(Path(__file__).parent.glob("numba_*.py"))
-    return zlib.crc32(b"".join(source.read_bytes() for source in sources))
-
-
-@functools.cache
-def _in_parallel() -> Callable[[Callable, int, int], None]:
-    """`run(work, address, workers)`: on torch's OpenMP threads, or on Python's where it has none.
-
-    GOMP_parallel is exported by the OpenMP runtimes of GNU, LLVM and Intel on Linux.
-    """
-    try:
-        gomp_parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
-        pool = ThreadPoolExecutor(thread_name_prefix="saap-attention")
-        return lambda work, address, workers: list(pool.map(work, [address] * workers))
-    gomp_parallel.argtypes = (_C_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    gomp_parallel.restype = None
-    return lambda work, address, workers: gomp_parallel(work, address, workers, 0)

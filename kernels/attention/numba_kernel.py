@@ -11,14 +11,15 @@ import numba
 import numpy as np
 from numba import carray, types
 
-from .numba_simd import (
-    LANES,
-    TILE,
+from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
     int32_pointer,
     int64_pointer,
 )
+
+from .numba_simd import TILE
 from .numba_tiles import attend, rescale
 
 SHARES = 4

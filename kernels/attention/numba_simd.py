@@ -13,39 +13,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .numba_emitter import F32, I32, I64, LANES, VECTOR, VECTOR_I32, Emitter
+from saap.kernels.cpu.emitter import F32, I32, I64, LANES, VECTOR, VECTOR_I32, Emitter
 
 CACHE_LINE = 64
 
 TILE = 32
 """Rows of a tile: K and V of it, in float32 and 128 wide, fill an L1 cache of 32 KiB."""
-
-
-def _pointer_to(numba_type):
-    @intrinsic
-    def pointer(typing_context, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(numba_type)(types.int64), codegen
-
-    return pointer
-
-
-float32_pointer = _pointer_to(types.float32)
-int32_pointer = _pointer_to(types.int32)
-int64_pointer = _pointer_to(types.int64)
-
-
-@intrinsic
-def fetch_increment(typing_context, address):
-    """`address[0] += 1`, atomically; returns the value before. Orders memory between threads."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, I64(1), "acq_rel")
-
-    return types.int64(types.int64), codegen
 
 
 @intrinsic

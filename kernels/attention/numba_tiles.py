@@ -10,15 +10,10 @@ import numba
 import numpy as np
 from numba import carray
 
-from .numba_simd import (
-    LANES,
-    TILE,
-    accumulate,
-    int32_pointer,
-    int64_pointer,
-    score,
-    softmax,
-)
+from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.memory import int32_pointer, int64_pointer
+
+from .numba_simd import TILE, accumulate, score, softmax
 
 _njit = numba.njit(error_model="numpy")
 

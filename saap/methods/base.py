@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.index.lists import InvertedLists, bucket_ranges
+from saap.index.lists import InvertedLists
+from saap.ranges import best_ranges
 from saap.trained_index import TrainedIndex
 
 Ranges = tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]
@@ -78,7 +79,7 @@ class BucketSelector(Selector):
 
     def select(self, q_rope, q_derope, budget):
         scores = self.scores(q_rope, q_derope, budget)
-        return bucket_ranges(
+        return best_ranges(
             scores,
             self.lists.offsets,
             nprobe=budget.nprobe,

@@ -1,0 +1,1 @@
+"""What the CPU kernels share: vector instructions, memory by address, threads."""

@@ -1,0 +1,62 @@
+"""Numba functions as C functions of one address: compiled once, called on torch's threads."""
+
+import ctypes
+import functools
+import logging
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numba
+import torch
+
+log = logging.getLogger(__name__)
+
+C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_compiled = []  # keeps the machine code alive
+
+
+def compiled(what: str, signature, entries: Sequence[Callable]) -> list[Callable]:
+    """The entries, compiled or from Numba's disk cache; `what` names them in the log."""
+    begin = time.perf_counter()
+    done = [numba.cfunc(signature, cache=True)(entry) for entry in entries]
+    _compiled.extend(done)
+    seconds = time.perf_counter() - begin
+    if all(c.cache_hits for c in done):
+        log.info("CPU %s: loaded in %.1f s", what, seconds)
+    else:  # Shown by default: a first call that takes seconds should say why.
+        log.warning("CPU %s: compiled in %.1f s, now in the disk cache", what, seconds)
+    return [C_FUNCTION(c.address) for c in done]
+
+
+def stamp_of(folder: Path) -> int:
+    """Changes with a kernel's source: Numba's cache sees only the file of the entry itself."""
+    sources = sorted([*folder.glob("numba_*.py"), *Path(__file__).parent.glob("*.py")])
+    return zlib.crc32(b"".join(source.read_bytes() for source in sources))
+
+
+def run(work: Callable, address: int, workers: int) -> None:
+    """Call `work(address)` on so many threads, and wait for all."""
+    if workers == 1:
+        work(address)
+    else:
+        _in_parallel()(work, address, workers)
+
+
+@functools.cache
+def _in_parallel() -> Callable[[Callable, int, int], None]:
+    """`run(work, address, workers)`: on torch's OpenMP threads, or on Python's where it has none.
+
+    A second pool of threads would compete with torch's. GOMP_parallel is exported by the OpenMP
+    runtimes of GNU, LLVM and Intel on Linux.
+    """
+    try:
+        gomp_parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        pool = ThreadPoolExecutor(thread_name_prefix="saap-kernel")
+        return lambda work, address, workers: list(pool.map(work, [address] * workers))
+    gomp_parallel.argtypes = (C_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    gomp_parallel.restype = None
+    return lambda work, address, workers: gomp_parallel(work, address, workers, 0)

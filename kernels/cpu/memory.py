@@ -1,0 +1,34 @@
+"""Memory by address, in Numba: jobs hold addresses, so that strides need no signature of their
+own."""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+
+def _pointer_to(numba_type):
+    @intrinsic
+    def pointer(typing_context, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(numba_type)(types.int64), codegen
+
+    return pointer
+
+
+float32_pointer = _pointer_to(types.float32)
+float64_pointer = _pointer_to(types.float64)
+int32_pointer = _pointer_to(types.int32)
+int64_pointer = _pointer_to(types.int64)
+
+
+@intrinsic
+def fetch_increment(typing_context, address):
+    """`address[0] += 1`, atomically; returns the value before. Orders memory between threads."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "acq_rel")
+
+    return types.int64(types.int64), codegen

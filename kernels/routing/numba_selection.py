@@ -1,0 +1,183 @@
+"""The best lists within a budget, as ranges of rows, without sorting: a threshold is looked for
+by the bits of the scores, 11 of them at a time, and lists are then taken in the order of their
+rows."""
+
+import ctypes
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from saap.kernels.cpu.memory import (
+    fetch_increment,
+    float32_pointer,
+    float64_pointer,
+    int32_pointer,
+    int64_pointer,
+)
+
+from .numba_simd import ordered_bits
+
+_FIELDS = (
+    "scores offsets starts lengths counts "  # addresses; counts int64 [tasks]
+    "tasks heads kv_heads lists capacity "
+    "offsets_batch row_bytes "  # bytes to the next sequence's offsets, to the next row of ranges
+    "first_row nprobe max_tokens "  # -1: no bound
+    "workspace next_worker next_task"
+).split()
+_SCALARS = ("top_p",)  # above 1: no bound
+_NEXT_WORKER = 8 * _FIELDS.index("next_worker")
+_NEXT_TASK = 8 * _FIELDS.index("next_task")
+
+_record = numba.from_dtype(
+    np.dtype([(name, "i8") for name in _FIELDS] + [(name, "f8") for name in _SCALARS])
+)
+SIGNATURE = types.void(types.CPointer(_record))
+
+BINS = 2048
+HISTOGRAM_BYTES = 8 * 3 * BINS
+_SHIFTS = (21, 10, 0)
+
+_njit = numba.njit(error_model="numpy")
+
+
+class Job(ctypes.Structure):
+    """What one call works on; the same memory as the kernel's record."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in _FIELDS) + tuple(
+        (name, ctypes.c_double) for name in _SCALARS
+    )
+
+
+def workspace_bytes(n_lists: int) -> int:
+    """Bytes of memory that a worker needs."""
+    return HISTOGRAM_BYTES + 4 * (n_lists + n_lists % 2)
+
+
+workspace_bytes_jit = _njit(workspace_bytes)
+
+
+def entry(stamp):
+    """C function to compile; `stamp` becomes a part of the cache's key."""
+
+    def select_entry(jobs):
+        _ = stamp
+        _work(carray(jobs, 1))
+
+    return select_entry
+
+
+@_njit
+def _work(jobs):
+    job = jobs[0]
+    counters = jobs.ctypes.data
+    worker = fetch_increment(counters + _NEXT_WORKER)
+    space = job.workspace + workspace_bytes_jit(job.lists) * worker
+    counts = carray(int64_pointer(job.counts), job.tasks)
+    while True:
+        task = fetch_increment(counters + _NEXT_TASK)
+        if task >= job.tasks:
+            break
+        counts[task] = _select(job, task, space)
+
+
+@_njit
+def _select(job, task, space):
+    b, kv_head = task // job.heads, task % job.heads * job.kv_heads // job.heads
+    scores = carray(float32_pointer(job.scores + 4 * task * job.lists), job.lists)
+    place = b * job.offsets_batch + 4 * kv_head * (job.lists + 1)
+    offsets = carray(int32_pointer(job.offsets + place), job.lists + 1)
+    most_rows = job.max_tokens if job.max_tokens >= 0 else np.int64(2**62)
+    most_lists = job.nprobe if job.nprobe >= 0 else np.int64(2**62)
+    most_mass = np.inf
+    if job.top_p < 1.0:
+        total = 0.0
+        for i in range(job.lists):
+            if offsets[i + 1] > offsets[i] and scores[i] > 0:
+                total += scores[i]
+        most_mass = job.top_p * total
+    threshold, rows, lists, mass = _threshold(
+        scores, offsets, most_rows, most_lists, most_mass, space
+    )
+    starts = carray(int32_pointer(job.starts + task * job.row_bytes), job.capacity)
+    lengths = carray(int32_pointer(job.lengths + task * job.row_bytes), job.capacity)
+    found, end = 0, np.int64(-1)
+    for i in range(job.lists):
+        size = np.int64(offsets[i + 1]) - offsets[i]
+        bits = ordered_bits(scores[i])
+        if size == 0 or bits < threshold:
+            continue
+        if bits == threshold:
+            if rows >= most_rows or lists >= most_lists or (lists > 0 and mass >= most_mass):
+                continue
+            size = min(size, most_rows - rows)
+            rows += size
+            lists += 1
+            mass += max(scores[i], np.float32(0.0))
+        start = job.first_row + offsets[i + 1] - size
+        if start == end:
+            lengths[found - 1] += size
+        else:
+            starts[found], lengths[found] = start, size
+            found += 1
+        end = start + size
+    for i in range(found, job.capacity):
+        starts[i] = lengths[i] = 0
+    return found
+
+
+@_njit
+def _threshold(scores, offsets, most_rows, most_lists, most_mass, space):
+    """Bits of the score at which a bound is reached, and what all lists above it add up to."""
+    rows, lists, mass = np.int64(0), np.int64(0), 0.0
+    rows_of = carray(int64_pointer(space), BINS)
+    lists_of = carray(int64_pointer(space + 8 * BINS), BINS)
+    mass_of = carray(float64_pointer(space + 16 * BINS), BINS)
+    left = carray(int32_pointer(space + HISTOGRAM_BYTES), len(scores))
+    n_left, known, known_shift = 0, np.int64(0), 32
+    for shift in _SHIFTS:
+        for i in range(BINS):
+            rows_of[i] = lists_of[i] = 0
+            mass_of[i] = 0.0
+        if shift == _SHIFTS[0]:
+            for i in range(len(scores)):
+                size = offsets[i + 1] - offsets[i]
+                if size > 0:
+                    at = ordered_bits(scores[i]) >> shift
+                    rows_of[at] += size
+                    lists_of[at] += 1
+                    if most_mass < np.inf:
+                        mass_of[at] += max(scores[i], np.float32(0.0))
+        else:
+            # Only the lists of the bin at which a bound was reached can be the last.
+            n_before, n_left = (len(scores) if known_shift == _SHIFTS[0] else n_left), 0
+            for place in range(n_before):
+                i = place if known_shift == _SHIFTS[0] else left[place]
+                bits = ordered_bits(scores[i])
+                if bits >> known_shift == known:
+                    size = offsets[i + 1] - offsets[i]
+                    if size > 0:
+                        left[n_left] = i
+                        n_left += 1
+                        at = (bits >> shift) & (BINS - 1 if shift else BINS // 2 - 1)
+                        rows_of[at] += size
+                        lists_of[at] += 1
+                        mass_of[at] += max(scores[i], np.float32(0.0))
+        at = np.int64(BINS - 1)
+        while at >= 0 and not (
+            lists_of[at] > 0
+            and (
+                rows + rows_of[at] >= most_rows
+                or lists + lists_of[at] >= most_lists
+                or mass + mass_of[at] >= most_mass
+            )
+        ):
+            rows += rows_of[at]
+            lists += lists_of[at]
+            mass += mass_of[at]
+            at -= 1
+        if at < 0:  # all lists together reach no bound
+            return np.int64(0), rows, lists, mass
+        known = (known << (known_shift - shift)) | at
+        known_shift = shift
+    return known, rows, lists, mass
