@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .weaving import ANSWER_WEIGHT
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -139,13 +141,14 @@ class Decoder(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     def loss(self, tokens, positions, weights):
-        """Weighted mean cross-entropy in nats of `tokens [B, T + 1]`."""
-        logits = self(tokens[:, :-1], positions)
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        weights = weights[:, 1:].flatten()
-        return (losses * weights).sum() / weights.sum()
+        """Weighted mean cross-entropy in nats of `tokens [B, T + 1]`, and the share of answers'
+        bytes (weight ANSWER_WEIGHT and more) that are the likeliest, NaN where there are none."""
+        logits = self(tokens[:, :-1], positions).flatten(0, 1)
+        targets, weights = tokens[:, 1:].flatten(), weights[:, 1:].flatten()
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        asked = weights >= ANSWER_WEIGHT
+        right = (logits.detach().argmax(-1) == targets) & asked
+        return (losses * weights).sum() / weights.sum(), right.sum() / asked.sum()
 
     @torch.no_grad()
     def reset_head(self, layer: int, head: int, source: int, shift: int) -> None:

@@ -1,9 +1,10 @@
 """What the reference model is trained on, in which order: lengths grow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .decoder import DecoderConfig
 from .sequences import Mix
+from .text import PACKAGES, STDLIB
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,29 @@ class Recipe:
     warmup: int = 100
     decay_share: float = 0.07  # the last share of all steps over which the rate falls to zero
     seed: int = 0
+    sources: tuple[str, ...] = (STDLIB,)
+    drop_copies: bool = False  # leave out training files whose text a held-out file repeats
+    log_every: int = 50
+    workers: int = 0  # processes that make batches; 0: the training process makes its own
+    saved_weights: str = "float32"  # of checkpoints, as the next
+    saved_states: str = "float32"
+
+    def scaled(self, scale: float) -> "Recipe":
+        """The same with `scale` times the steps in every stage, at least one."""
+        if not 0 < scale <= 100:
+            raise ValueError(f"scale={scale}: accepted are 0 < scale <= 100")
+        stages = (replace(s, steps=max(1, round(scale * s.steps))) for s in self.stages)
+        return replace(self, stages=tuple(stages))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def find_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r}: accepted are {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 CPU = Recipe(
@@ -85,3 +109,51 @@ CPU = Recipe(
         Stage("8k, last", 8192, 1, 130, Mix(text=0.4, keys=0.4, copies=0.2)),
     ),
 )
+
+LONG = Mix(text=0.3, medley=0.45, named=0.1, chains=0.1, keys=0.05)
+
+# Every position is consecutive, and every stage but the shortest ones sees 131,072 bytes a step.
+# RoPE base: with 1e7, 7 of 32 pairs turn by less than half a radian over 131,072 positions, so
+# that what is far can be matched by content; with 1e6 there would be 3.
+GPU = Recipe(
+    decoder=DecoderConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        rope_theta=1e7,
+        max_position_embeddings=131072,
+    ),
+    stages=(
+        Stage("256", 256, 256, 700, Mix(text=0.2, keys=0.35, copies=0.1, periods=0.35)),
+        Stage(
+            "512",
+            512,
+            128,
+            700,
+            Mix(text=0.2, keys=0.2, copies=0.1, periods=0.1, named=0.2, strings=0.2),
+        ),
+        Stage(
+            "2k",
+            2048,
+            64,
+            1200,
+            Mix(text=0.25, copies=0.05, keys=0.1, named=0.1, values=0.05, chains=0.2, medley=0.25),
+        ),
+        Stage("8k", 8192, 16, 1200, LONG),
+        Stage("32k", 32768, 4, 450, LONG),
+        Stage("128k", 131072, 1, 160, LONG),
+    ),
+    warmup=200,
+    decay_share=0.15,  # the 32k and 128k stages
+    sources=(STDLIB, *PACKAGES),
+    drop_copies=True,
+    log_every=20,
+    workers=12,
+    # 10 M weights and one momentum each: 40 MB where float32 would take 80.
+    saved_weights="float16",
+    saved_states="bfloat16",
+)
+
+RECIPES = {"CPU": CPU, "GPU": GPU}

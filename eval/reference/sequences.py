@@ -4,27 +4,45 @@ A sequence is `(tokens, weights)`: weights are 0 where nothing could be predicte
 key that is stated for the first time) and above 1 on answers.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from saap.eval.tasks import passkey
 
+from . import retrieval
+from .weaving import ANSWER_WEIGHT, FIRST_ANSWER_WEIGHT, Line, weave
+
 BOS = 256
-FIRST_DIGIT_WEIGHT, DIGIT_WEIGHT = 20.0, 8.0  # the first digit alone needs the name
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of a batch: plain text, pass keys, copied lines, short periods. They sum to 1."""
+    """Shares of a batch, which sum to 1.
 
-    text: float
-    keys: float
-    copies: float
+    Plain text; pass keys; copied lines; short periods; then sequences of one kind of item of
+    `retrieval.ITEMS`, and medleys of all of them.
+    """
+
+    text: float = 0.0
+    keys: float = 0.0
+    copies: float = 0.0
     periods: float = 0.0
+    named: float = 0.0
+    values: float = 0.0
+    chains: float = 0.0
+    strings: float = 0.0
+    long_copies: float = 0.0
+    next_lines: float = 0.0
+    medley: float = 0.0
 
-    def shares(self) -> list[float]:
-        return [self.text, self.keys, self.copies, self.periods]
+    def __post_init__(self):
+        if abs(sum(astuple(self)) - 1) > 1e-9 or min(astuple(self)) < 0:
+            raise ValueError(f"{self}: accepted are shares of 0 to 1 that sum to 1")
+
+    def shares(self) -> dict[str, float]:
+        """The shares that are not 0, by name."""
+        return {n: s for n, s in vars(self).items() if s}
 
 
 class SequenceMaker:
@@ -39,14 +57,31 @@ class SequenceMaker:
 
     def batch(self, rng, batch: int, length: int, mix: Mix):
         """`tokens int64 [batch, length + 1]`, first column BOS, and `weights float32` alike."""
-        makers = [self.text, self.pass_keys, self.copies, self.periods]
         tokens = np.full((batch, length + 1), BOS, np.int64)
         weights = np.ones((batch, length + 1), np.float32)
-        for row, choice in enumerate(rng.choice(4, batch, p=mix.shares())):
-            body, body_weights = makers[choice](rng, length)
+        shares = mix.shares()
+        names = list(shares)
+        for row, choice in enumerate(rng.choice(len(names), batch, p=list(shares.values()))):
+            body, body_weights = self.make(names[choice], rng, length)
             tokens[row, 1:] = np.frombuffer(body, np.uint8)[:length]
             weights[row, 1:] = body_weights[:length]
         return tokens, weights
+
+    def make(self, kind: str, rng: np.random.Generator, length: int):
+        """`(bytes, weights float32)` of at least `length`, for a share's name in `Mix`."""
+        own = {
+            "text": self.text, "keys": self.pass_keys, "copies": self.copies,
+            "periods": self.periods,
+        }  # fmt: skip
+        if kind in own:
+            return own[kind](rng, length)
+        return self.woven(rng, length, tuple(retrieval.ITEMS) if kind == "medley" else (kind,))
+
+    def woven(self, rng, length, kinds):
+        """Items of `kinds` stated and asked in text; exactly `length` bytes."""
+        lines = retrieval.draw_lines(retrieval.Draw(rng, length, self.chunk), kinds)
+        room = length - sum(len(own.text) for own in lines)
+        return weave(self.chunk(rng, room), lines)
 
     def text(self, rng, length):
         return self.chunk(rng, length), np.ones(length, np.float32)
@@ -94,7 +129,6 @@ class SequenceMaker:
         keys = [passkey.random_key(rng) for _ in names]
         line = len(passkey.statement("falcon", "0" * 7))
         text = self.chunk(rng, max(1, length - 2 * n_keys * line))
-        starts = passkey.line_starts(text)
         at_end = rng.random() < 0.5
         placed = []
         for name, key in zip(names, keys, strict=True):
@@ -106,21 +140,11 @@ class SequenceMaker:
             hidden[lead - len(name) : lead] = 0.0
             asked = hidden.copy()
             hidden[lead : lead + passkey.KEY_DIGITS] = 0.0
-            asked[lead : lead + passkey.KEY_DIGITS] = DIGIT_WEIGHT
-            asked[lead] = FIRST_DIGIT_WEIGHT
-            offsets = [
-                int(starts[np.abs(starts - d * len(text)).argmin()]) for d in (first, again)
-            ]
-            placed.append((offsets[0], 0, rng.random(), sentence, hidden))
-            placed.append((offsets[1], 1, rng.random(), sentence, asked))
-        pieces, weights, at = [], [], 0
-        for offset, _, _, sentence, sentence_weights in sorted(placed, key=lambda p: p[:3]):
-            pieces += [text[at:offset], sentence]
-            weights += [np.ones(offset - at, np.float32), sentence_weights]
-            at = offset
-        pieces.append(text[at:])
-        weights.append(np.ones(len(text) - at, np.float32))
-        body, body_weights = b"".join(pieces), np.concatenate(weights)
+            asked[lead : lead + passkey.KEY_DIGITS] = ANSWER_WEIGHT
+            asked[lead] = FIRST_ANSWER_WEIGHT
+            placed.append(Line(first, (0, rng.random()), sentence, hidden))
+            placed.append(Line(again, (1, rng.random()), sentence, asked))
+        body, body_weights = weave(text, placed)
         # Keep the end, where the questions are; pad at the front with more of the same text.
         short = length - len(body)
         if short > 0:

@@ -1,34 +1,40 @@
 """Train the reference model: `python -m saap.eval.reference.train --out DIR`.
 
-Checkpoints to DIR/checkpoint.pt every few minutes and continues from it when started again;
-writes DIR/model.safetensors (float16) and DIR/log.jsonl.
+Checkpoints to DIR in files of under 16 MB, and continues from there when started again. With
+`--seconds` it stops in time, saves and ends with exit code 0. When all steps are done it writes
+DIR/model.safetensors (float16) and leaves no optimiser state. DIR/log.jsonl grows on the way.
+`--plan` prints what the recipe costs and ends.
 """
 
 import argparse
+import contextlib
 import json
 import math
-import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch.nn.attention import sdpa_kernel
 
-from . import recipe as recipes
+from . import checkpoint, plan
+from .batches import Batch, Batches, batches_from, stage_of
 from .decoder import Decoder
-from .sequences import SequenceMaker
-from .text import read_sources
+from .recipe import RECIPES, Recipe, find_recipe
+from .text import find_sources, training_text
+
+COMPILE_S, SAVE_S = 60.0, 10.0  # left free before a stage's first step, and at the end
 
 
-def learning_rate(step: int, total: int, recipe) -> float:
+def learning_rate(step: int, total: int, recipe: Recipe) -> float:
     """Warm-up, constant, linear decay; relative to the recipe's rates."""
     decay_steps = max(1, int(recipe.decay_share * total))
     return min((step + 1) / recipe.warmup, 1.0, (total - step) / decay_steps)
 
 
-def make_optimizers(model, recipe):
+def make_optimizers(model, recipe: Recipe):
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -37,134 +43,243 @@ def make_optimizers(model, recipe):
     ]
 
 
-def make_positions(rng, batch: int, length: int, jump: float, longest: int) -> np.ndarray:
-    positions = np.tile(np.arange(length), (batch, 1))
-    for row in range(batch):
-        if rng.random() < jump:
-            cuts = np.sort(rng.integers(1, length, int(rng.integers(1, 9))))
-            spare = rng.integers(0, longest - length)
-            gaps = np.diff(
-                np.sort(np.concatenate([[0, spare], rng.integers(0, spare + 1, len(cuts) - 1)]))
-            )
-            for cut, gap in zip(cuts, gaps, strict=True):
-                positions[row, cut:] += gap
-    return positions
+def read_corpus(recipe: Recipe) -> tuple[bytes, list[dict]]:
+    """The text to train on, and what it is made of; tells on standard error what is missing."""
+    sources, missing = find_sources(recipe.sources)
+    for name in missing:
+        print(f"{name} is not installed: trained without its text", file=sys.stderr, flush=True)
+    named = [{"name": s.name, "version": s.version, "licence": s.licence} for s in sources]
+    return training_text(sources, drop_copies=recipe.drop_copies), named
 
 
-def stage_of(step: int, stages) -> tuple[int, object]:
-    """How many steps of its stage are done, and the stage."""
-    for stage in stages:
-        if step < stage.steps:
-            return step, stage
-        step -= stage.steps
-    raise AssertionError("step beyond the recipe")
+class Run:
+    """A model in training: its recipe, weights, optimisers, and the steps it has taken."""
 
+    def __init__(self, recipe: Recipe, device: str, *, compile_model: bool, attention: str):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device = recipe, device
+        self.compiled, self.attention = compile_model, attention
+        self.model = Decoder(recipe.decoder).to(device)
+        self.optimizers = make_optimizers(self.model, recipe)
+        self.step, self.seconds = 0, 0.0
+        if compile_model:
+            # One graph for all layers: a stage's new shape is compiled once, not six times.
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
 
-def save_atomically(state: dict, path: Path) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def train(
-    recipe, out: Path, *, device: str, compile_model: bool, save_every: float = 120.0
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
-    corpus = np.frombuffer(b"\n".join(read_sources(held_out=False)), np.uint8)
-    makers = SequenceMaker(corpus)
-    model = Decoder(recipe.decoder).to(device)
-    optimizers = make_optimizers(model, recipe)
-    total = sum(stage.steps for stage in recipe.stages)
-    step, seconds = 0, 0.0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-        print(f"continuing at step {step} of {total}", flush=True)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{n_parameters / 1e6:.2f} M parameters, {len(corpus) / 1e6:.1f} MB of text", flush=True)
-    loss_of = torch.compile(model.loss, dynamic=False) if compile_model else model.loss
-    started = saved_at = time.time()
-    window = []
-
-    def save():
-        save_atomically(
-            {
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "step": step,
-                "seconds": seconds + time.time() - started,
-            },
-            checkpoint,
-        )
-
-    while step < total:
-        done_of_stage, stage = stage_of(step, recipe.stages)
+    def take_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and share of answers right, left on the device: reading them would wait for it."""
+        recipe, total = self.recipe, self.recipe.total_steps
+        done_of_stage, stage = stage_of(self.step, recipe.stages)
         if done_of_stage == 0:
             for reset in stage.resets:
-                model.reset_head(**asdict(reset))
-        rng = np.random.default_rng([recipe.seed, step])
-        tokens, weights = makers.batch(rng, stage.batch, stage.length, stage.mix)
-        positions = make_positions(
-            rng, stage.batch, stage.length, stage.jump, recipe.decoder.max_position_embeddings
-        )
-        tokens, weights, positions = (
-            torch.from_numpy(a).to(device) for a in (tokens, weights, positions)
-        )
-        with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(tokens, positions, weights)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss {loss.item()} at step {step}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(step, total, recipe)
-        for optimizer, base in zip(optimizers, (recipe.matrix_lr, recipe.vector_lr), strict=True):
+                self.model.reset_head(**asdict(reset))
+        with (
+            flash_only(self.device, self.attention),
+            torch.autocast(self.device.split(":")[0], torch.bfloat16),
+        ):
+            loss, answered = self.model.loss(*batch.on(self.device))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate(self.step, total, recipe)
+        bases = recipe.matrix_lr, recipe.vector_lr
+        for optimizer, base in zip(self.optimizers, bases, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        window.append(loss.item())
-        if step % 50 == 0 or step == total:
-            spent = seconds + time.time() - started
-            record = {
-                "step": step,
-                "stage": stage.name,
-                "loss": float(np.mean(window)),
-                "seconds": spent,
-            }
-            window = []
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            print(
-                f"step {step}/{total}  {stage.name}  loss {record['loss']:.3f}  {spent:.0f} s",
-                flush=True,
+        self.step += 1
+        return loss.detach(), answered
+
+    def save(self, folder: Path, *, finished: bool = False) -> None:
+        """`finished`: weights only."""
+        tensors = checkpoint.pack(
+            self.model,
+            [] if finished else self.optimizers,
+            getattr(torch, self.recipe.saved_weights),
+            getattr(torch, self.recipe.saved_states),
+        )
+        checkpoint.save_parts(
+            folder,
+            tensors,
+            {
+                "step": self.step,
+                "seconds": round(self.seconds, 1),
+                "finished": finished,
+                "recipe": as_plain(self.recipe),
+            },
+        )
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint; ValueError when it is of another recipe."""
+        tensors, header = checkpoint.load_parts(folder)
+        if header["recipe"] != as_plain(self.recipe):
+            own, saved = as_plain(self.recipe), header["recipe"]
+            changed = [name for name in own if saved.get(name) != own[name]]
+            raise ValueError(
+                f"{folder}: its checkpoint is of a recipe with other {', '.join(changed)}; "
+                "accepted is the same recipe and --scale, or an empty folder"
             )
-        if time.time() - saved_at > save_every:
-            save()
-            saved_at = time.time()
-    save()
-    weights16 = {n: p.half().contiguous() for n, p in model.state_dict().items()}
+        checkpoint.unpack(tensors, self.model, [] if header["finished"] else self.optimizers)
+        self.step, self.seconds = header["step"], header["seconds"]
+
+
+def as_plain(recipe: Recipe) -> dict:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def flash_only(device: str, attention: str):
+    """At long lengths any other attention would take all memory: rather an error than that."""
+    if not device.startswith("cuda"):
+        return contextlib.nullcontext()
+    return sdpa_kernel(plan.BACKENDS[attention])
+
+
+class Log:
+    """Collects losses; reads them from the device, and checks them, when a line is written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def drain(self, step: int) -> tuple[float, float] | None:
+        """Mean loss and share of answers right since the last; FloatingPointError for NaN."""
+        if not self.pending:
+            return None
+        loss, answered = (torch.stack(t).float() for t in zip(*self.pending, strict=True))
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(f"a loss of {loss.tolist()[-5:]} by step {step}")
+        self.pending = []
+        return float(loss.mean()), float(answered.nanmean())
+
+    def write(self, run: Run, stage_name: str, seconds: float) -> None:
+        loss, answered = self.drain(run.step)
+        record = {"step": run.step, "stage": stage_name, "loss": loss, "seconds": seconds}
+        answers = ""
+        if not math.isnan(answered):
+            record["answers"] = round(answered, 4)
+            answers = f"  answers {answered:.1%}"
+        with open(self.path, "a") as log:
+            log.write(json.dumps(record) + "\n")
+        print(
+            f"step {run.step}/{run.recipe.total_steps}  {stage_name}  loss {loss:.3f}"
+            f"{answers}  {seconds:.0f} s",
+            flush=True,
+        )
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    compile_model: bool,
+    attention: str = "flash",
+    seconds: float | None = None,
+    save_every: float = 120.0,
+) -> bool:
+    """Train until all steps are done (True) or `seconds` are over (False), from where `out` is."""
+    begin = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(recipe, device, compile_model=compile_model, attention=attention)
+    total = recipe.total_steps
+    if checkpoint.has_checkpoint(out):
+        run.load(out)
+        print(f"continuing at step {run.step} of {total}", flush=True)
+    if run.step == total:
+        finish(run, out)
+        return True
+    corpus, sources = read_corpus(recipe)
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{n_parameters / 1e6:.2f} M parameters, {len(corpus) / 1e6:.1f} MB of text", flush=True)
+    named = {"sources": sources, "bytes": len(corpus)}
+    (out / "corpus.json").write_text(json.dumps(named, indent=1) + "\n")
+    log, before, saved_at, slowest = Log(out / "log.jsonl"), run.seconds, begin, 0.0
+    forget_after(log.path, run.step)
+    for batch in batches_from(Batches(recipe, corpus), run.step, device):
+        done_of_stage, stage = stage_of(run.step, recipe.stages)
+        now = time.monotonic()
+        reserve = SAVE_S + 2 * slowest + (COMPILE_S if done_of_stage == 0 and compile_model else 0)
+        if seconds is not None and now - begin + reserve > seconds:
+            break
+        if now - saved_at > save_every:
+            log.drain(run.step)
+            run.save(out)
+            saved_at = time.monotonic()
+        log.pending.append(run.take_step(batch))
+        run.seconds = before + time.monotonic() - begin
+        slowest = 0.0 if done_of_stage < 3 else max(slowest, time.monotonic() - now)
+        if run.step % recipe.log_every == 0 or run.step == total:
+            log.write(run, stage.name, run.seconds)
+    log.drain(run.step)
+    if run.step == total:
+        finish(run, out)
+        return True
+    run.save(out)
+    print(
+        f"stopped at step {run.step} of {total} after {time.monotonic() - begin:.0f} s; the same "
+        "command continues from there",
+        flush=True,
+    )
+    return False
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop log lines of steps that a killed run took and that are about to be taken again."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def finish(run: Run, out: Path) -> None:
+    run.save(out, finished=True)
+    weights16 = {n: p.half().cpu().contiguous() for n, p in run.model.state_dict().items()}
     save_file(weights16, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    (out / "recipe.json").write_text(json.dumps(as_plain(run.recipe), indent=1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", default="CPU", help="a name in recipe.py")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--recipe", default="CPU", help=", ".join(RECIPES))
+    parser.add_argument("--scale", type=float, default=1.0, help="times the recipe's steps")
+    parser.add_argument("--seconds", type=float, help="stop and save before that many have passed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attention", choices=plan.BACKENDS, default="flash", help="on a GPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    arguments = parser.parse_args()
-    train(
-        getattr(recipes, arguments.recipe),
-        arguments.out,
-        device=arguments.device,
-        compile_model=arguments.compile,
+    parser.add_argument("--plan", action="store_true", help="print what it costs, and end")
+    parser.add_argument(
+        "--rates", help="for --plan, as 400,280,4000; measured on a GPU if not given"
     )
+    options = parser.parse_args()
+    try:
+        recipe = find_recipe(options.recipe).scaled(options.scale)
+        if options.plan:
+            print(plan.table(recipe, rates_for(recipe, options.rates, options.device)))
+            return
+        if options.out is None:
+            raise ValueError("--out is not given: accepted is the folder of the run")
+        train(
+            recipe,
+            options.out,
+            device=options.device,
+            compile_model=options.compile,
+            attention=options.attention,
+            seconds=options.seconds,
+        )
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"reference.train: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def rates_for(recipe: Recipe, given: str | None, device: str) -> plan.Rates:
+    if given is not None:
+        return plan.parse_rates(given)
+    if device.startswith("cuda"):
+        return plan.measure_rates(recipe, device)[0]
+    return plan.ASSUMED_H200
 
 
 if __name__ == "__main__":
