@@ -60,7 +60,8 @@ def fit_mlp(
     finite.
     """
     nlist = mass.shape[-1] - 1
-    start = mass.float().mean(1).clamp(min=1e-6).log()
+    # A head at a time: the masses are the largest tensor of a layer and float16.
+    start = torch.stack([own.float().mean(0) for own in mass]).clamp(min=1e-6).log()
     if sizes is not None:
         group = len(q) // len(sizes)
         typical = sizes.float().mean(1).clamp(min=0.25).repeat_interleave(group, 0)

@@ -1,0 +1,66 @@
+"""What a user can ask of a training."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+TRAINABLE = ("mlp", "linear", "centroid")
+N_SEGMENTS = 16
+
+
+def default_nlist(context: int) -> int:
+    """Buckets for a context: the power of two nearest to context / 32, from 16 to 1024.
+
+    1024 from 32k on, as in the paper; about 32 rows a bucket below, so that 5 % of a short context
+    is still several buckets.
+    """
+    return min(1024, max(16, 2 ** round(math.log2(max(context, 1) / 32))))
+
+
+def default_window(context: int) -> int:
+    """The recent window that stays dense: 1/32 of the context, at least 16."""
+    return max(16, context // 32)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of `saap.train`, which documents them; ValueError for bad ones."""
+
+    nlist: int | None = None
+    router: str = "mlp"
+    seed: int = 0
+    n_sink: int = 16
+    window: int | None = None
+    n_segments: int = N_SEGMENTS
+    hidden: int = 64
+    steps: int = 400
+    baselines: bool = False
+
+    def __post_init__(self):
+        if self.router not in TRAINABLE:
+            raise ValueError(f"router={self.router!r}: accepted are {', '.join(TRAINABLE)}")
+        for name in ("nlist", "n_segments", "hidden", "steps"):
+            self._check_at_least(name, 1)
+        for name in ("n_sink", "window"):
+            self._check_at_least(name, 0)
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: accepted are {least} and more")
+
+    def for_context(self, context: int) -> "TrainingOptions":
+        """With what was left open chosen for sequences of `context` tokens."""
+        return replace(
+            self,
+            nlist=default_nlist(context) if self.nlist is None else self.nlist,
+            window=default_window(context) if self.window is None else self.window,
+        )
+
+    @property
+    def fitted_routers(self) -> tuple[str, ...]:
+        """Names of the routers to fit, in a fixed order; the centroid router is not fitted."""
+        wanted = {self.router, *(("linear", "mlp") if self.baselines else ())} - {"centroid"}
+        return tuple(sorted(wanted))
+
+    def as_dict(self) -> dict:
+        return asdict(self)

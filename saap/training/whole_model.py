@@ -1,0 +1,226 @@
+"""`saap.train`: partitions and routers for every layer and head of a model, layer by layer.
+
+Hidden states of all sequences are kept between two layers; each layer is run over them once, its
+keys are clustered, its queries' true mass over buckets computed, its routers fitted. Memory is
+bounded by one layer (`plan.memory_needed`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saap import hf
+from saap.hf.layerwise import LayerStream
+from saap.trained_index import TrainedIndex
+
+from .hidden import HiddenInMemory
+from .layer import FinishedLayer, pass_through, recall_nprobe, train_layer
+from .meter import Meter, Progress
+from .options import N_SEGMENTS, TrainingOptions
+from .plan import MemoryNeeded, Plan, as_sequences, make_plan, memory_needed
+from .processes import Processes
+from .work import WorkFolder, remove_work
+
+
+@dataclass(frozen=True)
+class Training:
+    """A checked training that has not begun: `plan`, `options` and the model's `description`."""
+
+    plan: Plan
+    options: TrainingOptions
+    description: dict
+    memory: MemoryNeeded
+
+    @property
+    def corpus(self) -> dict:
+        tokens = torch.cat(self.plan.sequences)
+        return {"tokens": self.plan.n_tokens, "sha256": hf.fingerprint(tokens)}
+
+    def manifest(self, model) -> dict:
+        """What has to be the same for a finished layer to be of use."""
+        return {
+            "model": {
+                **self.description,
+                "dtype": str(model.dtype),
+                "device": model.device.type,
+            },
+            "corpus": {
+                **self.corpus,
+                "sequences": len(self.plan.sequences),
+                "context": self.plan.context,
+            },
+            "options": self.options.as_dict(),
+        }
+
+
+def prepare(model, token_ids: Tensor | Sequence[Tensor], options: TrainingOptions) -> Training:
+    """Check model and corpus as `train` does, and say what memory it will take."""
+    sequences = as_sequences(token_ids)
+    longest = max(len(t) for t in sequences)
+    if longest > hf.max_context(model):
+        raise ValueError(
+            f"a sequence has {longest} tokens: accepted are at most the model's "
+            f"max_position_embeddings={hf.max_context(model)}"
+        )
+    options = options.for_context(longest)
+    plan = make_plan(sequences, options)
+    description = hf.describe(model)
+    hidden_size = model.config.get_text_config().hidden_size
+    memory = memory_needed(plan, options, description, hidden_size, model.dtype.itemsize)
+    return Training(plan, options, description, memory)
+
+
+@torch.no_grad()
+def train(
+    model,
+    token_ids: Tensor | Sequence[Tensor],
+    *,
+    nlist: int | None = None,
+    router: str = "mlp",
+    seed: int = 0,
+    n_sink: int = 16,
+    window: int | None = None,
+    n_segments: int = N_SEGMENTS,
+    hidden: int = 64,
+    steps: int = 400,
+    baselines: bool = False,
+    progress: Progress | None = None,
+    work: str | Path | None = None,
+    processes: Processes | None = None,
+) -> TrainedIndex:
+    """Partitions and routers for every layer of a Hugging Face model, one layer at a time.
+
+    `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
+    to measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
+    sequence). `router`: the default router of the result, "mlp" (Saap's classifier), "linear" or
+    "centroid" (nothing but k-means is trained). `n_segments`: time segments into which decoding
+    cuts the buckets (`saap.routing`), 1 for whole buckets.
+    `n_sink`, `window`: the tokens that stay dense in use (`default_window`). `hidden`, `steps`:
+    width and optimiser steps of the network. `baselines` adds what is only there to be compared
+    with: the linear router, and centroids of keys with RoPE left on.
+    `progress(what, done, total)` is called as work proceeds. The same seed gives the
+    same index on the same machine and number of threads.
+
+    `work`: a folder for finished layers and hidden states, which are held in memory without it. A
+    training that was killed goes on from there, with the same result; `train_file` removes it when
+    the index is saved. `processes`: this one among several that share `work`; each trains its
+    layers and all return the whole index.
+
+    Raises ValueError for a model without RoPE, an empty, too short or repetitive corpus, bad
+    options, or a `work` folder of another training; FloatingPointError when a layer's loss is not
+    finite; ProcessLost when another process fails.
+
+    Source: Saap, arXiv 2502.08246.
+    """
+    options = TrainingOptions(
+        nlist, router, seed, n_sink, window, n_segments, hidden, steps, baselines
+    )
+    training = prepare(model, token_ids, options)
+    return run(model, training, progress=progress, work=work, processes=processes)
+
+
+@torch.no_grad()
+def run(
+    model,
+    training: Training,
+    *,
+    progress: Progress | None = None,
+    work: str | Path | None = None,
+    processes: Processes | None = None,
+) -> TrainedIndex:
+    """Do what `prepare` checked; see `train`."""
+    if processes is not None and work is None:
+        raise ValueError("processes without a work folder: they meet in one; pass `work`")
+    n_layers = training.description["num_layers"]
+    own = [n for n in range(n_layers) if processes is None or processes.owns(n)]
+    folder = None
+    if work is not None:
+        folder = WorkFolder(
+            Path(work),
+            training.manifest(model),
+            processes,
+            bytes_needed=2
+            * training.memory.hidden
+            * (1 if processes is None else processes.world),
+        )
+    finished: dict[int, FinishedLayer] = {}
+    todo = [n for n in own if folder is None or not folder.has(n)]
+    if todo:
+        hidden = HiddenInMemory() if folder is None else folder.hidden_states(todo[0])
+        meter = Meter(n_layers, own, todo, hidden.layer, progress, processes)
+        stream = LayerStream(model)
+        for layer in range(hidden.layer, todo[-1] + 1):
+            report = meter.of_layer(layer)
+            if layer in todo:
+                finished[layer] = train_layer(
+                    stream,
+                    layer,
+                    training.plan,
+                    hidden,
+                    training.options,
+                    report,
+                    output_needed=layer < todo[-1],
+                )
+                if folder is not None:
+                    folder.save(layer, finished.pop(layer))
+            else:
+                pass_through(stream, layer, training.plan, hidden, report)
+            if layer < todo[-1]:
+                hidden.advance()
+        meter.done()
+    if processes is not None:
+        processes.reach("trained")
+    if folder is not None:
+        finished = {n: folder.load(n) for n in range(n_layers)}
+    if processes is not None:
+        processes.reach("loaded")
+    return assembled(training, [finished[n] for n in range(n_layers)])
+
+
+def train_file(
+    model,
+    training: Training,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+) -> TrainedIndex:
+    """Train to a file. Until it is written, finished layers are in `OUT.partial`: after a kill at
+    any point the same call goes on from there, to the same file, byte for byte."""
+    out = Path(out)
+    work = work_folder_of(out)
+    index = run(model, training, progress=progress, work=work, processes=processes)
+    if processes is None or processes.rank == 0:
+        index.save(out)
+        remove_work(work)
+    if processes is not None:
+        processes.reach("saved")
+    return index
+
+
+def work_folder_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def assembled(training: Training, finished: list[FinishedLayer]) -> TrainedIndex:
+    """The index of all layers, with what was recorded of each."""
+    options, layers = training.options, tuple(f.index for f in finished)
+    recall = {name: [f.recall[name] for f in finished] for name in finished[0].recall}
+    metadata = {
+        "model": training.description,
+        "nlist": options.nlist,
+        "router": options.router,
+        "seed": options.seed,
+        "context": training.plan.context,
+        "n_sink": options.n_sink,
+        "window": options.window,
+        "n_segments": options.n_segments,
+        "interleaved": any(layer.interleaved for layer in layers),
+        "sm_scale": [layer.sm_scale for layer in layers],
+        "corpus": training.corpus,
+        "recall": {"nprobe": recall_nprobe(options.nlist), **recall},
+    }
+    return TrainedIndex(layers, metadata)

@@ -1,0 +1,156 @@
+"""The work folder of a training: what is finished, so that a killed one goes on.
+
+`manifest.json` says what is trained on what; `layer-N.safetensors` is a finished layer, a
+`TrainedIndex` of one; `hidden-*` are hidden states on their way (`saap.training.hidden`).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from saap.index.tensor_files import write_atomically
+from saap.trained_index import TrainedIndex
+
+from .hidden import HiddenOnDisk
+from .layer import FinishedLayer
+from .processes import Processes
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+class WorkFolder:
+    """`folder` with the manifest of this training; created if it is not there.
+
+    With `processes`, the first one creates it and the others wait for that. Raises ValueError,
+    naming what differs, when the folder holds another training, and when it holds files but no
+    manifest, or has no room for `bytes_needed`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict,
+        processes: Processes | None = None,
+        *,
+        bytes_needed: int = 0,
+    ):
+        check_room(folder, bytes_needed)
+        self.folder = folder
+        self.rank = 0 if processes is None else processes.rank
+        manifest = json.loads(json.dumps({"version": MANIFEST_VERSION, **manifest}))
+        if self.rank == 0:
+            self._open_or_create(manifest)
+        if processes is not None:
+            processes.reach("work folder")
+            if not (folder / MANIFEST).is_file():
+                raise ValueError(
+                    f"{folder}: process {self.rank} does not see what process 0 wrote there: "
+                    "accepted is a folder that all processes share"
+                )
+            self._check(manifest)
+
+    def _open_or_create(self, manifest: dict) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # What a write that was killed leaves is named with a dot first.
+            is_empty = all(path.name.startswith(".") for path in self.folder.iterdir())
+        except OSError as error:
+            raise ValueError(f"{self.folder}: cannot be used ({error.strerror})") from error
+        if (self.folder / MANIFEST).is_file():
+            self._check(manifest)
+        elif is_empty:
+            content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+            write_atomically(self.folder / MANIFEST, content)
+        else:
+            raise ValueError(
+                f"{self.folder}: holds files but no {MANIFEST}; accepted are a folder that "
+                "`saap train` made, an empty one, or none"
+            )
+
+    def _check(self, manifest: dict) -> None:
+        try:
+            found = json.loads((self.folder / MANIFEST).read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.folder / MANIFEST}: not a manifest; delete {self.folder}")
+        before, now = _flat(found), _flat(manifest)
+        for name in now | before:
+            if not _same(before.get(name), now.get(name)):
+                raise ValueError(
+                    f"{self.folder}: an unfinished training with {name}={before.get(name)!r}, "
+                    f"this one has {now.get(name)!r}: go on with what it was started with, or "
+                    "delete that folder to begin anew"
+                )
+
+    def hidden_states(self, first: int) -> HiddenOnDisk:
+        """This process's hidden states, at layer `first` or as near before it as there are."""
+        return HiddenOnDisk(self.folder, self.rank, first)
+
+    def _layer(self, number: int) -> Path:
+        return self.folder / f"layer-{number}.safetensors"
+
+    def has(self, number: int) -> bool:
+        return self._layer(number).is_file()
+
+    def save(self, number: int, finished: FinishedLayer) -> None:
+        layer = finished.index
+        metadata = {
+            "model": {"num_layers": 1},
+            "n_segments": layer.n_segments,
+            "interleaved": layer.interleaved,
+            "sm_scale": [layer.sm_scale],
+            "recall": finished.recall,
+        }
+        TrainedIndex((layer,), metadata).save(self._layer(number))
+
+    def load(self, number: int) -> FinishedLayer:
+        index = TrainedIndex.load(self._layer(number))
+        return FinishedLayer(index.layers[0], index.metadata["recall"])
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """ValueError where `folder` could not take so many bytes; what is in it already is reused."""
+    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    free = free_bytes(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+    if free + there < needed:
+        raise ValueError(
+            f"{folder}: has {free / 1e9:.1f} GB free: hidden states need {needed / 1e9:.1f} GB "
+            "there; make room, or take fewer or shorter texts"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what a training puts into `folder`, and it when nothing else is in it."""
+    for path in folder.glob("hidden-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in ("layer-*.safetensors", ".layer-*", ".manifest*", MANIFEST):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _same(before, now) -> bool:
+    """Equal; lists of measured numbers, which threads add in another order, to 1 %."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(
+            abs(a - b) <= 0.01 * abs(a) for a, b in zip(before, now, strict=True)
+        )
+    return before == now
