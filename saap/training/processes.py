@@ -10,9 +10,12 @@ store, and is only that they are alive, done, or failed, and with what error.
 import os
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 PATIENCE = 60.0
+STARTING = 5  # times as long for one that has not been heard of at all
+ADVICE = "; finished layers are kept: the same command goes on"
 
 
 class ProcessLost(ChildProcessError):
@@ -43,7 +46,7 @@ class Processes:
             return None
         import torch.distributed as dist
 
-        timeout = timedelta(seconds=5 * patience)
+        timeout = timedelta(seconds=STARTING * patience)
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError, OSError) as error:
@@ -71,11 +74,26 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        if error is not None and not isinstance(error, ProcessLost):
+        if error is None:
+            self._leave()
+        elif not isinstance(error, ProcessLost):
             line = (str(error).strip().splitlines() or [kind.__name__])[0]
             self._news[f"failed/{self.rank}"] = line
         self._closing.set()
         self._thread.join(timeout=self.patience)
+        if error is not None and self.rank == 0:
+            time.sleep(3 * self._pause)  # it may keep the store: the others have to read why
+
+    def _leave(self) -> None:
+        """The first process, which may keep the store, waits for the others' good-byes."""
+        self._news[f"gone/{self.rank}"] = "1"
+        if self.rank == 0:
+            with suppress(ProcessLost):
+                self.reach("gone")
+
+    @property
+    def _pause(self) -> float:
+        return min(0.2, self.patience / 10)
 
     def _talk(self) -> None:
         beats, heard = 0, {r: (None, time.monotonic()) for r in self._others}
@@ -83,40 +101,34 @@ class Processes:
         try:
             while True:
                 closing = self._closing.is_set()
-                for key, value in list(self._news.items()):
-                    if key not in told:
-                        self.store.set(key, value)
-                        told.add(key)
+                for key in [k for k in self._news if k not in told]:
+                    self.store.set(key, self._news[key])
+                    told.add(key)
                 beats += 1
                 self.store.set(f"alive/{self.rank}", str(beats))
                 if closing:
                     return
                 self._listen(heard, told)
-                self._closing.wait(min(0.2, self.patience / 10))
-        except (RuntimeError, ConnectionError, OSError) as error:
-            # The process that keeps the store is gone.
+                self._closing.wait(self._pause)
+        except (RuntimeError, OSError) as error:  # the process that keeps the store is gone
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._lost = f"the other processes cannot be reached any more ({line}){ADVICE}"
 
     def _listen(self, heard: dict, told: set[str]) -> None:
-        places = {key.split("/")[0] for key in told} - {"failed"} - self._everyone
-        for place in places:
+        own_places = {key.split("/")[0] for key in told}
+        for place in own_places - {"failed"} - self._everyone:
             if self.store.check([f"{place}/{r}" for r in self._others]):
                 self._everyone.add(place)
         now = time.monotonic()
         for r in self._others:
             if self.store.check([f"failed/{r}"]):
                 self._lost = f"process {r} stopped: {self.store.get(f'failed/{r}').decode()}"
-            elif "done" not in self._everyone:
-                beat = None
-                if self.store.check([f"alive/{r}"]):
-                    beat = self.store.get(f"alive/{r}")
-                if beat != heard[r][0]:
-                    heard[r] = (beat, now)
-                elif now - heard[r][1] > self.patience:
-                    self._lost = (
-                        f"process {r} has not been heard of for {self.patience:.0f} s{ADVICE}"
-                    )
-
-
-ADVICE = "; finished layers are kept: the same command goes on"
+                continue
+            alive = f"alive/{r}"
+            beat = self.store.get(alive) if self.store.check([alive]) else None
+            if beat != heard[r][0]:
+                heard[r] = (beat, now)
+                continue
+            limit = self.patience if beat else STARTING * self.patience
+            if now - heard[r][1] > limit and not self.store.check([f"gone/{r}"]):
+                self._lost = f"process {r} has not been heard of for {limit:.0f} s{ADVICE}"
