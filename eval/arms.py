@@ -10,14 +10,13 @@ import itertools
 import typing
 from dataclasses import dataclass, field
 
-from saap.budget import Budget
+from saap.budget import BOUNDS, Budget
 from saap.methods import Method, find_method
 from saap.names import did_you_mean
 from saap.training import default_window
 
 N_SINK = 16
-SEARCH_FIELDS = ("nprobe", "max_tokens", "top_p", "share", "n_sink", "window")
-BOUNDS = ("nprobe", "max_tokens", "top_p")
+SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window")
 
 
 @dataclass(frozen=True)

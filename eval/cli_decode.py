@@ -15,6 +15,9 @@ Nprobe = Annotated[int | None, typer.Option(help="buckets that a token visits in
 TopP = Annotated[
     float | None, typer.Option(help="visit buckets until this share of the predicted mass")
 ]
+MinWeight = Annotated[
+    float | None, typer.Option(help="visit buckets whose keys are predicted such a weight")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +67,7 @@ def ask(
     max_tokens: MaxTokens = None,
     nprobe: Nprobe = None,
     top_p: TopP = None,
+    min_weight: MinWeight = None,
 ) -> None:
     """Continue an indexed document with a question, from the file, without reading it again."""
     import saap
@@ -72,7 +76,7 @@ def ask(
 
     header, _ = context_file.read(file)
     loaded, tokenizer, trained = load(model, index or Path(header.get("index_file", "")))
-    budget = budget_of(trained, max_tokens, nprobe, top_p)
+    budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
     with saap.attached(loaded, trained, budget) as saap_model:
         cache, document = saap_model.open_context(file)
         found = generate_text(
@@ -91,6 +95,7 @@ def generate(
     max_tokens: MaxTokens = None,
     nprobe: Nprobe = None,
     top_p: TopP = None,
+    min_weight: MinWeight = None,
 ) -> None:
     """Continue a text with Saap; tells context length, share of the cache visited, speed."""
     import saap
@@ -100,7 +105,7 @@ def generate(
 
     loaded, tokenizer, trained = load(model, index)
     prompt = read_tokens(tokenizer, prompt_file, loaded)
-    budget = budget_of(trained, max_tokens, nprobe, top_p)
+    budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
     with saap.attached(loaded, trained, budget) as saap_model:
         cache = read_document(saap_model, prompt[:-1], spare=tokens + 64)
         found = generate_text(loaded, tokenizer, prompt, tokens, cache=cache, write=write)
@@ -153,16 +158,17 @@ def joined(document, tokenizer, question: str):
     return torch.cat([document, asked])
 
 
-def budget_of(trained, max_tokens=None, nprobe=None, top_p=None):
+def budget_of(trained, max_tokens=None, nprobe=None, top_p=None, min_weight=None):
     """What was asked for, or the default; sinks and window as the index was trained."""
     from saap import Budget
 
-    if max_tokens is None and nprobe is None and top_p is None:
+    if max_tokens is nprobe is top_p is min_weight is None:
         max_tokens = Budget.default().max_tokens
     return Budget(
         nprobe=nprobe,
         max_tokens=max_tokens,
         top_p=top_p,
+        min_weight=min_weight,
         n_sink=trained.metadata["n_sink"],
         window=trained.metadata["window"],
     )

@@ -80,7 +80,11 @@ def group_sum(per_head: Float[Tensor, "B Hq nlist"], n_kv: int) -> Float[Tensor,
 
 
 def check_bounds(
-    nlist: int, nprobe: int | None, max_tokens: int | None, top_p: float | None
+    nlist: int,
+    nprobe: int | None,
+    max_tokens: int | None,
+    top_p: float | None,
+    min_score: float | None = None,
 ) -> None:
     """Raise ValueError when nothing bounds a selection, or a bound is out of range."""
     if nprobe is not None and not 1 <= nprobe <= nlist:
@@ -89,7 +93,7 @@ def check_bounds(
         raise ValueError(f"max_tokens={max_tokens}: accepted are 0 and more")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: accepted are 0 < top_p <= 1")
-    if nprobe is None and max_tokens is None and top_p is None:
+    if nprobe is None and max_tokens is None and top_p is None and min_score is None:
         raise ValueError(
             "nprobe, max_tokens and top_p are all None: one of them bounds the selection"
         )
@@ -143,6 +147,7 @@ def bucket_ranges(
     nprobe: int | None = None,
     max_tokens: int | None = None,
     top_p: float | None = None,
+    min_score: float | None = None,
     first_row: int = 0,
 ) -> tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]:
     """The best-scored buckets as ranges `starts, lengths`, int32, of the bucket-sorted rows.
@@ -150,20 +155,22 @@ def bucket_ranges(
     `H` is Hkv or a multiple of it. Empty buckets are never chosen. `nprobe` visits that many
     buckets; `max_tokens` visits buckets in the order of their scores until that many rows are
     reached and cuts the last one to its newest rows; `top_p` visits buckets until their scores,
-    which must be masses, add up to that share of all; several together stop at whichever comes
-    first.
+    which must be masses, add up to that share of all; `min_score` visits buckets of at least that
+    score; several together stop at whichever comes first.
     `first_row` is the row at which bucket 0 begins.
     """
     nlist = scores.shape[-1]
-    check_bounds(nlist, nprobe, max_tokens, top_p)
+    check_bounds(nlist, nprobe, max_tokens, top_p, min_score)
     offsets = expand_heads(offsets, scores.shape[1]).expand(scores.shape[0], -1, -1)
     sizes = offsets.diff(dim=-1)
-    scores = scores.masked_fill(sizes == 0, -torch.inf)
+    left_out = sizes == 0 if min_score is None else (sizes == 0) | (scores < min_score)
+    sizes = sizes.masked_fill(left_out, 0)
+    scores = scores.masked_fill(left_out, -torch.inf)
     # A bucket holds at least one row, so max_tokens buckets are enough.
     n_ranges = min(
         nlist if nprobe is None else nprobe, nlist if max_tokens is None else max_tokens
     )
-    held = offsets[..., -1] - offsets[..., 0]
+    held = offsets[..., -1] - offsets[..., 0] if min_score is None else sizes.sum(-1)
     values, best, lengths = _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p)
     ends = offsets.gather(-1, best + 1)
     if top_p is not None:

@@ -1,7 +1,10 @@
 """How much of the cache a decode step may visit, and where the cache stays dense."""
 
+import math
 from dataclasses import dataclass
 from numbers import Real
+
+BOUNDS = ("nprobe", "max_tokens", "top_p", "min_weight")
 
 
 @dataclass(frozen=True)
@@ -10,8 +13,13 @@ class Budget:
 
     The first `n_sink` and the last `window` tokens are always visited. Of the middle, buckets are
     visited in the order of their scores until `nprobe` of them, or `max_tokens` rows (the last
-    bucket cut to its newest rows), or the share `top_p` of the mass that the router predicts:
-    whichever comes first of those that are given, at least one.
+    bucket cut to its newest rows), or the share `top_p` of the mass that the router predicts, or
+    until no key of the next is predicted an attention weight of `min_weight` (added over the query
+    heads that share a selection): whichever comes first of those that are given, at least one.
+
+    `max_tokens` costs each head, layer and token the same. `min_weight` spends rows where
+    attention is: nothing on heads that look at the sinks, much on tokens that ask for something
+    far back; less error for the same mean (docs/routing.md).
 
     `share`: "group" makes one selection for the query heads of a KV head; "head" one a query head.
     `flush_every`: tokens that leave the window are put into buckets this many at a time.
@@ -25,15 +33,14 @@ class Budget:
     window: int = 256
     share: str = "group"
     top_p: float | None = None
+    min_weight: float | None = None
     flush_every: int = 512
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0
 
     def __post_init__(self):
-        if self.nprobe is None and self.max_tokens is None and self.top_p is None:
-            raise ValueError(
-                "nprobe, max_tokens and top_p are all None: one of them bounds the selection"
-            )
+        if all(getattr(self, name) is None for name in BOUNDS):
+            raise ValueError(f"{', '.join(BOUNDS)} are all None: one of them bounds the selection")
         for name, least in (
             ("nprobe", 1),
             ("max_tokens", 0),
@@ -47,6 +54,15 @@ class Budget:
                 raise ValueError(f"{name}={value!r}: accepted are integers from {least}")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}: accepted are 0 < top_p <= 1")
+        if self.min_weight is not None and not (
+            isinstance(self.min_weight, Real) and 0 < self.min_weight < math.inf
+        ):
+            raise ValueError(f"min_weight={self.min_weight!r}: accepted are numbers above 0")
+        if self.top_p is not None and self.min_weight is not None:
+            raise ValueError(
+                f"top_p={self.top_p} and min_weight={self.min_weight}: accepted is one of them, "
+                "since one ranks buckets by mass, the other by weight a key"
+            )
         if self.share not in ("group", "head"):
             raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
         if isinstance(self.dense_layers, str) or not all(
@@ -56,6 +72,11 @@ class Budget:
                 f"dense_layers={self.dense_layers!r}: accepted is a tuple of layer numbers from 0"
             )
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+
+    @property
+    def by_weight(self) -> bool:
+        """Buckets are ranked by predicted weight a key, for bounds of rows; else by mass."""
+        return self.min_weight is not None or (self.max_tokens is not None and self.top_p is None)
 
     @classmethod
     def default(cls) -> "Budget":
@@ -88,3 +109,12 @@ class Budget:
 
 def is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_predicts_weights(predicts_weights: bool, budget: Budget) -> None:
+    """ValueError when a budget asks for weights that a router does not predict."""
+    if budget.min_weight is not None and not predicts_weights:
+        raise ValueError(
+            f"min_weight={budget.min_weight}: accepted with routers that predict attention "
+            "weights, the trained network or cells"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saap.kernels.attention.api import attend_ranges
 
-from .budget import Budget
+from .budget import Budget, check_predicts_weights
 from .chunks import OutAndLse, attend_chunk
 from .kv_rows import KVRows
 from .routing import LayerRouting
@@ -38,6 +38,8 @@ class KVStore:
     def __init__(self, routing: LayerRouting | None, budget: Budget, *, capacity: int = 0):
         if routing is not None and (budget.nprobe or 0) > routing.n_lists:
             raise ValueError(f"nprobe={budget.nprobe}: accepted are 1 to nlist={routing.n_lists}")
+        if routing is not None:
+            check_predicts_weights(routing.predicts_weights, budget)
         self.routing, self.budget = routing, budget
         self.rows, self.capacity = KVRows(), capacity
         self.flush_every = budget.flush_every

@@ -16,6 +16,7 @@ def best_ranges(
     nprobe: int | None = None,
     max_tokens: int | None = None,
     top_p: float | None = None,
+    min_score: float | None = None,
     first_row: int = 0,
     out: Ranges | None = None,
 ) -> Ranges:
@@ -24,11 +25,11 @@ def best_ranges(
     The order of the ranges is not told. `out`: `starts, lengths` int32, as large as the bounds
     can need, to be written to; what is in use of them is returned.
     """
-    options = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p, "first_row": first_row}
+    bounds = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p, "min_score": min_score}
     if scores.device.type == "cpu":
-        check_bounds(scores.shape[-1], nprobe, max_tokens, top_p)
-        return cpu.bucket_ranges(scores, offsets, **options, out=out)
-    starts, lengths = bucket_ranges(scores, offsets, **options)
+        check_bounds(scores.shape[-1], **bounds)
+        return cpu.bucket_ranges(scores, offsets, **bounds, first_row=first_row, out=out)
+    starts, lengths = bucket_ranges(scores, offsets, **bounds, first_row=first_row)
     if out is None:
         return starts, lengths
     used = tuple(t[..., : starts.shape[-1]] for t in out)

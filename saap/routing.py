@@ -77,6 +77,11 @@ class LayerRouting:
         return replace(self, router=router, **tensors)
 
     @property
+    def predicts_weights(self) -> bool:
+        """Whether scores by row are attention weights; of the middle alone without a network."""
+        return self.n_segments > 1 or isinstance(self.router, MLPRouter)
+
+    @property
     def nlist(self) -> int:
         return self.centroids.shape[1]
 

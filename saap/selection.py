@@ -79,7 +79,7 @@ class StepRanges:
             _by_sequence(middles, self.device),
             _by_sequence([n - 1 - self.n_sink for n in lengths], self.device),
             share=budget.share,
-            per_row=budget.max_tokens is not None and budget.top_p is None,
+            per_row=budget.by_weight,
         )
         most = self._bound(routing.n_lists, budget)
         shape = (*scores.shape[:2], LOCAL + most)
@@ -93,6 +93,7 @@ class StepRanges:
             nprobe=most,
             max_tokens=budget.max_tokens,
             top_p=budget.top_p,
+            min_score=budget.min_weight,
             first_row=self.n_sink,
             out=(self._starts[..., LOCAL:], self._lengths[..., LOCAL:]),
         )

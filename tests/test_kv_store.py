@@ -243,24 +243,32 @@ def test_batch_with_left_padding_is_each_alone(routing, budget):
     assert torch.isneginf(together[0][1][2, :, : n - 3]).all()
 
 
-@pytest.mark.parametrize("router", ["centroid", "mlp"])
-def test_cells(routing, router):
-    """Buckets cut by age: more lists than buckets, the same rows."""
+def cells_of(router, nlist) -> LayerRouting:
+    """With 8 buckets scored by torch, with 16 by the kernel."""
+    centroids = torch.nn.functional.normalize(random(HKV, nlist, DIM, seed=9), dim=-1)
     network = MLPRouter(
-        torch.zeros(HQ, DIM), torch.ones(HQ, DIM), random(HQ, 6, DIM), random(HQ, 6),
-        random(HQ, NLIST + 1, 6), random(HQ, NLIST + 1),
+        torch.zeros(HQ, DIM), torch.ones(HQ, DIM), random(HQ, 16, DIM), random(HQ, 16),
+        random(HQ, nlist + 1, 16) / 4, random(HQ, nlist + 1),
     )  # fmt: skip
     cells = LayerRouting(
-        routing.centroids,
-        network if router == "mlp" else routing.router,
+        centroids,
+        network if router == "mlp" else CentroidRouter(centroids),
         n_segments=3,
-        key_scale=torch.full((HKV, NLIST), 4.0),
+        key_scale=torch.full((HKV, nlist), 4.0),
         inv_freq=1.0 / 100 ** (torch.arange(DIM // 2) / (DIM // 2)),
         sm_scale=DIM**-0.5,
     )
-    assert cells.n_lists == 3 * NLIST
+    assert cells.n_lists == 3 * nlist
+    return cells
+
+
+@pytest.mark.parametrize("nlist", [8, 16])
+@pytest.mark.parametrize("router", ["centroid", "mlp"])
+def test_cells(router, nlist):
+    """Buckets cut by age: more lists than buckets, the same rows."""
+    cells = cells_of(router, nlist)
     keys, queries = tokens(70)
-    whole = Budget(nprobe=3 * NLIST, n_sink=4, window=8, flush_every=8)
+    whole = Budget(nprobe=3 * nlist, n_sink=4, window=8, flush_every=8)
     _, found = fed(cells, whole, keys, list(every(70)), queries)
     assert_close(found, expected(keys, queries[0], 70))
     few = Budget(max_tokens=20, n_sink=4, window=8, flush_every=8)
@@ -284,6 +292,42 @@ def test_cells(routing, router):
     alone.append(*keys)
     alone.append(*(t[:, :, -1:] for t in keys))
     assert_close(alone.attend(*(t[:, :, -1:] for t in queries)), [t[:1] for t in together])
+
+
+@pytest.mark.parametrize("share", ["group", "head"])
+@pytest.mark.parametrize("nlist", [8, 16])
+@pytest.mark.parametrize("router", ["centroid", "mlp"])
+def test_min_weight_visits_what_is_predicted_to_weigh_as_much(router, nlist, share):
+    cells = cells_of(router, nlist)
+    keys, queries = tokens(70)
+    places = {"n_sink": 4, "window": 8, "flush_every": 8, "share": share}
+    whole, found = fed(cells, Budget(min_weight=1e-30, **places), keys, [69, 70], queries)
+    assert whole.visited_share == 1.0
+    assert_close(found, expected(keys, queries[0], 70))
+    nothing, _ = fed(cells, Budget(min_weight=1e3, **places), keys, [69, 70], queries)
+    middle = nothing.middles[0]
+    assert nothing.visited_share == pytest.approx(1 - middle / 70)
+    least = 0.01
+    some, _ = fed(cells, Budget(min_weight=least, **places), keys, [69, 70], queries)
+    sizes = torch.zeros(1, HKV, cells.n_lists, dtype=torch.int32)
+    place = some.rows.tokens[:, :, 4 : 4 + middle].long() - 4
+    lists = cells.lists_of(some.rows.lists[:, :, 4 : 4 + middle], place, middle)
+    sizes.scatter_add_(-1, lists, torch.ones_like(lists, dtype=torch.int32))
+    q = queries[1][:, :, 69]
+    weights = cells.scores(q, sizes, middle, 65, share=share)
+    rows = (sizes.repeat_interleave(weights.shape[1] // HKV, 1) * (weights >= least)).sum(-1)
+    assert 0 < rows.sum() < rows.numel() * middle
+    expected_share = (70 - middle + rows.float().mean()) / 70
+    assert some.visited_share == pytest.approx(float(expected_share))
+    capped, _ = fed(
+        cells, Budget(min_weight=least, max_tokens=3, **places), keys, [69, 70], queries
+    )
+    assert capped.visited_share <= (70 - middle + 3) / 70 + 1e-6
+
+
+def test_min_weight_needs_a_router_that_predicts_weights(routing):
+    with pytest.raises(ValueError, match="min_weight=0.1: accepted with routers that predict"):
+        KVStore(routing, Budget(min_weight=0.1))
 
 
 def pad(x, n):
@@ -444,7 +488,9 @@ def test_bad_input_changes_nothing(routing, call, message):
         ({"nprobe": True}, "nprobe=True: accepted are integers from 1"),
         ({"nprobe": 4, "dense_layers": (0, -1)}, r"dense_layers=\(0, -1\): accepted is a tuple"),
         ({"nprobe": 4, "dense_layers": "01"}, "dense_layers='01': accepted is a tuple"),
-        ({}, "nprobe, max_tokens and top_p are all None"),
+        ({"min_weight": 0}, "min_weight=0: accepted are numbers above 0"),
+        ({"min_weight": 0.1, "top_p": 0.5}, "top_p=0.5 and min_weight=0.1: accepted is one of"),
+        ({}, "nprobe, max_tokens, top_p, min_weight are all None"),
     ],
 )
 def test_budget_says_what_is_wrong(options, message):

@@ -105,7 +105,7 @@ def test_method_without_index():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nprobe, max_tokens and top_p are all None"),
+        ({}, "nprobe, max_tokens, top_p, min_weight are all None"),
         ({"nprobe": 0}, "nprobe=0: accepted are integers from 1"),
         ({"max_tokens": -1}, "max_tokens=-1"),
         ({"nprobe": 1, "window": 0}, "window=0"),

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def bucket_ranges(
     nprobe: int | None = None,
     max_tokens: int | None = None,
     top_p: float | None = None,
+    min_score: float | None = None,
     first_row: int = 0,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -115,6 +117,7 @@ def bucket_ranges(
         0 if len(offsets) == 1 else 4 * offsets.stride(0), 4 * starts.stride(1), first_row,
         -1 if nprobe is None else nprobe, -1 if max_tokens is None else max_tokens,
         space.data_ptr(), 0, 0, 2.0 if top_p is None else top_p,
+        -math.inf if min_score is None else min_score,
     )  # fmt: skip
     run(_select(), ctypes.addressof(job), threads)
     most = int(counts.max())

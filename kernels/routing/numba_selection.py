@@ -25,7 +25,7 @@ _FIELDS = (
     "first_row nprobe max_tokens "  # -1: no bound
     "workspace next_worker next_task"
 ).split()
-_SCALARS = ("top_p",)  # above 1: no bound
+_SCALARS = ("top_p", "min_score")  # above 1, -inf: no bound
 _NEXT_WORKER = 8 * _FIELDS.index("next_worker")
 _NEXT_TASK = 8 * _FIELDS.index("next_task")
 
@@ -93,19 +93,21 @@ def _select(job, task, space):
     if job.top_p < 1.0:
         total = 0.0
         for i in range(job.lists):
-            if offsets[i + 1] > offsets[i] and scores[i] > 0:
+            if offsets[i + 1] > offsets[i] and scores[i] > 0 and scores[i] >= job.min_score:
                 total += scores[i]
         most_mass = job.top_p * total
-    threshold, rows, lists, mass = _threshold(
-        scores, offsets, most_rows, most_lists, most_mass, space
-    )
+    threshold, rows, lists, mass = np.int64(0), np.int64(0), np.int64(0), 0.0
+    if job.max_tokens >= 0 or job.nprobe >= 0 or job.top_p < 1.0:
+        threshold, rows, lists, mass = _threshold(
+            scores, offsets, job.min_score, most_rows, most_lists, most_mass, space
+        )
     starts = carray(int32_pointer(job.starts + task * job.row_bytes), job.capacity)
     lengths = carray(int32_pointer(job.lengths + task * job.row_bytes), job.capacity)
     found, end = 0, np.int64(-1)
     for i in range(job.lists):
         size = np.int64(offsets[i + 1]) - offsets[i]
         bits = ordered_bits(scores[i])
-        if size == 0 or bits < threshold:
+        if size == 0 or bits < threshold or scores[i] < job.min_score:
             continue
         if bits == threshold:
             if rows >= most_rows or lists >= most_lists or (lists > 0 and mass >= most_mass):
@@ -127,7 +129,7 @@ def _select(job, task, space):
 
 
 @_njit
-def _threshold(scores, offsets, most_rows, most_lists, most_mass, space):
+def _threshold(scores, offsets, min_score, most_rows, most_lists, most_mass, space):
     """Bits of the score at which a bound is reached, and what all lists above it add up to."""
     rows, lists, mass = np.int64(0), np.int64(0), 0.0
     rows_of = carray(int64_pointer(space), BINS)
@@ -142,7 +144,7 @@ def _threshold(scores, offsets, most_rows, most_lists, most_mass, space):
         if shift == _SHIFTS[0]:
             for i in range(len(scores)):
                 size = offsets[i + 1] - offsets[i]
-                if size > 0:
+                if size > 0 and scores[i] >= min_score:
                     at = ordered_bits(scores[i]) >> shift
                     rows_of[at] += size
                     lists_of[at] += 1
@@ -156,7 +158,7 @@ def _threshold(scores, offsets, most_rows, most_lists, most_mass, space):
                 bits = ordered_bits(scores[i])
                 if bits >> known_shift == known:
                     size = offsets[i + 1] - offsets[i]
-                    if size > 0:
+                    if size > 0 and scores[i] >= min_score:
                         left[n_left] = i
                         n_left += 1
                         at = (bits >> shift) & (BINS - 1 if shift else BINS // 2 - 1)

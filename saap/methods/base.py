@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.budget import Budget
+from saap.budget import Budget, check_predicts_weights
 from saap.index.lists import InvertedLists
 from saap.ranges import best_ranges
 from saap.trained_index import TrainedIndex
@@ -67,6 +67,9 @@ class Method(ABC):
 class BucketSelector(Selector):
     """Selects whole buckets of a partition by score; subclasses say how buckets are scored."""
 
+    predicts_weights = False
+    """Whether scores by row are attention weights, as `budget.min_weight` needs."""
+
     def __init__(self, lists: InvertedLists):
         self.lists = lists
         self.order = lists.order
@@ -78,6 +81,7 @@ class BucketSelector(Selector):
         """Higher is visited first. `H` is Hkv for `budget.share == "group"`, else Hq."""
 
     def select(self, q_rope, q_derope, budget):
+        check_predicts_weights(self.predicts_weights, budget)
         scores = self.scores(q_rope, q_derope, budget)
         return best_ranges(
             scores,
@@ -85,6 +89,7 @@ class BucketSelector(Selector):
             nprobe=budget.nprobe,
             max_tokens=budget.max_tokens,
             top_p=budget.top_p,
+            min_score=budget.min_weight,
         )
 
 

@@ -42,7 +42,7 @@ class FlatSelector(Selector):
 
     def select(self, q_rope, q_derope, budget):
         n_kv, n_middle = self.keys.shape[:2]
-        k = min(rows_needed(self.name, budget.max_tokens, budget.nprobe), n_middle)
+        k = min(rows_needed(self.name, budget), n_middle)
         if k == 0:
             return no_ranges(q_rope, n_kv, budget.share)
         queries = q_rope.unflatten(1, (n_kv, -1))

@@ -41,7 +41,7 @@ class HNSWSelector(Selector):
         ]
 
     def select(self, q_rope, q_derope, budget):
-        k = min(rows_needed(self.name, budget.max_tokens, budget.nprobe), self.n_middle)
+        k = min(rows_needed(self.name, budget), self.n_middle)
         if k == 0:
             return no_ranges(q_rope, self.n_kv, budget.share)
         queries = q_rope.unflatten(1, (self.n_kv, -1))

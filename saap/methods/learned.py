@@ -22,6 +22,7 @@ class RoutedSelector(BucketSelector):
         lists = routing.lists_of(routing.assign(keys.k_derope), place, self.n_middle)
         super().__init__(invert(lists, routing.n_lists))
         self.routing = routing
+        self.predicts_weights = routing.predicts_weights
         self.nbytes = routing.nbytes
 
     def scores(self, q_rope, q_derope, budget):
@@ -31,7 +32,7 @@ class RoutedSelector(BucketSelector):
             self.n_middle,
             self.ahead + self.window + self.n_middle - 1,
             share=budget.share,
-            per_row=budget.max_tokens is not None and budget.top_p is None,
+            per_row=budget.by_weight,
         )
 
 

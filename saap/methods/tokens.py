@@ -6,16 +6,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saap.budget import BOUNDS, Budget
+
 from .base import LayerKeys, Ranges, Selector
 
 
-def rows_needed(name: str, max_tokens: int | None, nprobe: int | None) -> int:
-    """`max_tokens`; ValueError when the budget counts buckets, which method `name` lacks."""
-    if nprobe is not None:
-        raise ValueError(
-            f"nprobe={nprobe}: method {name!r} has no buckets: accepted is max_tokens"
-        )
-    return max_tokens
+def rows_needed(name: str, budget: Budget) -> int:
+    """`max_tokens`; ValueError for bounds that need buckets, which method `name` lacks."""
+    for bound in BOUNDS:
+        value = getattr(budget, bound)
+        if bound != "max_tokens" and value is not None:
+            raise ValueError(
+                f"{bound}={value}: method {name!r} has no buckets: accepted is max_tokens"
+            )
+    return budget.max_tokens
 
 
 def rows_as_ranges(rows: Int[Tensor, "n H k"]) -> Ranges:
@@ -71,7 +75,7 @@ class TokenSelector(Selector):
         return combine_heads(scores, self.n_kv)
 
     def select(self, q_rope, q_derope, budget):
-        k = min(rows_needed(self.name, budget.max_tokens, budget.nprobe), self.n_middle)
+        k = min(rows_needed(self.name, budget), self.n_middle)
         scores = self.scores(q_rope)
         if budget.share == "group":
             scores = self.combine(scores)

@@ -150,6 +150,7 @@ bounds = st.fixed_dictionaries(
         "nprobe": st.none() | st.integers(1, 12),
         "max_tokens": st.none() | st.integers(0, 60),
         "top_p": st.none() | st.floats(0.01, 1.0),
+        "min_score": st.none() | st.floats(-1.0, 2.0),
     }
 ).filter(lambda given: any(bound is not None for bound in given.values()))
 
