@@ -326,7 +326,7 @@ def test_min_weight_visits_what_is_predicted_to_weigh_as_much(router, nlist, sha
 
 
 def test_min_weight_needs_a_router_that_predicts_weights(routing):
-    with pytest.raises(ValueError, match="min_weight=0.1: accepted with routers that predict"):
+    with pytest.raises(ValueError, match=r"min_weight=0\.1: accepted with routers that predict"):
         KVStore(routing, Budget(min_weight=0.1))
 
 

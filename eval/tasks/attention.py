@@ -99,16 +99,24 @@ class LayerProblem:
             *context, n_sink=self.n_sink, window=self.window, order=selector.order, spare=0
         )
 
-    def measure(self, selector, store: LayerStore, budget: Budget) -> dict:
-        """Sums over the queries, a value a query head; lists are `[Hq]`."""
+    def attend(self, selector, store: LayerStore, budget: Budget):
+        """`out, lse` of all that is visited, `lse` of the chosen rows, `lengths [n, H, R]`."""
         selector.ahead = 1 + torch.arange(self.n_queries)
         starts, lengths = selector.select(self.q_rope, self.q_derope, budget)
         chosen = self._attend(store.k, store.v, starts + self.first, lengths)
-        out, lse = merge_states(*chosen, *self.local)
-        exact_out, exact_lse = self.exact
+        return *merge_states(*chosen, *self.local), chosen[1], lengths
+
+    def output_errors(self, out: Tensor) -> Tensor:
+        """`|out - exact| / |exact|` over all heads, `[n]`."""
+        exact = self.exact[0].flatten(1)
+        return (out.flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
+
+    def measure(self, selector, store: LayerStore, budget: Budget) -> dict:
+        """Sums over the queries, a value a query head; lists are `[Hq]`."""
+        out, lse, chosen_lse, lengths = self.attend(selector, store, budget)
+        exact_lse = self.exact[1]
         middle = (self.middle[1] - exact_lse).exp()
-        caught = (chosen[1] - exact_lse).exp()
-        error = (out - exact_out).flatten(1).norm(dim=1) / exact_out.flatten(1).norm(dim=1)
+        caught = (chosen_lse - exact_lse).exp()
         local_rows = self._local_ranges()[1].sum(-1).float().mean()
         rows = lengths.sum(-1).float()
         row_bytes = 2 * self.k_rope.shape[-1] * self.k_rope.element_size()
@@ -119,7 +127,7 @@ class LayerProblem:
             "middle_mass": rounded(middle.sum(0)),
             "middle_caught": rounded(caught.sum(0)),
             "all_caught": rounded((lse - exact_lse).exp().sum(0)),
-            "output_error": float(error.sum()),
+            "output_error": float(self.output_errors(out).sum()),
             "selectivity": float(visited_rows) / (self.n_context + (self.n_queries + 1) / 2),
             "bytes_read": float(visited_rows) * heads_reading * row_bytes + selector.nbytes,
             "router_bytes": selector.nbytes,
