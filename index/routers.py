@@ -80,21 +80,29 @@ class MLPRouter(Router):
     of the attention. What is fitted is weight a key, so it holds for contexts whose buckets have
     other sizes than in training. `q_hat = (q - mean) * scale` standardises each head's queries.
     Shapes: `mean, scale [Hq, D]`, `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`,
-    `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`.
+    `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`; float32, or `w2` int8 with
+    `w2_scale [Hq, nlist + 1]`.
 
     Source: the classifier of Saap, arXiv 2502.08246, section 4.2; the sizes are ours.
     """
 
-    def __init__(self, mean, scale, w1, b1, w2, b2):
+    def __init__(self, mean, scale, w1, b1, w2, b2, w2_scale=None):
         self.mean, self.scale = mean, scale
-        self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
+        self.w1, self.b1, self.w2, self.b2, self.w2_scale = w1, b1, w2, b2, w2_scale
         self.n_heads, self.nlist = w2.shape[0], w2.shape[1] - 1
 
     def logits(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist_plus_1"]:
         """`f`, and last `o`."""
         x = ((q.float() - self.mean) * self.scale).transpose(0, 1)
         hidden = torch.nn.functional.silu(torch.baddbmm(self.b1[:, None], x, self.w1.mT))
-        return torch.baddbmm(self.b2[:, None], hidden, self.w2.mT).transpose(0, 1)
+        w2 = self.w2 if self.w2_scale is None else self.w2 * self.w2_scale[..., None]
+        return torch.baddbmm(self.b2[:, None], hidden, w2.mT).transpose(0, 1)
+
+    def quantized(self) -> "MLPRouter":
+        """With `w2` in 8 bits, the largest of each row 127: a quarter of the bytes of a step."""
+        scale = self.w2.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        w2 = (self.w2 / scale[..., None]).round().to(torch.int8)
+        return MLPRouter(self.mean, self.scale, self.w1, self.b1, w2, self.b2, scale)
 
     def mass(self, q, sizes=None):
         logits = self.logits(q)
@@ -104,14 +112,8 @@ class MLPRouter(Router):
         return logits.softmax(-1)[..., :-1]
 
     def tensors(self):
-        return {
-            "mean": self.mean,
-            "scale": self.scale,
-            "w1": self.w1,
-            "b1": self.b1,
-            "w2": self.w2,
-            "b2": self.b2,
-        }
+        names = ("mean", "scale", "w1", "b1", "w2", "b2", "w2_scale")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 ROUTERS: dict[str, type[Router]] = {

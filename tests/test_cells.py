@@ -163,3 +163,19 @@ def test_an_empty_cell_far_above_all_others_does_no_harm():
     mass = far.scores(q, sizes, 48, 60, per_row=False)
     assert mass.isfinite().all()
     assert torch.allclose(mass.sum(-1), torch.full((1, HKV), float(G)), rtol=1e-4)
+
+
+def test_a_router_in_8_bits_says_nearly_the_same():
+    made = MLPRouter(
+        random(HKV * G, D), torch.ones(HKV * G, D), random(HKV * G, 16, D), random(HKV * G, 16),
+        random(HKV * G, NLIST + 1, 16) / 4, random(HKV * G, NLIST + 1),
+    )  # fmt: skip
+    small = made.quantized()
+    assert small.w2.dtype == torch.int8
+    assert small.w2.abs().amax() == 127
+    assert small.tensors().keys() == made.tensors().keys() | {"w2_scale"}
+    assert small.nbytes < made.nbytes
+    q = random(5, HKV * G, D, seed=8)
+    assert 0 < (small.logits(q) - made.logits(q)).abs().max() < 0.05
+    again = MLPRouter(**small.tensors())
+    assert torch.equal(again.logits(q), small.logits(q))

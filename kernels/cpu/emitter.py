@@ -63,9 +63,12 @@ class Emitter:
         return self.at(base, self.builder.mul(self.load(entry, I64), row_bytes))
 
     def load_stored(self, address, kind):
-        """`LANES` elements of a K or V row, as float32."""
+        """`LANES` elements of a row, as float32; `kind` is the type that stores one."""
         if kind == types.float32:
             return self.load(address, VECTOR)
+        if kind == types.int8:
+            small = self.load(address, ir.VectorType(ir.IntType(8), LANES), align=1)
+            return self.builder.sitofp(self.builder.sext(small, VECTOR_I32), VECTOR)
         if kind == types.int16:
             half = self.load(address, ir.VectorType(_F16, LANES), align=2)
             return self.builder.fpext(half, VECTOR)

@@ -14,6 +14,9 @@ from saap.kernels.cpu.functions import compiled, run, stamp_of
 
 from . import numba_selection, numba_weights
 
+_F32 = torch.float32
+_NETWORK_DTYPES = ((_F32,) * 6, (_F32, _F32, _F32, _F32, torch.int8, _F32, _F32))
+
 
 def cell_weights(
     q: Tensor,
@@ -43,6 +46,7 @@ def cell_weights(
         n_middle, distance: keys in the cells, and how far the oldest is from the query, `[B]` or
             scalars.
         network: the tensors of `MLPRouter`, whose logits count by `trained_share`; or None.
+            `mean, scale, w1, b1, w2, b2` float32; with `w2_scale` too, w2 is int8.
         share: "group": one row for the query heads of a KV head, `H = Hkv`; "head": `H = Hq`.
         by_size: weight of all keys of a cell.
 
@@ -60,10 +64,11 @@ def cell_weights(
     space = torch.empty(
         threads * numba_weights.workspace_floats(group, dim, nlist, n_segments, hidden)
     )
-    addresses = [t.data_ptr() for t in network] or [0] * 6
+    addresses = [t.data_ptr() for t in network]
+    addresses += [0] * (len(numba_weights.NETWORK) - len(addresses))
     job = numba_weights.Job(
-        q.data_ptr(), keys.data_ptr(), inv_freq.data_ptr(), sizes.data_ptr(),
-        n_middle.data_ptr(), distance.data_ptr(), out.data_ptr(), *addresses,
+        *addresses, q.data_ptr(), keys.data_ptr(), inv_freq.data_ptr(), sizes.data_ptr(),
+        n_middle.data_ptr(), distance.data_ptr(), out.data_ptr(),
         batch, heads, group, dim, len(inv_freq), nlist, n_segments, hidden,
         interleaved, share == "head", by_size,
         0 if len(sizes) == 1 else 4 * sizes.stride(0),
@@ -78,7 +83,8 @@ def can_weigh(q: Tensor, keys: Tensor, network: tuple[Tensor, ...] | None) -> bo
     dims = (q.shape[-1], network[2].shape[1] if network else LANES)
     return (
         q.device.type == "cpu"
-        and all(t.dtype == torch.float32 for t in (keys, *(network or ())))
+        and keys.dtype == torch.float32
+        and (not network or tuple(t.dtype for t in network) in _NETWORK_DTYPES)
         and all(n % LANES == 0 and n for n in dims)
         and keys.shape[1] + 1 >= LANES
     )

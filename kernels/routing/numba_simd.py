@@ -24,13 +24,18 @@ VECTOR_BYTES = 4 * LANES
 
 
 @intrinsic
-def matvec(typing_context, matrix, bias, x, rows, columns, out):
-    """`out = matrix @ x + bias`, float32; rows at least `LANES`, columns a multiple of it."""
+def matvec(typing_context, kind, matrix, scales, bias, x, rows, columns, out):
+    """`out = scales * (matrix @ x) + bias`; rows at least `LANES`, columns a multiple of it.
+
+    kind: a value of the type that stores the matrix, float32 or int8; scales, a number a row, are
+    for int8 alone.
+    """
+    size = kind.bitwidth // 8
 
     def codegen(context, builder, signature, args):
-        matrix, bias, x, rows, columns, out = args
+        _, matrix, scales, bias, x, rows, columns, out = args
         emit = Emitter(builder)
-        row_bytes = builder.mul(columns, I64(4))
+        row_bytes = builder.mul(columns, I64(size))
         blocks = builder.sdiv(builder.add(rows, I64(LANES - 1)), I64(LANES))
         last = builder.sub(rows, I64(LANES))
         sums = [emit.register(emit.same(0.0)) for _ in range(LANES)]
@@ -44,19 +49,20 @@ def matvec(typing_context, matrix, bias, x, rows, columns, out):
             with cgutils.for_range(builder, builder.sdiv(columns, I64(LANES))) as loop:
                 offset = builder.mul(loop.index, I64(VECTOR_BYTES))
                 part = emit.load(emit.at(x, offset), VECTOR)
-                entry = emit.at(own, offset)
+                entry = emit.at(own, builder.mul(loop.index, I64(size * LANES)))
                 for slot in sums:
-                    builder.store(
-                        emit.fma(emit.load(entry, VECTOR), part, builder.load(slot)), slot
-                    )
+                    weights = emit.load_stored(entry, kind)
+                    builder.store(emit.fma(weights, part, builder.load(slot)), slot)
                     entry = emit.at(entry, row_bytes)
             totals = emit.totals([builder.load(slot) for slot in sums])
             place = builder.mul(first, I64(4))
+            if kind == types.int8:
+                totals = builder.fmul(totals, emit.load(emit.at(scales, place), VECTOR))
             totals = builder.fadd(totals, emit.load(emit.at(bias, place), VECTOR))
             emit.store(totals, emit.at(out, place))
         return context.get_dummy_value()
 
-    return types.void(*[_I64] * 6), codegen
+    return types.void(kind, *[_I64] * 7), codegen
 
 
 @intrinsic

@@ -17,14 +17,19 @@ from saap.kernels.cpu.memory import (
 
 from .numba_simd import ROWS, WIDEST, blend, combine, exponentials, matvec, products
 
+NETWORK = "mean scale w1 b1 w2 b2 w2_scale".split()
+"""Addresses of the network, 0 without one; w2 is int8 if it has scales, else all are float32."""
+
 _FIELDS = (
-    "q keys inv_freq sizes n_middle distance out "  # addresses; n_middle, distance float64
-    "mean scale w1 b1 w2 b2 "  # addresses of the network's float32, 0 without one
-    "batch heads group dim pairs nlist segments hidden "
-    "interleaved per_head by_size "  # flags
-    "sizes_batch "  # bytes from one sequence's sizes to the next's
-    "workspace next_worker next_task"
-).split()
+    NETWORK
+    + (
+        "q keys inv_freq sizes n_middle distance out "  # addresses; n_middle, distance float64
+        "batch heads group dim pairs nlist segments hidden "
+        "interleaved per_head by_size "  # flags
+        "sizes_batch "  # bytes from one sequence's sizes to the next's
+        "workspace next_worker next_task"
+    ).split()
+)
 _SCALARS = ("trained_share",)
 _NEXT_WORKER = 8 * _FIELDS.index("next_worker")
 _NEXT_TASK = 8 * _FIELDS.index("next_task")
@@ -247,14 +252,19 @@ def _network(job, b, head, standard, hidden, logits, base, in_bucket, buckets):
     x = carray(float32_pointer(standard), job.dim)
     for d in range(job.dim):
         x[d] = (q[d] - mean[d]) * scale[d]
-    matvec(job.w1 + 4 * head * job.hidden * job.dim, job.b1 + 4 * head * job.hidden, standard,
-           job.hidden, job.dim, hidden)  # fmt: skip
+    matvec(np.float32(0), job.w1 + 4 * head * job.hidden * job.dim, 0,
+           job.b1 + 4 * head * job.hidden, standard, job.hidden, job.dim, hidden)  # fmt: skip
     h = carray(float32_pointer(hidden), job.hidden)
     for i in range(job.hidden):
         h[i] /= np.float32(1.0) + np.float32(math.exp(-h[i]))
     rows = job.nlist + 1
-    matvec(job.w2 + 4 * head * rows * job.hidden, job.b2 + 4 * head * rows, hidden,
-           rows, job.hidden, logits)  # fmt: skip
+    bias = job.b2 + 4 * head * rows
+    if job.w2_scale:
+        matvec(np.int8(0), job.w2 + head * rows * job.hidden, job.w2_scale + 4 * head * rows, bias,
+               hidden, rows, job.hidden, logits)  # fmt: skip
+    else:
+        matvec(np.float32(0), job.w2 + 4 * head * rows * job.hidden, 0, bias,
+               hidden, rows, job.hidden, logits)  # fmt: skip
     values = carray(float32_pointer(logits), buckets)
     own = carray(float32_pointer(base), buckets)
     outside = values[job.nlist]

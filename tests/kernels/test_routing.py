@@ -101,6 +101,20 @@ def test_weights_are_those_of_the_formula(share, network, change):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_network_in_8_bits():
+    p = problem()
+    *most, w2, b2 = p["network"]
+    generator = torch.Generator().manual_seed(1)
+    w2 = torch.randint(-127, 128, w2.shape, generator=generator, dtype=torch.int8)
+    scale = 0.01 * (1 + random(*w2.shape[:2], seed=9).abs())
+    p["network"] = (*most, w2, b2, scale)
+    assert cpu.can_weigh(p["q"], p["keys"], p["network"])
+    plain = p | {"network": (*most, w2 * scale[..., None], b2)}
+    torch.testing.assert_close(
+        cpu.cell_weights(**p).double(), expected_weights(plain), rtol=1e-4, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize(("n_kv", "group", "nlist"), [(1, 1, 15), (3, 3, 33), (2, 8, 64)])
 def test_any_number_of_heads_and_buckets(n_kv, group, nlist):
     p = problem(n_kv, group, nlist, batch=1)
