@@ -176,6 +176,7 @@ def test_a_router_in_8_bits_says_nearly_the_same():
     assert small.tensors().keys() == made.tensors().keys() | {"w2_scale"}
     assert small.nbytes < made.nbytes
     q = random(5, HKV * G, D, seed=8)
-    assert 0 < (small.logits(q) - made.logits(q)).abs().max() < 0.05
+    error = (small.logits(q) - made.logits(q)).abs().max()
+    assert 0 < error < 0.01 * made.logits(q).abs().max()
     again = MLPRouter(**small.tensors())
     assert torch.equal(again.logits(q), small.logits(q))
