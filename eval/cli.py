@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_decode, cli_results
+from . import cli_decode, cli_results, cli_train
 
 app = typer.Typer(
     add_completion=False,
@@ -32,56 +32,7 @@ def demo(
     steps.demo(out, context, seed)
 
 
-@app.command()
-def train(
-    model: Annotated[
-        str, typer.Argument(help="folder or hub name; 'reference' is the shipped one")
-    ],
-    corpus: Annotated[list[Path], typer.Option(help="text file or folder; may be repeated")],
-    out: Annotated[Path, typer.Option(help="the index file to write")],
-    context: Annotated[int, typer.Option(help="tokens a sequence")] = 8192,
-    texts: Annotated[int, typer.Option(help="sequences, spread over the corpus")] = 24,
-    nlist: Annotated[
-        int | None, typer.Option(help="buckets a KV head; by context if not given")
-    ] = None,
-    router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
-    window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
-    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
-    baselines: Annotated[
-        bool, typer.Option(help="also fit what is only compared with: linear, kmeans-rope")
-    ] = False,
-    seed: int = 0,
-) -> None:
-    """Train partitions and routers for all layers of a model: one safetensors file."""
-    from saap import hf
-    from saap.training import train as train_index
-
-    from . import corpus as texts_of
-    from .terminal import console, progress_bars
-
-    check_writable(out.parent)
-    text = texts_of.read_corpus(corpus)
-    loaded, tokenizer = hf.load_model(model_path(model)), hf.load_tokenizer(model_path(model))
-    if context > hf.max_context(loaded):
-        raise ValueError(
-            f"--context {context}: accepted are at most the model's "
-            f"max_position_embeddings={hf.max_context(loaded)}"
-        )
-    sequences = texts_of.sequences(tokenizer, text, context, texts)
-    with progress_bars() as progress:
-        index = train_index(
-            loaded,
-            sequences,
-            nlist=nlist,
-            router=router,
-            seed=seed,
-            window=window,
-            steps=steps,
-            baselines=baselines,
-            progress=progress,
-        )
-    index.save(out)
-    console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+cli_train.register(app)
 
 
 @app.command(name="eval")
@@ -169,16 +120,6 @@ def evaluate(
     print_speed(scores, main_budget(scores))
     print_suspicions(check_folder(out))
     typer.echo(f"report  {report_path}")
-
-
-@app.command()
-def info(file: Path) -> None:
-    """What an index file holds, and the recall a head that was measured when it was trained."""
-    from saap.trained_index import TrainedIndex
-
-    from .info import print_index
-
-    print_index(file, TrainedIndex.load(file))
 
 
 cli_results.register(app)

@@ -44,6 +44,11 @@ def bad(arguments, message):
         bad(["train", "reference", "--corpus", "SHORT"], "lower nlist or bring more text"),
         bad(["train", "reference", "--corpus", "SHORT", "--context", "99999"], "accepted are at"),
         bad(["train", "reference", "--corpus", "SHORT", "--router", "tree"], "router='tree'"),
+        bad(["train", "reference", "--corpus", "LINE"], "the corpus repeats itself"),
+        bad(["train", "reference", "--corpus", "no/name"], "pip install datasets"),
+        bad(["train", "reference", "--corpus", "SHORT", "--device", "tpu"], "accepted are cpu and"),
+        bad(["train", "reference", "--corpus", "SHORT", "--dtype", "int8"], "--dtype int8: accept"),
+        bad(["info", "INDEX", "--router", "tree"], "--router tree: accepted are"),
         bad(["report", "EMPTYDIR"], "holds no run.json"),
         bad(["info", "EMPTY"], "truncated or not a safetensors file"),
         bad(["demo", "--context", "100000"], "context 100000: accepted are at most"),
@@ -54,9 +59,12 @@ def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message
     cut.write_bytes(index_file.read_bytes()[:-50])
     empty.write_text("")
     short.write_text("words and lines\n" * 40)
+    line = tmp_path / "line.txt"
+    line.write_text("the same line again\n" * 2000)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "dir").mkdir()
     out = tmp_path / "out"
-    places = {"INDEX": index_file, "CUT": cut, "EMPTY": empty, "SHORT": short,
+    places = {"INDEX": index_file, "CUT": cut, "EMPTY": empty, "SHORT": short, "LINE": line,
               "EMPTYDIR": tmp_path / "dir"}  # fmt: skip
     arguments = [places.get(a, a) for a in arguments]
     if arguments[0] in ("eval", "train"):
@@ -87,6 +95,16 @@ def test_info_shows_recall_a_head(monkeypatch, capsys, index_file):
     assert code == 0
     assert "nlist 16" in out
     assert "held-out middle recall at nprobe 1 of 16" in out
+
+
+def test_info_draws_a_picture(monkeypatch, capsys, index_file, tmp_path):
+    picture = tmp_path / "map.png"
+    code, out, _ = run_cli(
+        monkeypatch, capsys, "info", index_file, "--router", "centroid", "--plot", picture
+    )
+    assert code == 0
+    assert "nprobe 1 of 16, centroid" in out
+    assert picture.is_file()
 
 
 def test_help_is_quick_and_names_the_commands():

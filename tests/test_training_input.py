@@ -1,0 +1,119 @@
+"""Training on what it should not be trained on; memory of one layer."""
+
+import gc
+
+import pytest
+import torch
+
+from saap.training import TrainingOptions, prepare, train
+from saap.training.plan import MAX_QUERIES, PIECE, check_variety, make_plan
+
+from .conftest import random_model
+
+SHORT = {"nlist": 8, "steps": 4, "hidden": 8, "window": 32}
+
+
+def text(n: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(1, 96, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_repeated_line():
+    line = text(1, 50)[0]
+    sequences = list(line.repeat(4, 40)[:, :1000])
+    with pytest.raises(ValueError, match=r"the corpus repeats itself: 50 distinct pieces of 16"):
+        check_variety(sequences, 64)
+    # Enough pieces for the buckets, and still one line again and again.
+    with pytest.raises(ValueError, match="2% of the pieces have to be different"):
+        check_variety(sequences, 32)
+    check_variety([*sequences, *text(1, 1000)], 64)
+
+
+def test_a_repeated_line_is_told_before_the_model_runs(tiny_model):
+    with pytest.raises(ValueError, match=r"accepted are at least 22 \(nlist=16 buckets need"):
+        train(tiny_model, torch.ones(4, 300, dtype=torch.long), nlist=16, window=32)
+
+
+def test_pieces_are_counted_exactly():
+    tokens = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 3)
+    with pytest.raises(ValueError, match="10 distinct pieces of 16 tokens among 15"):
+        check_variety([tokens], 11)
+    other = tokens.clone()
+    other[PIECE - 1] = 99  # in each of the first 15 pieces
+    with pytest.raises(ValueError, match="15 distinct pieces of 16 tokens among 15"):
+        check_variety([other], 16)
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(tiny_model, tiny_tokens, monkeypatch):
+    from saap.index import fitting
+
+    calls, fit = 0, fitting.fit_mlp
+
+    def broken(q, *arguments, **options):
+        nonlocal calls
+        calls += 1
+        return fit(q * torch.inf if calls == 2 else q, *arguments, **options)
+
+    monkeypatch.setattr("saap.training.layer.fitting.fit_mlp", broken)
+    with pytest.raises(FloatingPointError, match="layer 1: router loss is nan at step 0"):
+        train(tiny_model, tiny_tokens, **SHORT)
+
+
+def test_keys_that_are_not_finite_name_the_layer(tiny_tokens):
+    model = random_model("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="layer 2: points holds NaN or inf"):
+        train(model, tiny_tokens, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nlist": 0}, "nlist=0: accepted are 1 and more"),
+        ({"steps": 0}, "steps=0: accepted are 1 and more"),
+        ({"window": -1}, "window=-1: accepted are 0 and more"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**options)
+
+
+def test_long_corpora_have_no_more_targets_than_short_ones():
+    sequences = list(text(4, 120_000))
+    plan = make_plan(sequences, TrainingOptions(nlist=64, window=64))
+    assert plan.query_stride > 8
+    assert 0.9 * MAX_QUERIES < plan.n_queries(range(4)) <= MAX_QUERIES
+    assert plan.n_queries(range(4)) == plan.n_queries(plan.held) + plan.n_queries(plan.fitted)
+
+
+def test_memory_is_that_of_one_layer(tiny_tokens):
+    """What targets hold, the largest of it all, does not grow with the depth of a model."""
+
+    def most_held(layers: int) -> int:
+        most = 0
+
+        def watch(what, *_):
+            nonlocal most
+            if what.endswith("routers)"):
+                held = [t for t in gc.get_objects() if type(t) is torch.Tensor
+                        and t.dtype == torch.float16]  # fmt: skip
+                most = max(most, sum(t.nbytes for t in held))
+
+        train(random_model("llama", num_hidden_layers=layers), tiny_tokens, **SHORT,
+              progress=watch)  # fmt: skip
+        return most
+
+    queries = prepare(random_model("llama"), tiny_tokens, TrainingOptions(**SHORT)).plan
+    targets = queries.n_queries(range(len(tiny_tokens))) * 4 * (8 + 1) * 2
+    assert most_held(1) == targets
+    assert most_held(3) == targets
+
+
+def test_memory_needed_is_told(tiny_tokens):
+    few, many = (
+        prepare(random_model("llama", num_hidden_layers=n), tiny_tokens, TrainingOptions(**SHORT))
+        for n in (1, 4)
+    )
+    assert few.memory == many.memory
+    assert few.memory.hidden == 6 * 300 * 64 * 4
