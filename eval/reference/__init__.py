@@ -7,14 +7,18 @@ FOLDER = Path(__file__).parent / "files"
 CONTEXT = 8192  # the longest length it was trained at
 
 
+def read_held_out(folder: Path) -> bytes:
+    return lzma.decompress((folder / "held_out.txt.xz").read_bytes())
+
+
 def held_out_text() -> bytes:
-    """Standard-library sources that the model was never trained on; shipped, so that figures do
-    not depend on the Python at hand."""
-    return lzma.decompress((FOLDER / "held_out.txt.xz").read_bytes())
+    """Sources that the model was never trained on; shipped, so that figures do not depend on the
+    Python at hand."""
+    return read_held_out(FOLDER)
 
 
-def split_held_out() -> tuple[bytes, bytes]:
+def split_held_out(folder: Path = FOLDER) -> tuple[bytes, bytes]:
     """Two parts without overlap: for training an index, for evaluating it."""
-    text = held_out_text()
+    text = read_held_out(folder)
     cut = text.index(b"\n", 2 * len(text) // 3) + 1
     return text[:cut], text[cut:]

@@ -57,7 +57,7 @@ def split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             room = PART_BYTES
         groups[-1][name] = tensor
         room -= size
-    return groups
+    return [group for group in groups if group]
 
 
 def load_parts(folder: Path) -> tuple[dict[str, Tensor], dict]:

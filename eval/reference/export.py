@@ -9,8 +9,13 @@ from pathlib import Path
 
 from . import FOLDER
 from .decoder import DecoderConfig
-from .text import read_sources
+from .recipe import Recipe, find_recipe
+from .text import find_sources, read_sources
 
+SHIPPED = (
+    "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "recipe.json",
+    "held_out.txt.xz", "corpus.json", "judged.json", "plan.json",
+)  # fmt: skip
 SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -21,7 +26,7 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, context: int) -> None:
     """Token id = byte value; `<bos>` = 256 is put first."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
     specials = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS.values())}
@@ -85,7 +90,7 @@ def write_tokenizer(folder: Path) -> None:
         json.dumps(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": 8192,
+                "model_max_length": context,
                 "clean_up_tokenization_spaces": False,
                 **SPECIAL_TOKENS,
             },
@@ -98,12 +103,22 @@ def write_config(folder: Path, config: DecoderConfig) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=1) + "\n")
 
 
-def write_held_out(folder: Path, n_bytes: int = 720_000, most_a_file: int = 40_000) -> None:
+def held_out_texts(recipe: Recipe) -> list[bytes]:
+    """Held-out files in the order of their hash.
+
+    Not those of transformers: its models copy from each other, so a held-out file has near copies
+    among those that were trained on.
+    """
+    sources, _ = find_sources(tuple(n for n in recipe.sources if n != "transformers"))
+    texts = [t for s in sources for t in read_sources(s.root, held_out=True, key=s.key)]
+    return sorted(texts, key=lambda t: hashlib.sha1(t).hexdigest())
+
+
+def write_held_out(folder: Path, texts: list[bytes], n_bytes: int, most_a_file: int) -> None:
     """Ship a part of the held-out sources, so that figures are the same on every machine.
 
-    Files in the order of their hash, none longer than `most_a_file` bytes (cut at a line).
+    None longer than `most_a_file` bytes (cut at a line).
     """
-    texts = sorted(read_sources(held_out=True), key=lambda t: hashlib.sha1(t).hexdigest())
     pieces, total = [], 0
     for text in texts:
         piece = text[:most_a_file]
@@ -119,17 +134,29 @@ def write_held_out(folder: Path, n_bytes: int = 720_000, most_a_file: int = 40_0
     (folder / "held_out.txt.xz").write_bytes(lzma.compress(b"\n".join(pieces), preset=9))
 
 
+def complete(run: Path, recipe: Recipe) -> None:
+    """Put what libraries need to load a finished run's weights beside them, and held-out text."""
+    long = recipe.decoder.max_position_embeddings > 8192
+    write_config(run, recipe.decoder)
+    write_tokenizer(run, recipe.decoder.max_position_embeddings)
+    # Long contexts need long files, and texts that do not overlap.
+    size = (4_000_000, 300_000) if long else (720_000, 40_000)
+    write_held_out(run, held_out_texts(recipe), *size)
+
+
 def main() -> None:
     """`python -m saap.eval.reference.export RUN_FOLDER`: the shipped folder from a run."""
     run = Path(sys.argv[1])
+    if not (run / "model.safetensors").is_file():
+        print(f"{run}: accepted is the folder of a finished training run", file=sys.stderr)
+        sys.exit(2)
+    if not (run / "config.json").is_file():
+        complete(run, find_recipe(sys.argv[2] if len(sys.argv) > 2 else "CPU"))
     FOLDER.mkdir(exist_ok=True)
-    recipe = json.loads((run / "recipe.json").read_text())
-    write_config(FOLDER, DecoderConfig(**recipe["decoder"]))
-    write_tokenizer(FOLDER)
-    write_held_out(FOLDER)
-    shutil.copyfile(run / "model.safetensors", FOLDER / "model.safetensors")
+    for name in SHIPPED:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, FOLDER / name)
     shutil.copyfile(run / "log.jsonl", FOLDER / "training_log.jsonl")
-    shutil.copyfile(run / "recipe.json", FOLDER / "recipe.json")
 
 
 if __name__ == "__main__":

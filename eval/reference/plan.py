@@ -168,15 +168,15 @@ def measure_rates(recipe: Recipe, device: str) -> tuple[Rates, str]:
 
 
 def seconds_of(work: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """The median of `repeats` runs after two that are not counted."""
+    """The median of `repeats` runs after one that is not counted."""
     taken = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + 1):
         synchronize(device)
         begin = time.perf_counter()
         work()
         synchronize(device)
         taken.append(time.perf_counter() - begin)
-    return sorted(taken[2:])[repeats // 2]
+    return sorted(taken[1:])[repeats // 2]
 
 
 def synchronize(device: str) -> None:

@@ -81,7 +81,8 @@ class SequenceMaker:
         """Items of `kinds` stated and asked in text; exactly `length` bytes."""
         lines = retrieval.draw_lines(retrieval.Draw(rng, length, self.chunk), kinds)
         room = length - sum(len(own.text) for own in lines)
-        return weave(self.chunk(rng, room), lines)
+        # What is asked at the end starts a line of its own.
+        return weave(self.chunk(rng, room - 1) + b"\n", lines)
 
     def text(self, rng, length):
         return self.chunk(rng, length), np.ones(length, np.float32)

@@ -2,7 +2,7 @@
 
 Checkpoints to DIR in files of under 16 MB, and continues from there when started again. With
 `--seconds` it stops in time, saves and ends with exit code 0. When all steps are done it writes
-DIR/model.safetensors (float16) and leaves no optimiser state. DIR/log.jsonl grows on the way.
+DIR/model.safetensors (float16) in their place. DIR/log.jsonl grows on the way.
 `--plan` prints what the recipe costs and ends.
 """
 
@@ -92,13 +92,12 @@ class Run:
         return loss.detach(), answered
 
     def save(self, folder: Path, *, finished: bool = False) -> None:
-        """`finished`: weights only."""
-        tensors = checkpoint.pack(
-            self.model,
-            [] if finished else self.optimizers,
-            getattr(torch, self.recipe.saved_weights),
-            getattr(torch, self.recipe.saved_states),
-        )
+        """A checkpoint; one that is `finished` holds no tensors."""
+        tensors = {}
+        if not finished:
+            weights, states = self.recipe.saved_weights, self.recipe.saved_states
+            types = getattr(torch, weights), getattr(torch, states)
+            tensors = checkpoint.pack(self.model, self.optimizers, *types)
         checkpoint.save_parts(
             folder,
             tensors,
@@ -120,7 +119,8 @@ class Run:
                 f"{folder}: its checkpoint is of a recipe with other {', '.join(changed)}; "
                 "accepted is the same recipe and --scale, or an empty folder"
             )
-        checkpoint.unpack(tensors, self.model, [] if header["finished"] else self.optimizers)
+        if not header["finished"]:
+            checkpoint.unpack(tensors, self.model, self.optimizers)
         self.step, self.seconds = header["step"], header["seconds"]
 
 
@@ -188,7 +188,6 @@ def train(
         run.load(out)
         print(f"continuing at step {run.step} of {total}", flush=True)
     if run.step == total:
-        finish(run, out)
         return True
     corpus, sources = read_corpus(recipe)
     n_parameters = sum(p.numel() for p in run.model.parameters())
@@ -234,10 +233,10 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def finish(run: Run, out: Path) -> None:
-    run.save(out, finished=True)
     weights16 = {n: p.half().cpu().contiguous() for n, p in run.model.state_dict().items()}
     save_file(weights16, out / "model.safetensors", metadata={"format": "pt"})
     (out / "recipe.json").write_text(json.dumps(as_plain(run.recipe), indent=1))
+    run.save(out, finished=True)
 
 
 def main() -> None:
