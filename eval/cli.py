@@ -66,27 +66,32 @@ def evaluate(
     search: Annotated[
         list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: the same index, asked differently")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="processes; as many as cores and memory allow if not given")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="of each process; figures may depend on it, never on jobs")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
-    from saap import hf
     from saap.methods import METHODS
 
     from . import corpus as texts_of
     from . import reference
     from .checks import check_folder
     from .report import main_budget, make_report
-    from .run import EvalConfig, check_contexts, load_for_eval, run
+    from .run import EvalConfig, Source, run_with_workers
     from .scores import read_scores
     from .sweep import read_sweep, with_parameters
     from .tasks.registry import TASKS
     from .terminal import (
-        errors,
         one_bar,
         print_against_dense,
         print_scores,
         print_speed,
         print_suspicions,
+        print_warning,
     )
 
     options = {
@@ -105,12 +110,11 @@ def evaluate(
     config = EvalConfig(**options)
     check_writable(out)
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
-    loaded, tokenizer, trained = load_for_eval(model_path(model), index)
-    trained_context = None if trained is None else trained.metadata["context"]
-    for warning in check_contexts(config.contexts, hf.max_context(loaded), trained_context):
-        errors.print(f"[yellow]warning[/]: {warning}")
+    source = Source(model_path(model), index, text, model)
     with one_bar("evaluate") as progress:
-        run(loaded, tokenizer, trained, text, config, out, model_name=model, progress=progress)
+        run_with_workers(
+            source, config, out, jobs=jobs, threads=threads, progress=progress, warn=print_warning
+        )
     report_path = make_report(out)
     scores = read_scores(out)
     if "attention" in config.tasks:
@@ -158,7 +162,7 @@ def main() -> None:
     """Bad input ends in one line on standard error and exit code 2."""
     try:
         app(standalone_mode=True)
-    except (ValueError, ImportError, FloatingPointError, MemoryError) as error:
+    except (ValueError, ImportError, FloatingPointError, MemoryError, ChildProcessError) as error:
         line = " ".join(str(error).split())
         print(f"saap: {line}", file=sys.stderr)
         sys.exit(2)

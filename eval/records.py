@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RECORDS, RUN = "records.jsonl", "run.json"
+# What a run that continues has to share with its beginning, besides config, threads and version.
+SAME = ("model", "weights", "text", "index")
 
 
 class RecordFile:
@@ -29,14 +31,12 @@ class RecordFile:
             raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def _check_same_run(self, path: Path, run: dict) -> None:
-        try:
-            before = json.loads(path.read_text())
-            settings_before = before["config"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}: is not what `saap eval` wrote ({error})") from error
+        before = read_settings(path)
+        threads = [found.get("environment", {}).get("threads") for found in (before, run)]
         both = [
-            *((key, settings_before.get(key), value) for key, value in run["config"].items()),
-            *((key, before.get(key), run[key]) for key in ("model", "index") if key in run),
+            *((key, before["config"].get(key), value) for key, value in run["config"].items()),
+            *((key, before.get(key), run[key]) for key in SAME if key in run),
+            ("threads", *threads),
         ]
         for key, old, new in both:
             if old != new:
@@ -74,6 +74,17 @@ class RecordFile:
         self.done.add(unit)
 
 
+def read_settings(path: Path) -> dict:
+    """What `run.json` holds; ValueError where it is not one."""
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if not (isinstance(found, dict) and isinstance(found.get("config"), dict)):
+        raise ValueError(f"{path}: is not what `saap eval` wrote: it holds no config")
+    return found
+
+
 def read_lines(path: Path, *, allow_cut: bool = False) -> Iterator[dict]:
     """The objects of a JSONL file. `allow_cut` drops a last line that was half written."""
     with open(path) as file:
@@ -102,10 +113,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
             raise ValueError(
                 f"{folder}: holds no {name}; accepted is a folder that `saap eval` wrote"
             )
-    try:
-        run = json.loads((folder / RUN).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / RUN}: is not JSON ({error})") from error
+    run = read_settings(folder / RUN)
     records = [r for r in read_lines(folder / RECORDS) if "done" not in r]
     if not records:
         raise ValueError(f"{folder / RECORDS}: holds no records; accepted is at least one unit")

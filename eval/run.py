@@ -1,8 +1,9 @@
 """Run an evaluation: every unit of work once, records first; nothing is scored here."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from saap.trained_index import TrainedIndex
 
 from .arms import check_method_entry, make_arms
 from .environment import environment, version
-from .records import RecordFile
+from .records import RUN, RecordFile, read_settings
 from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
+from .workers import Crew, crew_for, results, usable_cores
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,8 +42,12 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in ("methods", "contexts", "budgets", "answer_budgets", "tasks"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise ValueError(f"{name} is empty: accepted is at least one")
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name}: {value!r} is there twice: accepted is each once")
         for entry in self.methods:
             check_method_entry(entry)
         for task in self.tasks:
@@ -69,6 +75,50 @@ def check_contexts(contexts: tuple[int, ...], limit: int, trained: int | None) -
     return warnings
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One text or prompt of a task, judged for all arms and points."""
+
+    task: str
+    context: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.task}/{self.context}/{self.number}"
+
+
+def plan(config: EvalConfig) -> list[Unit]:
+    """All units in the order of their records; those that are timed come last."""
+    units = [
+        Unit(name, context, number)
+        for name in config.tasks
+        for context in config.contexts
+        for number in range(TASKS[name]().n_units(config))
+    ]
+    return sorted(units, key=lambda unit: TASKS[unit.task].timed)
+
+
+def work(bench: Bench, unit: Unit) -> tuple[list[dict], str]:
+    """Raw records of the unit, and a hash of the text or prompt that was judged."""
+    found, judged = TASKS[unit.task]().run_unit(bench, unit.context, unit.number)
+    place = {"task": unit.task, "context": unit.context}
+    return [{**place, **r} for r in found], hashlib.sha256(judged).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where workers find what they judge: a folder or hub name, and an index file if any."""
+
+    model: str | Path
+    index: Path | None
+    text: bytes
+    name: str
+
+    def open(self, config: EvalConfig) -> Bench:
+        model, tokenizer, index = load_for_eval(self.model, self.index)
+        return make_bench(model, tokenizer, index, self.text, config)
+
+
 def run(
     model,
     tokenizer,
@@ -81,40 +131,113 @@ def run(
     progress: Progress | None = None,
 ) -> None:
     """Write `run.json` and `records.jsonl` into `out`, continuing what is there already."""
-    progress = progress or (lambda what, done, total: None)
-    records = RecordFile(
+    bench = make_bench(model, tokenizer, index, text, config)
+    records = open_records(bench, index, out, model_name, environment())
+    units = [unit for unit in plan(config) if str(unit) not in records.done]
+    write_all(records, units, (work(bench, unit) for unit in units), progress)
+
+
+def run_with_workers(
+    source: Source,
+    config: EvalConfig,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> None:
+    """`run` by worker processes: as many as cores and memory allow if `jobs` is None.
+
+    A run that continues keeps its number of threads, and so its figures. Tasks that are timed run
+    when all others are done, one at a time, with all cores.
+    """
+    model, tokenizer, index = load_for_eval(source.model, source.index)
+    trained = None if index is None else index.metadata["context"]
+    for line in check_contexts(config.contexts, hf.max_context(model), trained):
+        warn(line)
+    bench = make_bench(model, tokenizer, index, source.text, config)
+    need = memory_need(model, max(config.contexts))
+    crew = crew_for(need, jobs, threads or threads_before(out))
+    described = {**environment(), "threads": crew.threads}
+    records = open_records(bench, index, out, source.name, described)
+    del model, bench  # the workers need the memory
+    units = [unit for unit in plan(config) if str(unit) not in records.done]
+    write_all(records, units, by_crew(source, config, units, crew), progress)
+
+
+def by_crew(source: Source, config: EvalConfig, units: list[Unit], crew: Crew) -> Iterable:
+    first_timed = sum(not TASKS[unit.task].timed for unit in units)
+    opener = functools.partial(source.open, config)
+    yield from results(opener, work, units[:first_timed], crew)
+    yield from results(opener, work, units[first_timed:], Crew(1, usable_cores()))
+
+
+def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Bench:
+    """ValueError for budgets that no context can keep."""
+    bench = Bench(model, tokenizer, text, make_arms(config.methods, index, config.seed), config)
+    for context in config.contexts:
+        for shares in (config.budgets, config.answer_budgets):
+            bench.points(context, shares)
+    return bench
+
+
+def open_records(
+    bench: Bench, index: TrainedIndex | None, out: Path, model_name: str, described: dict
+) -> RecordFile:
+    """What is judged and by what, written first; ValueError where `out` holds another run."""
+    about = {} if index is None else index.metadata
+    return RecordFile(
         out,
         {
             "model": model_name,
+            "weights": weights_fingerprint(bench.model),
+            "text": hashlib.sha256(bench.text).hexdigest()[:16],
             "version": version(),
-            "config": as_plain(config),
-            "environment": environment(),
-            "index": None
-            if index is None
-            else {k: v for k, v in index.metadata.items() if k not in ("model", "recall")},
-            "trained_recall": None if index is None else index.metadata["recall"],
+            "config": as_plain(bench.config),
+            "environment": described,
+            "index": {k: v for k, v in about.items() if k not in ("model", "recall")} or None,
+            "trained_recall": about.get("recall"),
         },
     )
-    arms = make_arms(config.methods, index, config.seed)
-    bench = Bench(model, tokenizer, text, arms, config)
-    tasks = [TASKS[name]() for name in config.tasks]
-    units = [
-        (task, context, number)
-        for task in tasks
-        for context in config.contexts
-        for number in range(task.n_units(config))
-    ]
-    for done, (task, context, number) in enumerate(units):
-        unit = f"{task.name}/{context}/{number}"
-        progress(f"{task.name} at {context}", done, len(units))
-        if unit in records.done:
-            continue
-        found, judged = task.run_unit(bench, context, number)
-        place = {"task": task.name, "context": context}
-        records.write(
-            unit, [{**place, **r} for r in found], hashlib.sha256(judged).hexdigest()[:16]
-        )
-    progress("done", len(units), len(units))
+
+
+def memory_need(model, context: int) -> int:
+    """Bytes of a worker, roughly: libraries, weights, and four caches of the longest context:
+    the prefill's, without RoPE too, and two stores of methods."""
+    described = hf.describe(model)
+    rows = 2 * described["num_layers"] * described["num_kv_heads"] * context
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return 10**9 + weights + 4 * rows * described["head_dim"] * 4
+
+
+def threads_before(out: Path) -> int | None:
+    """How many threads the run in that folder was begun with; None where there is none."""
+    if not (out / RUN).exists():
+        return None
+    return read_settings(out / RUN)["environment"].get("threads")
+
+
+def write_all(
+    records: RecordFile, units: list[Unit], found: Iterable, progress: Progress | None
+) -> None:
+    """`progress` counts tokens of context: long contexts take longer than short ones."""
+    progress = progress or (lambda what, done, total: None)
+    total, done = sum(unit.context for unit in units), 0
+    progress("start" if units else "nothing is left to do", 0, total)
+    for unit, (rows, judged) in zip(units, found, strict=True):
+        records.write(str(unit), rows, judged)
+        done += unit.context
+        progress(f"{unit.task} at {unit.context}", done, total)
+
+
+def weights_fingerprint(model) -> str:
+    """A hash of the beginning of every parameter: another training or checkpoint is another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        beginning = parameter.detach().flatten()[:1024].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + beginning.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def as_plain(config: EvalConfig) -> dict:

@@ -25,7 +25,8 @@ def progress_bars():
         TaskProgressColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, transient=False) as bars:
+    # Units of work take from seconds to minutes: time left is told from all of them so far.
+    with Progress(*columns, console=console, speed_estimate_period=3600) as bars:
         tasks: dict[str, int] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -163,3 +164,7 @@ def signed(form: str, value: float) -> str:
 def print_suspicions(found: list[str]) -> None:
     for line in found:
         errors.print(f"[yellow]suspicious[/]: {escape(line)}", highlight=False)
+
+
+def print_warning(line: str) -> None:
+    errors.print(f"[yellow]warning[/]: {escape(line)}", highlight=False)

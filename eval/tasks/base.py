@@ -29,9 +29,10 @@ class Bench:
 
 
 class Task(ABC):
-    """`name` is its key in `TASKS`."""
+    """`name` is its key in `TASKS`; `timed` tasks run alone, when nothing else keeps the cores."""
 
     name: ClassVar[str]
+    timed: ClassVar[bool] = False
 
     @abstractmethod
     def n_units(self, config) -> int:

@@ -34,6 +34,7 @@ PARTS = ("route", "select", "attend", "other")
 
 class Speed(Task):
     name = "speed"
+    timed = True
 
     def n_units(self, config):
         return 1
@@ -110,6 +111,7 @@ def time_point(taken, layer, decoder, cache) -> dict:
         "bytes_read": float(rows.sum()) * row_bytes + decoder.selector.nbytes,
         "router_bytes": decoder.selector.nbytes,
         "load": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
         **spent,
     }
 
