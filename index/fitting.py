@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .routers import LinearRouter, MLPRouter
 
+CACHED_FLOATS = 2**20
+
 
 def fit_linear(
     q: Float[Tensor, "H n D"],
@@ -38,6 +40,7 @@ def fit_linear(
     return LinearRouter(solution[:, :-1].mT.float().contiguous(), solution[:, -1].float())
 
 
+@torch.no_grad()
 def fit_mlp(
     q: Float[Tensor, "H n D"],
     mass: Float[Tensor, "H n classes"],
@@ -53,80 +56,119 @@ def fit_mlp(
 ) -> MLPRouter:
     """Cross-entropy against the true mass over buckets (Saap, arXiv 2502.08246, section 4.2).
 
-    All H heads (of all layers) train together as batched matrix products. `mass [H, n, nlist + 1]`
+    All H heads train together as batched matrix products. `mass [H, n, nlist + 1]`
     may be float16; its last class is the mass of sinks and window, so a query weighs as much as it
     looks into the middle. `sizes[:, block_of[i]]` are the keys in each bucket as query i sees
     them, a KV head each; all alike if not given. Raises FloatingPointError when the loss is not
     finite.
     """
-    nlist = mass.shape[-1] - 1
     # A head at a time: the masses are the largest tensor of a layer and float16.
     start = torch.stack([own.float().mean(0) for own in mass]).clamp(min=1e-6).log()
+    log_sizes = None
     if sizes is not None:
-        group = len(q) // len(sizes)
-        typical = sizes.float().mean(1).clamp(min=0.25).repeat_interleave(group, 0)
-        start[:, :nlist] -= typical.log()
-    parameters = two_layers(q, start, hidden, seed)
-    router = MLPRouter(**parameters)
-
-    def loss_of(picked):
-        logits = router.logits(q[:, picked].transpose(0, 1)).transpose(0, 1)
-        if sizes is not None:
-            own = sizes[:, block_of[picked]].float().clamp(min=1e-6).log()
-            own = torch.nn.functional.pad(own.repeat_interleave(group, 0), (0, 1))
-            logits = logits + own
-        return -(mass[:, picked].float() * logits.log_softmax(-1)).sum(-1)
-
-    optimise(parameters, loss_of, q.shape[1], steps, batch, lr, seed, progress)
-    return MLPRouter(**{name: p.detach() for name, p in parameters.items()})
+        typical = sizes.float().mean(1).clamp(min=0.25)
+        start[:, :-1] -= typical.log().repeat_interleave(len(q) // len(sizes), 0)
+        log_sizes = sizes.float().clamp(min=1e-6).log()
+    router = two_layers(q, start, hidden, seed)
+    trained = {n: t for n, t in router.tensors().items() if n not in ("mean", "scale")}
+    for parameter in trained.values():
+        parameter.grad = torch.empty_like(parameter)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * rate
+        picked = torch.randint(q.shape[1], (batch,), generator=generator).to(q.device)
+        blocks = None if log_sizes is None else block_of[picked]
+        tell = step % 25 == 0 or step == steps - 1
+        losses = [
+            backward(router, trained, heads, q, mass, picked, log_sizes, blocks, with_loss=tell)
+            for heads in head_groups(q, mass, log_sizes, batch)
+        ]
+        optimizer.step()
+        if tell:
+            value = torch.cat(losses).mean().item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"router loss is {value} at step {step}")
+            if progress is not None:
+                progress(step + 1, steps, value)
+    return MLPRouter(**{name: t.detach() for name, t in router.tensors().items()})
 
 
 def two_layers(
     q: Float[Tensor, "H n D"], start: Float[Tensor, "H classes"], hidden: int, seed: int
-) -> dict[str, Tensor]:
-    """Parameters of a two-layer network for each head that begins by answering `start`."""
+) -> MLPRouter:
+    """A two-layer network for each head that begins by answering `start`."""
     heads, _, dim = q.shape
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def random(*shape, fan_in):
         values = torch.randn(*shape, generator=generator) / math.sqrt(fan_in)
-        return values.to(q.device).requires_grad_()
+        return values.to(q.device)
 
-    return {
-        "mean": q.float().mean(1),
-        "scale": q.float().std(1).clamp(min=1e-6).reciprocal(),
-        "w1": random(heads, hidden, dim, fan_in=dim),
-        "b1": torch.zeros(heads, hidden, device=q.device).requires_grad_(),
-        "w2": random(heads, start.shape[1], hidden, fan_in=4 * hidden),
-        "b2": start.clone().requires_grad_(),
-    }
+    return MLPRouter(
+        mean=q.float().mean(1),
+        scale=q.float().std(1).clamp(min=1e-6).reciprocal(),
+        w1=random(heads, hidden, dim, fan_in=dim),
+        b1=torch.zeros(heads, hidden, device=q.device),
+        w2=random(heads, start.shape[1], hidden, fan_in=4 * hidden),
+        b2=start.clone(),
+    )
 
 
-def optimise(
-    parameters: dict[str, Tensor],
-    loss_of: Callable[[Int[Tensor, " batch"]], Float[Tensor, "H batch"]],
-    n: int,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    progress: Callable[[int, int, float], None] | None,
-) -> None:
-    """AdamW with warm-up and cosine decay on random batches of n queries, in place."""
-    trained = [p for p in parameters.values() if p.requires_grad]
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = lr * rate
-        losses = loss_of(torch.randint(n, (batch,), generator=generator).to(trained[0].device))
-        # Summed over heads: the learning rate is independent of how many train together.
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean(1).sum().backward()
-        optimizer.step()
-        if step % 25 == 0 or step == steps - 1:
-            value = losses.mean().item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"router loss is {value} at step {step}")
-            if progress is not None:
-                progress(step + 1, steps, value)
+def head_groups(q: Tensor, mass: Tensor, log_sizes: Tensor | None, batch: int) -> list[slice]:
+    """Heads that take a step together: all on a GPU, whole KV groups that fit a cache on a CPU.
+
+    Logits and what is made of them are read some ten times a step.
+    """
+    heads, together = len(q), len(q)
+    if not q.is_cuda:
+        group = 1 if log_sizes is None else heads // len(log_sizes)
+        cached = CACHED_FLOATS // (batch * mass.shape[-1])
+        together = min(heads, max(1, cached // group) * group)
+    return [slice(first, min(first + together, heads)) for first in range(0, heads, together)]
+
+
+def backward(
+    router: MLPRouter,
+    trained: dict[str, Tensor],
+    heads: slice,
+    q: Float[Tensor, "H n D"],
+    mass: Float[Tensor, "H n classes"],
+    picked: Int[Tensor, " batch"],
+    log_sizes: Float[Tensor, "Hkv blocks nlist"] | None,
+    blocks: Int[Tensor, " batch"] | None,
+    *,
+    with_loss: bool,
+) -> Float[Tensor, "heads batch"] | None:
+    """Gradients of the mean cross-entropy of the picked queries, into `grad` of these heads.
+
+    Written out, because the gradient by the logits is softmax minus target: automatic
+    differentiation reads them twice as often. Losses are only computed where they are told.
+    """
+    w1, b1, w2, b2 = (getattr(router, name)[heads] for name in ("w1", "b1", "w2", "b2"))
+    x = (q[heads, picked].float() - router.mean[heads, None]) * router.scale[heads, None]
+    target = mass[heads, picked].float()
+    before = torch.baddbmm(b1[:, None], x, w1.mT)
+    gate = before.sigmoid()
+    inner = before * gate
+    logits = torch.baddbmm(b2[:, None], inner, w2.mT)
+    if log_sizes is not None:
+        group = len(q) // len(log_sizes)
+        own = log_sizes[heads.start // group : heads.stop // group, blocks]
+        logits.unflatten(0, (-1, group))[..., :-1].add_(own[:, None])
+    total = target.sum(-1)
+    losses = None
+    if with_loss:
+        losses = total * logits.logsumexp(-1) - (target * logits).sum(-1)
+    slope = (
+        logits.softmax(-1).mul_(total[..., None] / len(picked)).sub_(target, alpha=1 / len(picked))
+    )
+    inner_slope = (slope @ w2) * gate * (1 + before * (1 - gate))
+    torch.bmm(slope.mT, inner, out=trained["w2"].grad[heads])
+    torch.bmm(inner_slope.mT, x, out=trained["w1"].grad[heads])
+    trained["b2"].grad[heads] = slope.sum(1)
+    trained["b1"].grad[heads] = inner_slope.sum(1)
+    return losses

@@ -147,19 +147,18 @@ def fit_routers(targets: Targets, options: TrainingOptions, report: Report) -> d
         if name == "linear":
             routers[name] = fitting.fit_linear(targets.q, targets.mass)
             continue
-        with torch.enable_grad():
-            routers[name] = fitting.fit_mlp(
-                targets.q,
-                targets.mass,
-                targets.sizes,
-                targets.block_of,
-                hidden=options.hidden,
-                steps=options.steps,
-                seed=options.seed,
-                progress=lambda done, total, loss: report(
-                    f"routers, loss {loss:.3f}", MASSES_DONE + (1 - MASSES_DONE) * done / total
-                ),
-            )
+        routers[name] = fitting.fit_mlp(
+            targets.q,
+            targets.mass,
+            targets.sizes,
+            targets.block_of,
+            hidden=options.hidden,
+            steps=options.steps,
+            seed=options.seed,
+            progress=lambda done, total, loss: report(
+                f"routers, loss {loss:.3f}", MASSES_DONE + (1 - MASSES_DONE) * done / total
+            ),
+        )
     return routers
 
 
