@@ -1,6 +1,7 @@
 """The reference model's training at a size of seconds: stops, goes on, splits, plans, ships."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -237,6 +238,27 @@ def test_one_sitting(tmp_path, monkeypatch, capsys):
     model, tokenizer = hf.load_model(run), hf.load_tokenizer(run)
     assert model.config.max_position_embeddings == 512
     assert tokenizer("ab")["input_ids"] == [256, 97, 98]
+
+
+def test_comparison_of_a_run(tmp_path, monkeypatch):
+    """Index and comparison of a shipped-like folder, resumed where they ended."""
+    import saap.training
+
+    short = functools.partial(saap.training.train, steps=5, hidden=8)
+    monkeypatch.setattr(saap.training, "train", short)
+    monkeypatch.setattr(gpu, "METHODS", ("dense", "kmeans"))
+    monkeypatch.setattr(gpu, "BUDGETS", (0.2,))
+    monkeypatch.setattr(gpu, "N_INDEX_TEXTS", 3)
+    monkeypatch.setattr(gpu, "N_TEXTS", 1)
+    monkeypatch.setattr(gpu, "N_PROMPTS", 1)
+    for path in FOLDER.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    gpu.compare(tmp_path, 1024, "cpu")
+    scores = json.loads((tmp_path / "results-1024" / "scores.json").read_text())
+    assert {s["method"] for s in scores} == {"dense", "kmeans"}
+    assert {s["task"] for s in scores} == {"attention", "passkey"}
+    assert gpu.is_done("context-1024", tmp_path)
+    assert not gpu.is_done("context-8192", tmp_path)
 
 
 def test_judged_by_one_pass_as_by_greedy_answers(reference_model, reference_tokenizer):

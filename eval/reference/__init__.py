@@ -1,10 +1,12 @@
 """The reference model: how its text is chosen, how it is trained, and where its files lie."""
 
+import json
 import lzma
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "files"
-CONTEXT = 8192  # the longest length it was trained at
+CONTEXT: int = json.loads((FOLDER / "config.json").read_text())["max_position_embeddings"]
+"""The longest length it was trained at."""
 
 
 def read_held_out(folder: Path) -> bytes:

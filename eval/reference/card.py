@@ -18,10 +18,11 @@ from saap.methods import find_method
 from saap.prefill import DensePrefill
 from saap.training import default_window
 
-from . import CONTEXT, FOLDER, split_held_out
+from . import FOLDER, split_held_out
 
 N_TEXTS, N_PROMPTS, N_SINK = 16, 50, 16
 LENGTHS = (1024, 2048, 4096, 8192)
+CONTEXT = LENGTHS[-1]  # what a CPU measures; `judge` goes to the model's longest
 
 
 @torch.no_grad()
@@ -48,7 +49,11 @@ def attention_shares(model, texts: list[torch.Tensor], n_queries: int = 256) -> 
         rows = []
         for layer in sorted(taken.caches):
             q, _ = taken.queries(layer)
-            k = taken.caches[layer].views()[0][0].repeat_interleave(q.shape[1] // 2, 0)
+            k = (
+                taken.caches[layer]
+                .views()[0][0]
+                .repeat_interleave(q.shape[1] // taken.caches[layer].views()[0].shape[1], 0)
+            )
             scores = torch.einsum("nhd,hmd->hnm", q, k) * taken.calls[layer].sm_scale
             weights = scores.masked_fill(columns > places, -torch.inf).softmax(-1)
             sinks = weights[..., :N_SINK].sum(-1).mean(-1)
@@ -102,15 +107,64 @@ def measure(folder: Path) -> dict:
     }
 
 
-def render(card: dict, recipe: dict, log: list[dict]) -> str:
+def shares(mix: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {share:.0%}" for name, share in mix.items() if share
+    )
+
+
+def text_trained_on(corpus: dict | None) -> str:
+    """`corpus`: what the training wrote to `corpus.json`."""
+    if corpus is None:
+        return "Python standard-library sources (PSF licence)"
+    named = (f"{s['name']} {s['version']} ({s['licence']})" for s in corpus["sources"])
+    return f"{corpus['bytes'] / 1e6:.0f} MB of sources and docs of {'; '.join(named)}"
+
+
+def long_figures(judged: dict | None) -> str:
+    """Tables of what `judge` measured; nothing where it did not run."""
+    if judged is None:
+        return ""
+    bits = judged["bits_per_byte_by_eighth"]
+    rows = [f"| {int(n):,} | {' | '.join(f'{b:.3f}' for b in row)} |" for n, row in bits.items()]
+    head = f"| length | {' | '.join(map(str, range(1, 9)))} |\n|{'---|' * 9}"
+    answers = [
+        f"| {name} ({judged['prompts'][name]}) | "
+        + " | ".join(f"{share:.0%}" for share in found.values())
+        + " |"
+        for name, found in judged["accuracy"].items()
+    ]
+    lengths = " | ".join(f"{int(n):,}" for n in bits)
+    return "\n".join(
+        [
+            "\n## Measured at all lengths (`python -m saap.eval.reference.judge`)\n",
+            "Bits per byte by eighth of the context:\n",
+            head,
+            *rows,
+            "\nDense answers without an error (prompts a length), pass keys among 16 others:\n",
+            f"| task | {lengths} |\n|{'---|' * (len(bits) + 1)}",
+            *answers,
+            "",
+        ]
+    )
+
+
+def render(
+    card: dict,
+    recipe: dict,
+    log: list[dict],
+    corpus: dict | None = None,
+    judged: dict | None = None,
+    plan: dict | None = None,
+) -> str:
     decoder = recipe["decoder"]
     stages = "\n".join(
-        f"| {s['length']:,} | {s['batch']} | {s['steps']:,} | {s['mix']['text']:.0%} / "
-        f"{s['mix']['keys']:.0%} / {s['mix']['copies']:.0%} / {s['mix']['periods']:.0%} | "
+        f"| {s['length']:,} | {s['batch']} | {s['steps']:,} | {shares(s['mix'])} | "
         f"{s['jump']:.0%} |"
         for s in recipe["stages"]
     )
-    keys = "\n".join(f"| {n:,} | {a:.0%} |" for n, a in card["pass_key_accuracy"].items())
+    keys = "\n".join(f"| {int(n):,} | {a:.0%} |" for n, a in card["pass_key_accuracy"].items())
+    device = "2 shared CPU cores" if plan is None else f"one {plan['device']}"
     bits = " | ".join(f"{b:.3f}" for b in card["bits_per_byte_by_eighth"])
     heads = "\n".join(
         f"| {layer} | {head} | {sink:.1%} | {middle:.1%} | {recent:.1%} |"
@@ -132,15 +186,15 @@ which it is used: {decoder["num_hidden_layers"]} layers, hidden {decoder["hidden
 
 It exists to judge attention methods on: it is no assistant. This card is written by
 `python -m saap.eval.reference.card`; the model by `python -m saap.eval.reference.train`
-({log[-1]["step"]:,} steps, {log[-1]["seconds"] / 60:.0f} minutes on 2 shared CPU cores).
+({log[-1]["step"]:,} steps, {log[-1]["seconds"] / 60:.0f} minutes on {device}).
 
 ## Training
 
-Python standard-library sources (PSF licence), files split by the hash of their path; one in 20 is
-held out, and a part of those is shipped as `held_out.txt.xz` (never trained on). Mixed in: pass
-keys, copied lines, short periods.
+{text_trained_on(corpus)}, files split by the hash of their path; one in 20 is
+held out, and a part of those is shipped as `held_out.txt.xz` (never trained on). Mixed in: what
+`saap.eval.reference.sequences` makes.
 
-| length | batch | steps | text / keys / copies / periods | positions with gaps |
+| length | batch | steps | shares of the batch | positions with gaps |
 |---|---|---|---|---|
 {stages}
 
@@ -165,7 +219,7 @@ Share of attention at {CONTEXT:,} on the first {N_SINK} tokens, the middle, and 
 | layer | head | sinks | middle | window |
 |---|---|---|---|---|
 {heads}
-"""
+{long_figures(judged)}"""
 
 
 def main() -> None:
@@ -173,7 +227,11 @@ def main() -> None:
     (FOLDER / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     recipe = json.loads((FOLDER / "recipe.json").read_text())
     log = [json.loads(line) for line in (FOLDER / "training_log.jsonl").read_text().splitlines()]
-    (FOLDER / "README.md").write_text(render(card, recipe, log))
+    found = [
+        json.loads(path.read_text()) if path.is_file() else None
+        for path in (FOLDER / f"{name}.json" for name in ("corpus", "judged", "plan"))
+    ]
+    (FOLDER / "README.md").write_text(render(card, recipe, log, *found))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ METHODS = (
     "dense", "oracle", "random", "streaming", "kmeans-rope", "kmeans", "linear", "mlp",
     "kmeans-cells", "saap",
 )  # fmt: skip
-BUDGETS = (0.01, 0.02, 0.05, 0.1)
+BUDGETS = (0.04, 0.05, 0.075, 0.1, 0.2)  # the window alone takes 1/32
 N_INDEX_TEXTS, TIMED_STEPS = 12, 3
+N_TEXTS, N_PROMPTS = 4, 10
 LEAST_S = 20.0  # a step is not begun with less
 NOT_CARRIED = (".tmp", ".png")
 
@@ -117,7 +118,11 @@ def compare(run: Path, context: int, device: str) -> None:
         tokens, _ = makers.batch(rng, N_INDEX_TEXTS, context - 1, mix)
         train_index(model, torch.from_numpy(tokens), baselines=True, progress=told).save(path)
     config = EvalConfig(
-        methods=METHODS, contexts=(context,), budgets=BUDGETS, n_texts=4, n_prompts=10
+        methods=METHODS,
+        contexts=(context,),
+        budgets=BUDGETS,
+        n_texts=N_TEXTS,
+        n_prompts=N_PROMPTS,
     )
     results, index = run / f"results-{context}", TrainedIndex.load(path)
     evaluate(model, tokenizer, index, text, config, results, model_name="reference", progress=told)
@@ -125,7 +130,8 @@ def compare(run: Path, context: int, device: str) -> None:
 
 
 def told(what: str, done: int, total: int) -> None:
-    print(f"{what} {done}/{total}", flush=True)
+    if done % max(1, total // 4) == 0:
+        print(f"{what} {done}/{total}", flush=True)
 
 
 def take(step: str, run: Path, options) -> None:
