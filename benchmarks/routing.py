@@ -35,6 +35,13 @@ from .gpu import ROOT, slug, write
 CONTEXT, N_QUERIES, N_SINK = 8192, 64, 16
 SHARES = (0.04, 0.05, 0.1)
 TOP_P = (0.5, 0.8, 0.9, 0.95)
+# The ways to bound what `saap` visits, from little to much.
+BOUNDS = {
+    "nprobe": (16, 32, 64, 128, 256),
+    "max_tokens": (64, 136, 300, 543, 1000),
+    "top_p": (0.3, 0.5, 0.65, 0.8, 0.9),
+    "min_weight": (1e-3, 3e-4, 1e-4, 4e-5, 2e-5),
+}
 PAGE = ROOT / "docs" / "routing.md"
 BEGIN, END = "<!-- tables: python -m benchmarks.routing -->", "<!-- end of tables -->"
 
@@ -62,9 +69,9 @@ def routing_of(layer, router: str, n_segments: int, share: float) -> LayerRoutin
 
 
 def measure(model, index: TrainedIndex, texts: list[torch.Tensor]) -> dict:
-    """Sums over texts and layers: `{"variants": {(name, share): [...]}, "top_p": {...}}`."""
+    """Results of each text and layer: `{"variants": {(name, share): [...]}, "top_p": ...}`."""
     window = default_window(CONTEXT - N_QUERIES)
-    found: dict[str, dict] = {"variants": defaultdict(list), "top_p": defaultdict(list)}
+    found: dict[str, dict] = {n: defaultdict(list) for n in ("variants", "top_p", "bounds")}
     for number, tokens in enumerate(texts):
         taken = capture(model, tokens, N_QUERIES)
         for layer in sorted(taken.caches):
@@ -92,6 +99,19 @@ def measure(model, index: TrainedIndex, texts: list[torch.Tensor]) -> dict:
                     routing = routing_of(own, "mlp", n_segments, trained)
                     result = run(RoutedSelector(problem.keys, routing), budget)
                     found["top_p"][name, p].append(result)
+            selector = RoutedSelector(problem.keys, LayerRouting.of(own, "mlp"))
+            store = problem.store_for(selector)
+            for bound, values in BOUNDS.items():
+                for value in values:
+                    budget = Budget(**{bound: value}, n_sink=N_SINK, window=window)
+                    out, _, _, lengths = problem.attend(selector, store, budget)
+                    found["bounds"][bound, value].append(
+                        {
+                            **problem.measure(selector, store, budget),
+                            "rows": float(lengths.sum(-1).float().mean()),
+                            "errors": problem.output_errors(out).tolist(),
+                        }
+                    )
         print(f"text {number + 1} of {len(texts)}", flush=True)
     return found
 
@@ -133,10 +153,33 @@ def tables(report: dict) -> str:
         cells = (by_p[str(p)] for p in TOP_P)
         row = " | ".join(f"{c['recall_middle']:.1%} of {c['selectivity']:.1%}" for c in cells)
         lines.append(f"| {name} | {row} |")
+    lines += [
+        "",
+        "Ways to bound what `saap` visits: rows of the middle a query and KV head on average, "
+        "recall, and output error in the mean and at the 95th percentile of queries and layers:",
+        "",
+        "| bound | rows | recall | mean error | 95th percentile |",
+        "|---|---|---|---|---|",
+    ]
+    for bound, by_value in report["bounds"].items():
+        for value, r in by_value.items():
+            lines.append(
+                f"| `{bound}={value}` | {r['rows']:,.0f} | {r['recall_middle']:.1%} "
+                f"| {r['output_error']:.4f} | {r['output_error_p95']:.3f} |"
+            )
     return "\n".join(lines)
 
 
-def nested(found: dict) -> dict:
+def with_percentile(results: list[dict]) -> dict:
+    errors = np.concatenate([r["errors"] for r in results])
+    return {
+        **summary(results),
+        "rows": round(float(np.mean([r["rows"] for r in results])), 1),
+        "output_error_p95": round(float(np.quantile(errors, 0.95)), 4),
+    }
+
+
+def nested(found: dict, summary=summary) -> dict:
     out: dict[str, dict] = {}
     for (name, point), results in found.items():
         out.setdefault(name, {})[str(point)] = summary(results)
@@ -166,6 +209,7 @@ def main() -> None:
         "texts": len(texts),
         "variants": nested(found["variants"]),
         "top_p": nested(found["top_p"]),
+        "bounds": nested(found["bounds"], with_percentile),
     }
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
     folder.mkdir(parents=True, exist_ok=True)

@@ -100,12 +100,12 @@ def check_bounds(
 
 
 def within_share(
-    best: Float[Tensor, "B H R"], scores: Float[Tensor, "B H nlist"], top_p: float
+    best: Float[Tensor, "B H R"], mass: Float[Tensor, "B H nlist"], top_p: float
 ) -> Bool[Tensor, "B H R"]:
-    """Which of the best scores, in descending order, are needed to reach `top_p` of all mass."""
+    """Which buckets, in the order of the masses `best`, are needed for `top_p` of all `mass`."""
     if top_p == 1.0:  # sums are rounded: a share of all is all
         return torch.ones_like(best, dtype=torch.bool)
-    total = scores.clamp(min=0).sum(-1, keepdim=True)
+    total = mass.clamp(min=0).sum(-1, keepdim=True)
     mass = best.clamp(min=0)
     needed = mass.cumsum(-1) - mass < top_p * total
     needed[..., :1] = True
@@ -148,14 +148,16 @@ def bucket_ranges(
     max_tokens: int | None = None,
     top_p: float | None = None,
     min_score: float | None = None,
+    per_row: bool = False,
     first_row: int = 0,
 ) -> tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]:
     """The best-scored buckets as ranges `starts, lengths`, int32, of the bucket-sorted rows.
 
     `H` is Hkv or a multiple of it. Empty buckets are never chosen. `nprobe` visits that many
     buckets; `max_tokens` visits buckets in the order of their scores until that many rows are
-    reached and cuts the last one to its newest rows; `top_p` visits buckets until their scores,
-    which must be masses, add up to that share of all; `min_score` visits buckets of at least that
+    reached and cuts the last one to its newest rows; `top_p` visits buckets until their masses,
+    which are the scores, or with `per_row` the scores times the sizes, add up to that share of
+    all; `min_score` visits buckets of at least that
     score; several together stop at whichever comes first.
     `first_row` is the row at which bucket 0 begins.
     """
@@ -174,7 +176,10 @@ def bucket_ranges(
     values, best, lengths = _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p)
     ends = offsets.gather(-1, best + 1)
     if top_p is not None:
-        lengths = lengths * within_share(values, scores, top_p)
+        mass, best_mass = scores.clamp(min=0), values.clamp(min=0)
+        if per_row:
+            mass, best_mass = mass * sizes, best_mass * lengths
+        lengths = lengths * within_share(best_mass, mass, top_p)
     if max_tokens is not None:
         before = lengths.cumsum(-1) - lengths
         lengths = torch.minimum(lengths, (max_tokens - before).clamp(min=0))

@@ -58,11 +58,6 @@ class Budget:
             isinstance(self.min_weight, Real) and 0 < self.min_weight < math.inf
         ):
             raise ValueError(f"min_weight={self.min_weight!r}: accepted are numbers above 0")
-        if self.top_p is not None and self.min_weight is not None:
-            raise ValueError(
-                f"top_p={self.top_p} and min_weight={self.min_weight}: accepted is one of them, "
-                "since one ranks buckets by mass, the other by weight a key"
-            )
         if self.share not in ("group", "head"):
             raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
         if isinstance(self.dense_layers, str) or not all(
@@ -72,11 +67,6 @@ class Budget:
                 f"dense_layers={self.dense_layers!r}: accepted is a tuple of layer numbers from 0"
             )
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-
-    @property
-    def by_weight(self) -> bool:
-        """Buckets are ranked by predicted weight a key, for bounds of rows; else by mass."""
-        return self.min_weight is not None or (self.max_tokens is not None and self.top_p is None)
 
     @classmethod
     def default(cls) -> "Budget":

@@ -17,6 +17,7 @@ def best_ranges(
     max_tokens: int | None = None,
     top_p: float | None = None,
     min_score: float | None = None,
+    per_row: bool = False,
     first_row: int = 0,
     out: Ranges | None = None,
 ) -> Ranges:
@@ -26,10 +27,11 @@ def best_ranges(
     can need, to be written to; what is in use of them is returned.
     """
     bounds = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p, "min_score": min_score}
+    options = {"per_row": per_row, "first_row": first_row}
     if scores.device.type == "cpu":
         check_bounds(scores.shape[-1], **bounds)
-        return cpu.bucket_ranges(scores, offsets, **bounds, first_row=first_row, out=out)
-    starts, lengths = bucket_ranges(scores, offsets, **bounds, first_row=first_row)
+        return cpu.bucket_ranges(scores, offsets, **bounds, **options, out=out)
+    starts, lengths = bucket_ranges(scores, offsets, **bounds, **options)
     if out is None:
         return starts, lengths
     used = tuple(t[..., : starts.shape[-1]] for t in out)

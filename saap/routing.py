@@ -16,6 +16,7 @@ from saap.index.lists import expand_heads, group_sum
 from saap.index.routers import MLPRouter, Router
 from saap.kernels.routing import numba as cpu
 
+from .budget import Budget
 from .rope import turned
 from .trained_index import LayerIndex
 
@@ -80,6 +81,12 @@ class LayerRouting:
     def predicts_weights(self) -> bool:
         """Whether scores by row are attention weights; of the middle alone without a network."""
         return self.n_segments > 1 or isinstance(self.router, MLPRouter)
+
+    def ranks_by_row(self, budget: Budget) -> bool:
+        """Whether lists are ranked by worth a row: they cost rows, unless buckets are counted."""
+        if budget.top_p is not None and not self.predicts_weights:
+            return False
+        return any(b is not None for b in (budget.max_tokens, budget.top_p, budget.min_weight))
 
     @property
     def nlist(self) -> int:

@@ -73,13 +73,14 @@ class StepRanges:
         budget: Budget,
     ) -> tuple[Tensor, Tensor]:
         """Sinks and tail, and the lists that `routing` finds best for the queries."""
+        by_row = routing.ranks_by_row(budget)
         scores = routing.scores(
             q_derope,
             self.sizes,
             _by_sequence(middles, self.device),
             _by_sequence([n - 1 - self.n_sink for n in lengths], self.device),
             share=budget.share,
-            per_row=budget.by_weight,
+            per_row=by_row,
         )
         most = self._bound(routing.n_lists, budget)
         shape = (*scores.shape[:2], LOCAL + most)
@@ -94,6 +95,7 @@ class StepRanges:
             max_tokens=budget.max_tokens,
             top_p=budget.top_p,
             min_score=budget.min_weight,
+            per_row=by_row,
             first_row=self.n_sink,
             out=(self._starts[..., LOCAL:], self._lengths[..., LOCAL:]),
         )

@@ -98,6 +98,7 @@ def bucket_ranges(
     max_tokens: int | None = None,
     top_p: float | None = None,
     min_score: float | None = None,
+    per_row: bool = False,
     first_row: int = 0,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ def bucket_ranges(
         scores.data_ptr(), offsets.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
         counts.data_ptr(), batch * heads, heads, offsets.shape[1], n, starts.shape[2],
         0 if len(offsets) == 1 else 4 * offsets.stride(0), 4 * starts.stride(1), first_row,
-        -1 if nprobe is None else nprobe, -1 if max_tokens is None else max_tokens,
+        -1 if nprobe is None else nprobe, -1 if max_tokens is None else max_tokens, per_row,
         space.data_ptr(), 0, 0, 2.0 if top_p is None else top_p,
         -math.inf if min_score is None else min_score,
     )  # fmt: skip

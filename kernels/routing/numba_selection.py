@@ -23,6 +23,7 @@ _FIELDS = (
     "tasks heads kv_heads lists capacity "
     "offsets_batch row_bytes "  # bytes to the next sequence's offsets, to the next row of ranges
     "first_row nprobe max_tokens "  # -1: no bound
+    "per_row "  # a list's mass is its score times its size
     "workspace next_worker next_task"
 ).split()
 _SCALARS = ("top_p", "min_score")  # above 1, -inf: no bound
@@ -93,13 +94,14 @@ def _select(job, task, space):
     if job.top_p < 1.0:
         total = 0.0
         for i in range(job.lists):
-            if offsets[i + 1] > offsets[i] and scores[i] > 0 and scores[i] >= job.min_score:
-                total += scores[i]
+            size = offsets[i + 1] - offsets[i]
+            if size > 0 and scores[i] >= job.min_score:
+                total += _mass(job, scores[i], size)
         most_mass = job.top_p * total
     threshold, rows, lists, mass = np.int64(0), np.int64(0), np.int64(0), 0.0
     if job.max_tokens >= 0 or job.nprobe >= 0 or job.top_p < 1.0:
         threshold, rows, lists, mass = _threshold(
-            scores, offsets, job.min_score, most_rows, most_lists, most_mass, space
+            job, scores, offsets, most_rows, most_lists, most_mass, space
         )
     starts = carray(int32_pointer(job.starts + task * job.row_bytes), job.capacity)
     lengths = carray(int32_pointer(job.lengths + task * job.row_bytes), job.capacity)
@@ -112,10 +114,10 @@ def _select(job, task, space):
         if bits == threshold:
             if rows >= most_rows or lists >= most_lists or (lists > 0 and mass >= most_mass):
                 continue
+            mass += _mass(job, scores[i], size)
             size = min(size, most_rows - rows)
             rows += size
             lists += 1
-            mass += max(scores[i], np.float32(0.0))
         start = job.first_row + offsets[i + 1] - size
         if start == end:
             lengths[found - 1] += size
@@ -129,7 +131,12 @@ def _select(job, task, space):
 
 
 @_njit
-def _threshold(scores, offsets, min_score, most_rows, most_lists, most_mass, space):
+def _mass(job, score, size):
+    return max(score, np.float32(0.0)) * (size if job.per_row else 1)
+
+
+@_njit
+def _threshold(job, scores, offsets, most_rows, most_lists, most_mass, space):
     """Bits of the score at which a bound is reached, and what all lists above it add up to."""
     rows, lists, mass = np.int64(0), np.int64(0), 0.0
     rows_of = carray(int64_pointer(space), BINS)
@@ -144,12 +151,12 @@ def _threshold(scores, offsets, min_score, most_rows, most_lists, most_mass, spa
         if shift == _SHIFTS[0]:
             for i in range(len(scores)):
                 size = offsets[i + 1] - offsets[i]
-                if size > 0 and scores[i] >= min_score:
+                if size > 0 and scores[i] >= job.min_score:
                     at = ordered_bits(scores[i]) >> shift
                     rows_of[at] += size
                     lists_of[at] += 1
                     if most_mass < np.inf:
-                        mass_of[at] += max(scores[i], np.float32(0.0))
+                        mass_of[at] += _mass(job, scores[i], size)
         else:
             # Only the lists of the bin at which a bound was reached can be the last.
             n_before, n_left = (len(scores) if known_shift == _SHIFTS[0] else n_left), 0
@@ -158,13 +165,13 @@ def _threshold(scores, offsets, min_score, most_rows, most_lists, most_mass, spa
                 bits = ordered_bits(scores[i])
                 if bits >> known_shift == known:
                     size = offsets[i + 1] - offsets[i]
-                    if size > 0 and scores[i] >= min_score:
+                    if size > 0 and scores[i] >= job.min_score:
                         left[n_left] = i
                         n_left += 1
                         at = (bits >> shift) & (BINS - 1 if shift else BINS // 2 - 1)
                         rows_of[at] += size
                         lists_of[at] += 1
-                        mass_of[at] += max(scores[i], np.float32(0.0))
+                        mass_of[at] += _mass(job, scores[i], size)
         at = np.int64(BINS - 1)
         while at >= 0 and not (
             lists_of[at] > 0

@@ -74,6 +74,10 @@ class BucketSelector(Selector):
         self.lists = lists
         self.order = lists.order
 
+    def scores_rows(self, budget: Budget) -> bool:
+        """Whether scores are worth a row; else they are worth a bucket."""
+        return False
+
     @abstractmethod
     def scores(
         self, q_rope: Tensor, q_derope: Tensor, budget: Budget
@@ -90,6 +94,7 @@ class BucketSelector(Selector):
             max_tokens=budget.max_tokens,
             top_p=budget.top_p,
             min_score=budget.min_weight,
+            per_row=self.scores_rows(budget),
         )
 
 

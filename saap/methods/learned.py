@@ -25,6 +25,9 @@ class RoutedSelector(BucketSelector):
         self.predicts_weights = routing.predicts_weights
         self.nbytes = routing.nbytes
 
+    def scores_rows(self, budget):
+        return self.routing.ranks_by_row(budget)
+
     def scores(self, q_rope, q_derope, budget):
         return self.routing.scores(
             q_derope,
@@ -32,7 +35,7 @@ class RoutedSelector(BucketSelector):
             self.n_middle,
             self.ahead + self.window + self.n_middle - 1,
             share=budget.share,
-            per_row=budget.by_weight,
+            per_row=self.scores_rows(budget),
         )
 
 

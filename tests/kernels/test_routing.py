@@ -175,16 +175,18 @@ bounds = st.fixed_dictionaries(
     n=st.integers(12, 300),
     largest=st.integers(1, 9),
     signed=st.booleans(),
+    per_row=st.booleans(),
     bounds=bounds,
 )
-def test_selection_visits_the_rows_that_sorting_would(seed, n, largest, signed, bounds):
+def test_selection_visits_the_rows_that_sorting_would(seed, n, largest, signed, per_row, bounds):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(0, largest + 1, (2, 2, n), generator=generator, dtype=torch.int32)
     scores = torch.randn(2, 4, n, generator=generator)
     scores = scores if signed else scores.exp()
     offsets = offsets_of(sizes)
-    found = cpu.bucket_ranges(scores, offsets, first_row=3, **bounds)
-    expected = bucket_ranges(scores, offsets, first_row=3, **bounds)
+    options = bounds | {"per_row": per_row, "first_row": 3}
+    found = cpu.bucket_ranges(scores, offsets, **options)
+    expected = bucket_ranges(scores, offsets, **options)
     for b in range(2):
         for h in range(4):
             assert rows(found, b, h) == rows(expected, b, h)
