@@ -91,7 +91,7 @@ def random_index(about: dict, nlist: int) -> TrainedIndex:
         layers.append(
             LayerIndex(
                 centroids,
-                {"mlp": router},
+                {"mlp": router.quantized()},
                 n_segments=N_SEGMENTS,
                 key_scale=torch.full((n_kv, nlist), float(dim) ** 0.5),
                 inv_freq=1e4 ** (-torch.arange(0, dim, 2) / dim),

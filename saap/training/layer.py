@@ -147,7 +147,7 @@ def fit_routers(targets: Targets, options: TrainingOptions, report: Report) -> d
         if name == "linear":
             routers[name] = fitting.fit_linear(targets.q, targets.mass)
             continue
-        routers[name] = fitting.fit_mlp(
+        network = fitting.fit_mlp(
             targets.q,
             targets.mass,
             targets.sizes,
@@ -159,6 +159,7 @@ def fit_routers(targets: Targets, options: TrainingOptions, report: Report) -> d
                 f"routers, loss {loss:.3f}", MASSES_DONE + (1 - MASSES_DONE) * done / total
             ),
         )
+        routers[name] = network.quantized()
     return routers
 
 
