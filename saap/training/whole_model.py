@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap import hf
+from saap import __version__, hf
 from saap.hf.layerwise import LayerStream
 from saap.trained_index import TrainedIndex
 
@@ -42,6 +42,7 @@ class Training:
     def manifest(self, model) -> dict:
         """What has to be the same for a finished layer to be of use."""
         return {
+            "software": {"saap": __version__, "torch": torch.__version__},
             "model": {
                 **self.description,
                 "dtype": str(model.dtype),
