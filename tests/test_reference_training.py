@@ -164,12 +164,13 @@ def test_costs_are_those_of_the_model():
     )
 
 
-def test_what_is_kept_for_the_backward_pass(tmp_path):
+def test_what_is_kept_for_the_backward_pass():
     """The estimate is near what autograd really saves under bf16 autocast."""
     own = TINY.decoder
-    model, seen = Decoder(own), {}
+    model, seen, held = Decoder(own), {}, []
 
     def pack(tensor):
+        held.append(tensor)  # its address is not given to another
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -182,8 +183,8 @@ def test_what_is_kept_for_the_backward_pass(tmp_path):
         loss, _ = model.loss(tokens, torch.arange(512).expand(2, -1), torch.ones(2, 513))
     saved = sum(n for pointer, n in seen.items() if pointer not in weights) / 1024
     assert torch.isfinite(loss)
-    # Measured: 1.9 times. Eager keeps casts and the rotation's parts that compiling leaves out.
-    assert plan.kept_bytes_a_token(own) < saved < 3 * plan.kept_bytes_a_token(own)
+    # Measured, not compiled: 1.33 times here, 1.54 times the estimate for the GPU recipe's decoder.
+    assert plan.kept_bytes_a_token(own) < saved < 1.6 * plan.kept_bytes_a_token(own)
 
 
 def test_plan_and_bad_options(capsys, monkeypatch):
