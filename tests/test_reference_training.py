@@ -183,7 +183,7 @@ def test_what_is_kept_for_the_backward_pass():
         loss, _ = model.loss(tokens, torch.arange(512).expand(2, -1), torch.ones(2, 513))
     saved = sum(n for pointer, n in seen.items() if pointer not in weights) / 1024
     assert torch.isfinite(loss)
-    # Measured, not compiled: 1.33 times here, 1.54 times the estimate for the GPU recipe's decoder.
+    # Measured, not compiled: 1.33 times here, 1.54 times for the GPU recipe's decoder.
     assert plan.kept_bytes_a_token(own) < saved < 1.6 * plan.kept_bytes_a_token(own)
 
 
