@@ -26,7 +26,11 @@ def load_faiss():
 
 
 def has_gpu() -> bool:
-    return getattr(load_faiss(), "get_num_gpus", lambda: 0)() > 0
+    """Whether FAISS is there and reaches a GPU."""
+    try:
+        return getattr(load_faiss(), "get_num_gpus", lambda: 0)() > 0
+    except ImportError:
+        return False
 
 
 def as_array(x: Float[Tensor, "n D"]) -> np.ndarray:

@@ -36,12 +36,15 @@ def train_centroids(
 
     `points` are normalised first, so a centroid is a direction; assignment is by largest inner
     product (`assign`). The same seed gives the same centroids on the same machine and number of
-    threads. Raises ValueError for fewer points than buckets, for NaN or inf, and for zero vectors.
+    threads. FAISS does it; on a GPU that its build does not reach, `lloyd` does. Raises ValueError
+    for fewer points than buckets, for NaN or inf, and for zero vectors.
 
     Source: Saap, arXiv 2502.08246, section 3.3.
     """
     check_points(points, nlist)
     use_gpu = points.is_cuda and faiss_backend.has_gpu()
+    if points.is_cuda and not use_gpu:
+        return lloyd(points, nlist, n_iter=n_iter, seed=seed)
     centroids = [
         faiss_backend.cluster(
             torch.nn.functional.normalize(head.float(), dim=-1),
@@ -53,6 +56,30 @@ def train_centroids(
         for head in points
     ]
     return torch.stack(centroids).to(points.device)
+
+
+def lloyd(
+    points: Float[Tensor, "H n D"], nlist: int, *, n_iter: int = 10, seed: int = 0
+) -> Float[Tensor, "H nlist D"]:
+    """As `train_centroids`, in torch alone, from points drawn without repetition.
+
+    Buckets that end up empty start anew at points of the largest ones, as FAISS splits them.
+    """
+    directions = torch.nn.functional.normalize(points.float(), dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randperm(points.shape[1], generator=generator)[:nlist].to(points.device)
+    centroids = directions[:, first].clone()
+    for _ in range(n_iter):
+        centroids = refine_centroids(directions, centroids, n_iter=1)
+        buckets = assign(directions, centroids)
+        for own_directions, own_buckets, own in zip(directions, buckets, centroids, strict=True):
+            sizes = torch.bincount(own_buckets, minlength=nlist)
+            empty = (sizes == 0).nonzero()[:, 0]
+            largest = sizes.argsort(descending=True)[: len(empty)]
+            for bucket, source in zip(empty.tolist(), largest.tolist(), strict=True):
+                members = (own_buckets == source).nonzero()[:, 0]
+                own[bucket] = own_directions[members[len(members) // 2]]
+    return centroids
 
 
 def assign(

@@ -31,6 +31,31 @@ def test_kmeans_finds_blobs_and_is_seeded():
     assert purity / (2 * 480) >= 0.85  # measured: 0.94
 
 
+def test_kmeans_in_torch_is_as_good_as_that_of_faiss():
+    """By the mean product of points with their centroids; no bucket is empty."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(2, 20, 16, generator=generator)
+    points = centers.repeat_interleave(60, 1) + 0.5 * torch.randn(
+        2, 1200, 16, generator=generator
+    )
+    directions = torch.nn.functional.normalize(points, dim=-1)
+
+    def quality(centroids):
+        return (directions @ centroids.mT).amax(-1).mean()
+
+    best = [
+        max(quality(train(points, 32, seed=seed)) for seed in range(3))  # any one may be unlucky
+        for train in (kmeans.lloyd, kmeans.train_centroids)
+    ]
+    assert best[0] > best[1] - 0.005
+    own = kmeans.lloyd(points, 32, seed=1)
+    assert torch.allclose(own.norm(dim=-1), torch.ones(2, 32), atol=1e-5)
+    for head in kmeans.assign(points, own):
+        assert len(head.unique()) == 32
+    assert torch.equal(own, kmeans.lloyd(points, 32, seed=1))
+    assert not torch.equal(own, kmeans.lloyd(points, 32, seed=2))
+
+
 def test_assignment_ignores_length_and_chunks():
     _, points = blobs()
     centroids = kmeans.train_centroids(points, 8)

@@ -66,7 +66,10 @@ class LayerProblem:
             self.call.softcap,
             self.n_context - self.stop,
         )
-        everything = torch.tensor([[[self.first, self.stop - self.first]]], dtype=torch.int32)
+        device = self.k_rope.device
+        everything = torch.tensor(
+            [[[self.first, self.stop - self.first]]], dtype=torch.int32, device=device
+        )
         everything = everything.expand(self.n_queries, self.n_kv, 2)
         self.local = self._attend(self.k_rope, self.v, *self._local_ranges())
         self.middle = self._attend(
@@ -75,8 +78,9 @@ class LayerProblem:
         self.exact = merge_states(*self.middle, *self.local)
 
     def _local_ranges(self) -> tuple[Tensor, Tensor]:
-        tail = self.n_context - self.stop + 1 + torch.arange(self.n_queries)
-        starts = torch.tensor([0, self.stop]).expand(self.n_queries, 2)
+        device = self.k_rope.device
+        tail = self.n_context - self.stop + 1 + torch.arange(self.n_queries, device=device)
+        starts = torch.tensor([0, self.stop], device=device).expand(self.n_queries, 2)
         lengths = torch.stack([torch.full_like(tail, self.first), tail], -1)
         shape = (self.n_queries, self.n_kv, 2)
         return tuple(t.int()[:, None].expand(shape).contiguous() for t in (starts, lengths))
@@ -101,7 +105,7 @@ class LayerProblem:
 
     def attend(self, selector, store: LayerStore, budget: Budget):
         """`out, lse` of all that is visited, `lse` of the chosen rows, `lengths [n, H, R]`."""
-        selector.ahead = 1 + torch.arange(self.n_queries)
+        selector.ahead = 1 + torch.arange(self.n_queries, device=self.k_rope.device)
         starts, lengths = selector.select(self.q_rope, self.q_derope, budget)
         chosen = self._attend(store.k, store.v, starts + self.first, lengths)
         return *merge_states(*chosen, *self.local), chosen[1], lengths

@@ -1,0 +1,189 @@
+"""Other ways to train the router, on the reference model: a table of `docs/routing.md`.
+
+    python -m benchmarks.router_training [--texts 6]
+
+One training per number of buckets; the networks are fitted to the same targets in every way.
+Measured as in `benchmarks.routing_ideas`, in the blend that is the default. Raw figures go to
+`$OUT`, else to `benchmarks/results/<device>/router_training.json` and from there into the page.
+"""
+
+import argparse
+import copy
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from saap import hf
+from saap.eval import reference
+from saap.eval.demo import training_sequences
+from saap.eval.tasks.attention import capture
+from saap.eval.tasks.base import text_tokens
+from saap.index import fitting
+from saap.index.routers import MLPRouter
+from saap.training import layer as layer_training
+from saap.training import train
+
+from .cpu import cpu_name, environment
+from .gpu import ROOT, slug, write
+from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE
+from .routing_ideas import (
+    SHARE,
+    Case,
+    case_of,
+    chosen_rows,
+    default_window,
+    outcome,
+    weight_a_key,
+)
+
+BEGIN, END = "<!-- table: python -m benchmarks.router_training -->", "<!-- end of training -->"
+N_LISTS = (128, 256, 512)
+AS_IT_IS = "**as it is**: 64 hidden, 400 steps"
+
+
+def largest_only(mass: Tensor) -> Tensor:
+    """All of a query's mass in the middle counts for the bucket that holds most of it."""
+    middle = mass[..., :-1].float()
+    hard = torch.zeros_like(middle).scatter_(
+        -1, middle.argmax(-1, keepdim=True), middle.sum(-1, keepdim=True)
+    )
+    return torch.cat([hard, mass[..., -1:].float()], -1)
+
+
+def middle_alone(mass: Tensor) -> Tensor:
+    """Every query counts alike, whatever it leaves to the middle."""
+    middle = mass[..., :-1].float()
+    middle = middle / middle.sum(-1, keepdim=True).clamp(min=1e-6)
+    return torch.cat([middle, torch.zeros_like(mass[..., -1:]).float()], -1)
+
+
+def fitted_in_all_ways(targets, options) -> dict[str, MLPRouter]:
+    q, mass, sizes, block_of = targets.q, targets.mass, targets.sizes, targets.block_of
+
+    def fit(mass=mass, sizes=sizes, block_of=block_of, q=q, hidden=64, steps=400):
+        return fitting.fit_mlp(
+            q, mass, sizes, block_of, hidden=hidden, steps=steps, seed=options.seed
+        )
+
+    n_kv = len(sizes)
+    together = q.unflatten(0, (n_kv, -1)).transpose(1, 2).flatten(2)  # [Hkv, n, G * D]
+    return {
+        AS_IT_IS: fit(),
+        "32 hidden": fit(hidden=32),
+        "128 hidden": fit(hidden=128),
+        "200 steps": fit(steps=200),
+        "800 steps": fit(steps=800),
+        "mass a bucket, whatever its size": fit(sizes=None, block_of=None),
+        "the largest bucket of each query alone": fit(mass=largest_only(mass)),
+        "every query alike": fit(mass=middle_alone(mass)),
+        "one network a KV group, 64 hidden": fit(
+            q=together, mass=mass.float().unflatten(0, (n_kv, -1)).mean(1)
+        ),
+    }
+
+
+def with_router(case: Case, router: MLPRouter) -> Case:
+    changed = copy.copy(case)
+    changed.logits = router.logits(case.q).unflatten(1, case.logits.shape[1:3])
+    return changed
+
+
+def group_weights(case: Case, router: MLPRouter) -> Tensor:
+    """A network for a whole KV group, blended with the group's turned centroids."""
+    n_kv, group = case.logits.shape[1:3]
+    q = case.q.unflatten(1, (n_kv, group)).flatten(2)
+    logits = router.logits(q)[..., :-1]
+    turned = weight_a_key(case, 0.0, 1.0).sum(2)
+    segments = turned.shape[-1] // logits.shape[-1]
+    blend = 0.5 * logits.repeat_interleave(segments, -1) + 0.5 * turned.clamp(min=1e-30).log()
+    return blend.exp().masked_fill(case.sizes == 0, 0.0)
+
+
+def table(found: dict[str, dict]) -> str:
+    lines = [
+        f"| network, at {SHARE:.0%} of {CONTEXT:,} tokens | recall of the middle | output error "
+        "| kB a layer in 8 bits |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {r['recall_middle']:.1%} | {r['output_error']:.4f} | {r['kilobytes']:.0f} |"
+        for name, r in found.items()
+    ]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=int, default=6)
+    parser.add_argument("--report", type=Path, help="make the table from this one")
+    options = parser.parse_args()
+    if options.report:
+        put_into_page(json.loads(options.report.read_text())["ways"])
+        return
+    model, tokenizer = (f(reference.FOLDER) for f in (hf.load_model, hf.load_tokenizer))
+    training_text, evaluation_text = reference.split_held_out()
+    sequences = training_sequences(training_text, CONTEXT, 0)
+    window = default_window(CONTEXT - N_QUERIES)
+    n_rows = round(SHARE * (CONTEXT - N_QUERIES)) - N_SINK - window
+    texts = [
+        text_tokens(tokenizer, evaluation_text, CONTEXT, i, options.texts)
+        for i in range(options.texts)
+    ]
+    captured = [capture(model, tokens, N_QUERIES) for tokens in texts]
+
+    def usual(case: Case) -> Tensor:
+        return chosen_rows(case, weight_a_key(case).sum(2), n_rows)
+
+    found: dict[str, dict] = {}
+    plain = layer_training.fit_routers
+    for nlist in sorted(N_LISTS, key=lambda n: n != 256):
+        ways: list[dict[str, MLPRouter]] = []
+
+        def fit(targets, training, report, ways=ways, nlist=nlist):
+            if nlist == 256:
+                ways.append(fitted_in_all_ways(targets, training))
+            return plain(targets, training, report)
+
+        with mock.patch.object(layer_training, "fit_routers", fit):
+            index = train(model, sequences, nlist=nlist)
+        cases = [
+            case_of(taken, layer, index) for taken in captured for layer in sorted(taken.caches)
+        ]
+        if nlist != 256:
+            size = index.layers[0].router("mlp").nbytes
+            found[f"{nlist} buckets"] = outcome(cases, usual) | {"kilobytes": size / 1e3}
+        for name in ways[0] if ways else ():
+            of_layer = [own[name] for own in ways]
+            if "group" in name:
+                result = outcome(
+                    cases,
+                    lambda c, of_layer=of_layer: chosen_rows(
+                        c, group_weights(c, of_layer[c.layer]), n_rows
+                    ),
+                )
+            else:
+                result = outcome([with_router(c, of_layer[c.layer]) for c in cases], usual)
+            size = of_layer[0].quantized().nbytes
+            found[name] = result | {"kilobytes": size / 1e3}
+            print(name, found[name], flush=True)
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "router_training.json", {"environment": environment(), "ways": found})
+    if "OUT" not in os.environ:
+        put_into_page(found)
+    print(table(found))
+
+
+def put_into_page(found: dict[str, dict]) -> None:
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
