@@ -6,15 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .plots import INK, STYLE, color, label_ends, save
+from .fronts import label_column
+from .plots import INK, STYLE, WIDTH, color, marker, save, thousands, write_cells
 
 N_DEPTHS = 5
-WIDTH = 7.2
 KEYS, QUERIES = "#00798c", "#d1495b"
-
-
-def thousands(value: float, _=None) -> str:
-    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:,.0f}"
 
 
 def needle_grid(scores: list[dict], task: str, methods: list[str], path: Path) -> Path:
@@ -39,14 +35,10 @@ def needle_grid(scores: list[dict], task: str, methods: list[str], path: Path) -
             labels = [f"{100 * (i + 0.5) / N_DEPTHS:.0f} %" for i in range(N_DEPTHS)]
             axis.set_yticks(range(N_DEPTHS), labels)
             axis.tick_params(length=0, labelsize=9)
-            for (i, j), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    shade = "white" if value > 0.55 else INK
-                    axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=9,
-                              color=shade)  # fmt: skip
+            write_cells(axis, values)
         figure.supylabel("depth of the answer", fontsize=10)
         figure.supxlabel("tokens of context", fontsize=10)
-        figure.suptitle(f"{task}: answers found, %\n", fontsize=13, color=INK, x=0.02, ha="left")
+        figure.suptitle(f"{task}: answers found, %", fontsize=13, color=INK, x=0.02, ha="left")
         return save(figure, path)
 
 
@@ -68,7 +60,9 @@ def latency(scores: list[dict], budget_rows, path: Path) -> Path:
     with plt.rc_context(STYLE):
         if len(contexts) == 1:
             return save(parts_bars(own, contexts[0]), path)
-        figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+        methods = {s["method"] for s in own}
+        height = max(4.4, 0.2 * len(methods) + 1.2)
+        figure, axes = plt.subplots(figsize=(WIDTH, height))
         lines: dict[str, list] = {}
         for s in own:
             if s["method"] != "dense":
@@ -81,9 +75,9 @@ def latency(scores: list[dict], budget_rows, path: Path) -> Path:
         for name, points in lines.items():
             xs, ys = np.array(sorted(points)).T
             dashes = (4, 2) if name == "dense" else (1, 0)
-            axes.plot(xs, ys, color=color(name), marker="o", markersize=4.5, dashes=dashes,
-                      linewidth=2.6 if name == "saap" else 1.7)  # fmt: skip
-            ends.append((xs[-1], np.log10(ys[-1]), name))
+            axes.plot(xs, ys, color=color(name), marker=marker(name), markersize=4.5,
+                      dashes=dashes, linewidth=2.6 if name == "saap" else 1.7)  # fmt: skip
+            ends.append((xs[-1], ys[-1], name))
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, [thousands(c) for c in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -91,20 +85,11 @@ def latency(scores: list[dict], budget_rows, path: Path) -> Path:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        spread_log_labels(axes, ends)
+        label_column(axes, ends)
         axes.set_ylabel("µs a layer and step, median")
         axes.set_xlabel("tokens of context")
         axes.set_title("Time of a decode step", loc="left", color=INK, fontsize=13)
         return save(figure, path)
-
-
-def spread_log_labels(axes, ends: list[tuple[float, float, str]]) -> None:
-    """Names at the line ends of a logarithmic axis."""
-    low, high = (np.log10(v) for v in axes.get_ylim())
-    twin = axes.twinx()
-    twin.set_ylim(0, 1)
-    twin.axis("off")
-    label_ends(twin, [(x, (y - low) / (high - low), n) for x, y, n in ends], 0.055)
 
 
 def parts_bars(own: list[dict], context: int):

@@ -8,25 +8,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from .units import share_of, told_search
 
-COLORS = {
-    "saap": "#d1495b",
-    "linear": "#edae49",
-    "kmeans": "#00798c",
-    "kmeans-rope": "#66a182",
-    "kmeans-cells": "#4f6df5",
-    "mlp": "#b5651d",
-    "streaming": "#8d6a9f",
-    "oracle": "#2e4057",
-    "random": "#9a9a9a",
-    "dense": "#2e4057",
-}
+# A family shares a marker; within it colours are told apart.
+FAMILIES = {
+    "o": {"saap": "#d1495b", "mlp": "#b5651d", "linear": "#d99a1c", "kmeans": "#00798c",
+          "kmeans-rope": "#5a9a74", "kmeans-cells": "#4f6df5", "moments": "#8e44ad",
+          "kmeans-online": "#2a9d8f", "oracle": "#2e4057", "random": "#8a8a8a",
+          "dense": "#2e4057"},
+    "s": {"quest": "#c2559d", "mean-pages": "#7a8450", "moments-pages": "#5e548e",
+          "streaming": "#8d6a9f"},
+    "^": {"oracle-tokens": "#5c6b7a", "flat": "#9c6644", "hnsw": "#3d7ea6", "pq": "#a4508b",
+          "lsh": "#588157"},
+}  # fmt: skip
+COLORS = {name: shade for family in FAMILIES.values() for name, shade in family.items()}
 OTHERS = ("#7a8450", "#a4508b", "#3d5a80", "#9c6644", "#5e548e", "#588157")
-DASHES = {"oracle": (4, 2), "random": (1, 2)}
+DASHES = {"oracle": (4, 2), "oracle-tokens": (4, 2), "random": (1, 2)}
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -40,11 +39,23 @@ STYLE = {
     "svg.hashsalt": "saap",
 }
 INK = "#222222"
+WIDTH = 6.4
+PANELS, MAP_INCHES = 3, 1.8  # maps beside each other, and the width of each
+LEAST_MASS = 0.005  # where there is so little to find, a share of it says nothing
+FAINT_MASS = 0.05  # share of attention in the middle under which a head cannot lose much
+
+
+def base_name(method: str) -> str:
+    return method.split("[")[0].split(" ")[0]
+
+
+def marker(method: str) -> str:
+    return next((m for m, own in FAMILIES.items() if base_name(method) in own), "D")
 
 
 def color(method: str) -> str:
     """A method's own; variants have their method's, any other one of a few, by its name."""
-    base = method.split("[")[0].split(" ")[0]
+    base = base_name(method)
     return COLORS.get(base) or OTHERS[zlib.crc32(base.encode()) % len(OTHERS)]
 
 
@@ -54,118 +65,64 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-def curves(scores: list[dict], x: str, y: str, context: int) -> dict[str, np.ndarray]:
-    """Points `[n, 2]` of each method, sorted by x."""
-    found: dict[str, list] = {}
-    for s in scores:
-        if s["context"] == context and s.get(y) is not None and s["method"] != "dense":
-            name = f"{s['method']} {told_search(s['budget'])}".strip()
-            found.setdefault(name, []).append((s[x], s[y]))
-    return {m: np.array(sorted(points)) for m, points in found.items()}
-
-
-def label_ends(axes, ends: list[tuple[float, float, str]], spread: float) -> None:
-    """Names at the right ends of lines, pushed apart so that they can be read."""
-    ends = sorted(ends, key=lambda e: e[1])
-    heights = [e[1] for e in ends]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + spread)
-    overshoot = heights[-1] - max(1.0, ends[-1][1])
-    for i in range(len(heights) - 1, -1, -1):
-        ceiling = (
-            heights[i + 1] - spread if i + 1 < len(heights) else heights[i] - max(0, overshoot)
-        )
-        heights[i] = min(heights[i], ceiling)
-    for (x, _, name), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name,
-            (x, height),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=color(name),
-            fontweight="bold" if name == "saap" else "normal",
-            annotation_clip=False,
-            # Where lines end at different places, a name may stand on another line.
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-            zorder=5,
-        )
-
-
-def recall_curve(scores: list[dict], context: int, path: Path, *, against: str) -> Path:
-    """Middle recall of every method against `selectivity` or `bytes_read`."""
-    found = curves(
-        [s for s in scores if s["task"] == "attention"], against, "recall_middle", context
-    )
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 4.4))
-        for name, points in found.items():
-            axes.plot(
-                points[:, 0] * (1 if against == "selectivity" else 1e-3),
-                points[:, 1],
-                color=color(name),
-                marker="o",
-                markersize=4.5,
-                dashes=DASHES.get(name, (1, 0)),
-                linewidth=2.6 if name == "saap" else 1.7,
-                zorder=3 if name == "saap" else 2,
-            )
-        scale = 1 if against == "selectivity" else 1e-3
-        label_ends(axes, [(p[-1, 0] * scale, p[-1, 1], n) for n, p in found.items()], 0.052)
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("attention mass of the middle that is found")
-        if against == "selectivity":
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.set_xlabel("share of the cache that is visited (sinks and window included)")
-        else:
-            axes.set_xlabel("kB read a layer and step (router and centroids included)")
-        what = "share of the cache visited" if against == "selectivity" else "bytes read"
-        axes.set_title(
-            f"Recall against {what}, {context:,} tokens", loc="left", color=INK, fontsize=13
-        )
-        return save(figure, path)
-
-
 def answer_bars(scores: list[dict], path: Path) -> Path:
-    """Pass-key accuracy of each method: one group of bars a context."""
-    answers = [s for s in scores if s["task"] == "passkey"]
-    contexts = sorted({s["context"] for s in answers})
-    methods = list(dict.fromkeys(s["method"] for s in answers))
+    """Pass-key accuracy of each method at one context."""
+    own = {s["method"]: s for s in scores}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 0.36 * len(methods) * len(contexts) + 1.4))
-        labels, at = [], 0.0
-        for context in contexts:
-            own = {s["method"]: s for s in answers if s["context"] == context}
-            for method in methods:
-                if method not in own:
-                    continue
-                value = own[method]["accuracy"]
-                axes.barh(at, value, height=0.72, color=color(method))
-                axes.annotate(
-                    f"{value:.0%}",
-                    (value, at),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=INK,
-                    fontsize=10,
-                )
-                labels.append((at, method if len(contexts) == 1 else f"{method}  {context:,}"))
-                at -= 1
-            at -= 0.6
-        axes.set_yticks([p for p, _ in labels], [n for _, n in labels])
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(own) + 1.4))
+        for at, (method, score) in enumerate(own.items()):
+            axes.barh(-at, score["accuracy"], height=0.72, color=color(method))
+            axes.annotate(
+                f"{score['accuracy']:.0%}", (score["accuracy"], -at), xytext=(5, 0),
+                textcoords="offset points", va="center", color=INK, fontsize=10,
+            )  # fmt: skip
+        axes.set_yticks([-i for i in range(len(own))], list(own))
         axes.set_xlim(0, 1.08)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        visited = np.mean([s["selectivity"] for s in answers if s["method"] != "dense"])
-        axes.set_title(
-            f"Pass keys answered, visiting {visited:.1%} of the cache",
-            loc="left",
-            color=INK,
-            fontsize=13,
-        )
+        axes.set_title(f"Pass keys answered{told_visited(scores)}", loc="left", color=INK,
+                       fontsize=13)  # fmt: skip
         return save(figure, path)
+
+
+def told_visited(scores: list[dict]) -> str:
+    visited = [s["selectivity"] for s in scores if s["method"] != "dense"]
+    return f", visiting {np.mean(visited):.1%} of the cache" if visited else ""
+
+
+def answer_maps(scores: list[dict], path: Path) -> Path:
+    """Share of answers that are right: methods down, contexts across, a panel a task."""
+    tasks = list(dict.fromkeys(s["task"] for s in scores))
+    contexts = sorted({s["context"] for s in scores})
+    found = {(s["task"], s["method"], s["context"]): s["accuracy"] for s in scores}
+    methods = list(dict.fromkeys(s["method"] for s in scores))
+    means = {m: np.mean([v for (_, own, _), v in found.items() if own == m]) for m in methods}
+    methods.sort(key=lambda m: (m != "dense", -means[m]))
+    columns = min(PANELS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = (WIDTH, rows * (0.24 * len(methods) + 0.5) + 0.8)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True,
+                                    sharey=True, layout="constrained")  # fmt: skip
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_visible(False)
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            values = np.array([[found.get((task, m, c), np.nan) for c in contexts]
+                               for m in methods])  # fmt: skip
+            axis.imshow(values, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+            axis.set_title(task, fontsize=10, color=INK)
+            axis.set_xticks(range(len(contexts)), [thousands(c) for c in contexts])
+            axis.set_yticks(range(len(methods)), methods)
+            axis.tick_params(length=0, labelsize=9)
+            write_cells(axis, values)
+        figure.supxlabel("tokens of context", fontsize=10)
+        figure.suptitle(f"Answers found, %{told_visited(scores)}", fontsize=13, color=INK, x=0.02,
+                        ha="left")  # fmt: skip
+        return save(figure, path)
+
+
+def thousands(value: float, _=None) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:,.0f}"
 
 
 def head_maps(
@@ -188,43 +145,40 @@ def head_maps(
         return None
     mass = np.array(next(iter(own.values()))["head_middle_mass"])
     panels = [("share of attention\non the middle", mass, "Greys")]
-    panels += [(f"recall, {m}", np.array(own[m]["head_recall"]), "YlGnBu") for m in chosen]
+    nothing = mass < LEAST_MASS
+    panels += [
+        (f"recall, {m}", np.where(nothing, np.nan, own[m]["head_recall"]), "YlGnBu")
+        for m in chosen
+    ]
     with plt.rc_context({**STYLE, "axes.grid": False}):
         layers, heads = mass.shape
-        columns = min(3, len(panels))
-        rows = -(-len(panels) // columns)
-        width = max(2.5, 0.42 * heads + 0.6)
-        figure, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(width * columns, (0.42 * layers + 1.0) * rows),
-            squeeze=False,
-        )
+        rows = -(-len(panels) // PANELS)
+        cell = min(0.42, MAP_INCHES / heads)
+        size = (WIDTH, (max(1.0, cell * layers) + 0.75) * rows + 0.3)
+        figure, axes = plt.subplots(rows, PANELS, figsize=size, squeeze=False, sharex=True,
+                                    sharey=True, layout="constrained")  # fmt: skip
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (title, values, cmap) in zip(axes.flat, panels, strict=False):
             axis.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect="auto")
             axis.set_title(title, fontsize=10, color=INK)
-            axis.set_xticks(range(heads))
-            axis.set_yticks(range(layers))
+            axis.set_xticks(range(0, heads, -(-heads // 8)))
+            axis.set_yticks(range(0, layers, -(-layers // 8)))
             axis.tick_params(length=0, labelsize=9)
-            if layers * heads <= 128:
-                for (i, j), value in np.ndenumerate(values):
-                    shade = "white" if value > 0.55 else INK
-                    faint = 0.35 if mass[i, j] < 0.05 and title.startswith("recall") else 1.0
-                    axis.text(
-                        j,
-                        i,
-                        f"{100 * value:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color=shade,
-                        alpha=faint,
-                    )
-        for axis in axes[:, 0]:
-            axis.set_ylabel("layer", fontsize=9)
-        for axis in axes[-1]:
-            axis.set_xlabel("query head", fontsize=9)
-        figure.tight_layout()
+            if heads <= 8 and layers <= 16:
+                write_cells(axis, values, mass < FAINT_MASS if cmap != "Greys" else None)
+        figure.supylabel("layer", fontsize=10)
+        figure.supxlabel("query head", fontsize=10)
         return save(figure, path)
+
+
+def write_cells(axis, values: np.ndarray, faint: np.ndarray | None = None) -> None:
+    """Percents in the cells of a map, pale where `faint`."""
+    axis.spines[:].set_visible(False)
+    for place, value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axis.text(
+                *place[::-1], f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5,
+                color="white" if value > 0.55 else INK,
+                alpha=0.5 if faint is not None and faint[place] else 1.0,
+            )  # fmt: skip

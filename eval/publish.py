@@ -47,7 +47,7 @@ def publish(results: Path, root: Path) -> None:
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     table = markdown(read_scores(results))
     readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-    for name in ("recall", "heads", "answers"):
+    for name in ("recall", "heads"):
         shutil.copyfile(results / f"{name}.png", root / "docs" / f"{name}.png")
 
 

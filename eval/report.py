@@ -7,7 +7,8 @@ from string import Template
 
 from saap.index.tensor_files import write_atomically
 
-from . import pictures, plots
+from . import fronts, pictures, plots
+from .captions import CAPTIONS
 from .checks import suspicions
 from .records import read_run
 from .scores import score_run
@@ -15,7 +16,7 @@ from .tables import answer_section, csv_text, speed_section
 from .units import share_of, told_search
 
 TEMPLATE = Path(__file__).with_name("report.html")
-HEAD_METHODS = ["oracle", "saap", "mlp", "kmeans-cells", "kmeans-rope"]
+HEAD_METHODS = ["oracle", "saap", "kmeans-cells", "kmeans", "random"]
 # Key, title, title where room is scarce, format.
 COLUMNS = (
     ("method", "method", "method", "{}"),
@@ -66,30 +67,12 @@ def cell(value, form: str) -> str:
 
 
 def make_plots(scores: list[dict], records: list[dict], folder: Path) -> dict[str, Path]:
-    made = {}
-    budget = main_budget(scores)
-    attention = [s for s in scores if s["task"] == "attention"]
-    if attention:
-        context = max(s["context"] for s in attention)
-        for against, name in (("selectivity", "recall"), ("bytes_read", "recall_bytes")):
-            made[name] = plots.recall_curve(
-                scores, context, folder / f"{name}.png", against=against
-            )
-        made["heads"] = plots.head_maps(
-            scores, context, main_budget(scores), HEAD_METHODS, folder / "heads.png"
-        )
-    if any(s["task"] == "passkey" for s in scores):
-        made["answers"] = plots.answer_bars(
-            at_budget(scores, answer_budget(scores)), folder / "answers.png"
-        )
-    for task in dict.fromkeys(s["task"] for s in scores if s.get("by_depth")):
-        own = [s for s in at_budget(scores, answer_budget(scores)) if s["task"] == task]
-        prompts = max(len(s["by_depth"]) for s in own)
-        if prompts >= pictures.N_DEPTHS:
-            name = f"depths-{task}"
-            made[name] = pictures.needle_grid(own, task, grid_methods(own), folder / f"{name}.png")
+    made = {
+        **attention_plots([s for s in scores if s["task"] == "attention"], folder),
+        **answer_plots([s for s in scores if s.get("accuracy") is not None], folder),
+    }
     if any(s["task"] == "speed" for s in scores):
-        rows = at_budget(scores, budget)
+        rows = at_budget(scores, main_budget(scores))
         made["latency"] = pictures.latency(scores, rows, folder / "latency.png")
     heads = [r for r in records if r["task"] == "geometry"]
     if heads:
@@ -101,6 +84,48 @@ def make_plots(scores: list[dict], records: list[dict], folder: Path) -> dict[st
     return {name: path for name, path in made.items() if path is not None}
 
 
+def attention_plots(scores: list[dict], folder: Path) -> dict[str, Path | None]:
+    if not scores:
+        return {}
+    context = max(s["context"] for s in scores)
+    own = [s for s in scores if s["context"] == context]
+    made = {
+        name: fronts.draw_front(own, fronts.FRONTS[name], f"{context:,} tokens",
+                                folder / f"{name}.png")
+        for name in ("recall", "recall_bytes", "error_bytes")
+    }  # fmt: skip
+    made["heads"] = plots.head_maps(
+        scores, context, main_budget(scores), HEAD_METHODS, folder / "heads.png"
+    )
+    return made
+
+
+def answer_plots(scores: list[dict], folder: Path) -> dict[str, Path | None]:
+    """Fronts where several budgets were asked at, bars or maps at the one of the table, grids."""
+    if not scores:
+        return {}
+    made: dict[str, Path | None] = {}
+    tasks = list(dict.fromkeys(s["task"] for s in scores))
+    for task in tasks:
+        context = max(s["context"] for s in scores if s["task"] == task)
+        own = [s for s in scores if s["task"] == task and s["context"] == context]
+        name = f"accuracy-{task}"
+        where = f"{task}, {context:,} tokens"
+        path = folder / f"{name}.png"
+        made[name] = fronts.draw_front(own, fronts.FRONTS["accuracy"], where, path)
+    rows = at_budget(scores, answer_budget(scores))
+    if tasks == ["passkey"] and len({s["context"] for s in rows}) == 1:
+        made["answers"] = plots.answer_bars(rows, folder / "answers.png")
+    else:
+        made["answers"] = plots.answer_maps(rows, folder / "answers.png")
+    for task in tasks:
+        own = [s for s in rows if s["task"] == task and s["by_depth"]]
+        if max((len(s["by_depth"]) for s in own), default=0) >= pictures.N_DEPTHS:
+            name = f"depths-{task}"
+            made[name] = pictures.needle_grid(own, task, grid_methods(own), folder / f"{name}.png")
+    return made
+
+
 def answer_budget(scores: list[dict]) -> str:
     """The share nearest to 5 % among those of the tasks that ask."""
     shares = {share_of(s["budget"]) for s in scores if s.get("by_depth")} - {None} or {0.05}
@@ -108,38 +133,16 @@ def answer_budget(scores: list[dict]) -> str:
 
 
 def grid_methods(own: list[dict], most: int = 6) -> list[str]:
-    """The best by accuracy, dense first; ties in the order of the run."""
+    """Dense, oracle and saap, the best of the others, and random as the floor."""
     names = list(dict.fromkeys(s["method"] for s in own))
     means = {
         n: sum(s["accuracy"] for s in own if s["method"] == n) / sum(s["method"] == n for s in own)
         for n in names
     }
-    names.sort(key=lambda n: (n != "dense", n != "saap", -means[n]))
-    return names[:most]
-
-
-CAPTIONS = {
-    "recall": "Share of the true attention mass of the middle (everything but sinks and window) "
-    "that the visited rows hold, summed over queries, heads and layers. <b>oracle</b> knows the "
-    "true mass of every bucket; <b>random</b> buckets are the floor.",
-    "recall_bytes": "The same against bytes read in one step of one layer: visited keys and "
-    "values, and what choosing them reads (router weights, centroids).",
-    "heads": "Left: how much of each query head's attention lies in the middle; only heads that "
-    "look there can lose anything. Then each method's recall at the budget of the table; pale "
-    "numbers belong to heads with under 5 % there.",
-    "answers": "A named seven-digit key among distractor keys in source text. The context is "
-    "prefilled densely; question and answer go through the method.",
-    "depths": "Where in the context the answer stood (down), and how long the context was "
-    "(across): the mean of the prompts whose answer stood there.",
-    "latency": "Medians of one decode step of one layer on the path that gives the answers above. "
-    "<b>dense</b> is SDPA with the query heads of a group packed as rows, which took turns with "
-    "each method.",
-    "keys_queries": "Keys and queries of the heads that look farthest, RoPE removed, on their "
-    "first two principal components together. Where the clouds lie apart, the bucket whose "
-    "centroid is nearest to a query need not be the bucket with its keys.",
-    "bucket_sizes": "Rows a bucket of the trained partition on this context; the red line is the "
-    "mean. Imbalance is FAISS's factor: 1 when all are equally large.",
-}
+    first = [n for n in ("dense", "oracle", "saap") if n in names]
+    others = sorted((n for n in names if n not in (*first, "random")), key=lambda n: -means[n])
+    last = ["random"] if "random" in names else []
+    return [*first, *others[: most - len(first) - len(last)], *last]
 
 
 def make_report(folder: Path) -> Path:
@@ -147,21 +150,26 @@ def make_report(folder: Path) -> Path:
     run, records = read_run(folder)
     scores = score_run(folder)
     made = make_plots(scores, records, folder)
-    sections = []
     attention = [s for s in scores if s["task"] == "attention"]
-    if attention:
-        for context in sorted({s["context"] for s in attention}, reverse=True):
-            sections.append(table(scores, context, main_budget(scores)))
-    sections += [answer_section(scores), speed_section(scores)]
-    figures = "".join(figure(name, path) for name, path in made.items())
+    contexts = sorted({s["context"] for s in attention}, reverse=True)
+    leaderboards = [table(scores, c, main_budget(scores), run) for c in contexts]
+    figures = [figure(name, path) for name, path in made.items()]
     write_atomically(folder / "scores.csv", csv_text(scores).encode())
     config, environment = run["config"], run["environment"]
     page = Template(TEMPLATE.read_text()).substitute(
         title=html.escape(f"Saap on {Path(run['model']).name}"),
         headline=headline(scores),
         suspicions=warning(suspicions(records)),
-        figures=figures,
-        tables="".join(sections),
+        content="".join(
+            [
+                *figures[:1],
+                *leaderboards[:1],
+                *figures[1:],
+                *leaderboards[1:],
+                answer_section(scores),
+                speed_section(scores),
+            ]
+        ),
         settings=definition_list(
             {
                 "model": run["model"],
@@ -206,7 +214,7 @@ def warning(lines: list[str]) -> str:
     )
 
 
-def table(scores: list[dict], context: int, budget: str) -> str:
+def table(scores: list[dict], context: int, budget: str, run: dict) -> str:
     head = "".join(f"<th>{title}</th>" for _, title, _, _ in COLUMNS)
     body = "".join(
         "<tr{}>{}</tr>".format(
@@ -219,8 +227,28 @@ def table(scores: list[dict], context: int, budget: str) -> str:
     )
     return (
         f"<h2>{context:,} tokens, {100 * float(budget):.3g}% of the cache</h2>"
+        f"<p class=note>{budget_note(context, budget, run)}</p>"
         f"<div class=scroll><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def budget_note(context: int, budget: str, run: dict) -> str:
+    """How the budget is counted: in rows, and in bytes."""
+    rows = run.get("attention_rows", {}).get(str(context))
+    told = ""
+    if rows:
+        total, sinks, window = rows["context"], rows["sinks"], rows["window"]
+        whole = round(float(budget) * total)
+        told = (
+            f"The budget is {whole:,} of {total:,} rows in each KV head: {sinks} sinks, {window} "
+            f"of the recent window, and {whole - sinks - window:,} of the middle that the method "
+            "chooses. The tokens that ask come after them, and see each other on top. "
+        )
+    return told + (
+        "kB are the keys and values of all visited rows, and whatever choosing reads: router "
+        "weights, centroids, summaries, codes. Oracles and random read nothing to choose: they "
+        "are bounds, no methods."
     )
 
 

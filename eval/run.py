@@ -9,8 +9,9 @@ from pathlib import Path
 
 from saap import hf
 from saap.trained_index import TrainedIndex
+from saap.training import default_window
 
-from .arms import check_method_entry, make_arms
+from .arms import N_SINK, check_method_entry, make_arms
 from .environment import environment, version
 from .records import RUN, RecordFile, read_settings
 from .tasks.base import Bench
@@ -195,11 +196,19 @@ def open_records(
             "text": hashlib.sha256(bench.text).hexdigest()[:16],
             "version": version(),
             "config": as_plain(bench.config),
+            "attention_rows": {
+                str(c): attention_rows(c - bench.config.n_queries) for c in bench.config.contexts
+            },
             "environment": described,
             "index": {k: v for k, v in about.items() if k not in ("model", "recall")} or None,
             "trained_recall": about.get("recall"),
         },
     )
+
+
+def attention_rows(n: int) -> dict:
+    """The context of the attention task, and what of it every method visits."""
+    return {"context": n, "sinks": N_SINK, "window": default_window(n)}
 
 
 def memory_need(model, context: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,6 +150,43 @@ def test_another_text_is_another_run(by_two):
     other = Source(reference.FOLDER, None, b"other words " * 4000, "reference")
     with pytest.raises(ValueError, match="holds results of another run: its text is"):
         run_with_workers(other, CONFIG, by_two)
+
+
+def test_another_version_is_another_run(by_two, tmp_path):
+    copied = shutil.copytree(by_two, tmp_path / "copied")
+    run = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**run, "version": "0.0.1+00000000"}))
+    before = contents(copied)
+    with pytest.raises(ValueError, match=r"results of version 0\.0\.1.00000000, this is"):
+        run_with_workers(source(), CONFIG, copied)
+    assert contents(copied) == before
+
+
+def test_a_half_written_line(monkeypatch, capsys, by_two, tmp_path):
+    whole = (by_two / "records.jsonl").read_bytes()
+    copied = shutil.copytree(by_two, tmp_path / "copied")
+    (copied / "records.jsonl").write_bytes(whole[: whole.index(b'{"done"') + 300])
+    before = contents(copied)
+    code, _, err = run_cli(monkeypatch, capsys, "report", copied)
+    assert code == 2
+    assert "the run was cut short; run `saap eval` again" in err
+    assert contents(copied) == before
+    run_with_workers(source(), CONFIG, copied, jobs=1)
+    assert (copied / "records.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_line(by_two, tmp_path):
+    copied = shutil.copytree(by_two, tmp_path / "copied")
+    lines = (copied / "records.jsonl").read_text().splitlines(keepends=True)
+    (copied / "records.jsonl").write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
+    before = contents(copied)
+    with pytest.raises(ValueError, match=r"line 2 of .* is not JSON: the file was damaged"):
+        run_with_workers(source(), CONFIG, copied)
+    assert contents(copied) == before
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
