@@ -15,6 +15,7 @@ from saap.kernels.attention.api import attend_ranges
 
 from .budget import Budget, check_predicts_weights
 from .chunks import OutAndLse, attend_chunk
+from .kv_checks import check_append
 from .kv_rows import KVRows
 from .routing import LayerRouting
 from .selection import StepRanges
@@ -98,7 +99,8 @@ class KVStore:
         Raises ValueError for shapes or a batch that do not fit, MemoryError when it cannot grow;
         nothing is changed then.
         """
-        self._check(k_rope, v, k_derope, mask)
+        n_kv = None if self.routing is None else len(self.routing.centroids)
+        check_append(k_rope, v, k_derope, mask, lengths=self.lengths, held=self.k, n_kv=n_kv)
         batch, _, length, _ = k_rope.shape
         new = [length] * batch if mask is None else mask.sum(1).tolist()
         self.flush()
@@ -295,42 +297,3 @@ class KVStore:
         for b, n in enumerate(self.lengths):
             self.rows.lists[b, :, n - self._n_pending : n] = lists[b]
         self._n_pending = 0
-
-    def _check(self, k_rope, v, k_derope, mask) -> None:
-        if k_rope.ndim != 4 or 0 in k_rope.shape[:3]:
-            raise ValueError(
-                f"k_rope has shape {tuple(k_rope.shape)}: accepted is [B, Hkv, T, D], none empty"
-            )
-        for name, given in (("v", v), ("k_derope", k_derope)):
-            if given.shape != k_rope.shape or given.device != k_rope.device:
-                raise ValueError(
-                    f"{name} is {tuple(given.shape)} on {given.device}: accepted is as k_rope, "
-                    f"{tuple(k_rope.shape)} on {k_rope.device}"
-                )
-        if torch.is_grad_enabled() and (k_rope.requires_grad or v.requires_grad):
-            raise ValueError("k_rope or v requires a gradient: call the model in torch.no_grad()")
-        if self.batch:
-            held, given = self.rows.k, k_rope
-            expected = (self.batch, held.shape[1], held.shape[3], held.dtype, held.device)
-            found = (len(given), given.shape[1], given.shape[3], given.dtype, given.device)
-            if expected != found or v.dtype != held.dtype:
-                raise ValueError(
-                    f"batch, heads, head_dim, dtype and device are {found}: the store holds "
-                    f"{expected}"
-                )
-        elif self.routing is not None and k_rope.shape[1] != self.routing.centroids.shape[0]:
-            raise ValueError(
-                f"k_rope has {k_rope.shape[1]} heads: the partition has "
-                f"{self.routing.centroids.shape[0]}"
-            )
-        if mask is not None:
-            if mask.shape != (k_rope.shape[0], k_rope.shape[2]):
-                raise ValueError(
-                    f"mask has shape {tuple(mask.shape)}: accepted is [B, T] = "
-                    f"{(k_rope.shape[0], k_rope.shape[2])}"
-                )
-            behind = self.lengths or [0] * len(mask)
-            if (mask[:, 1:] < mask[:, :-1]).any() or any(
-                n and not whole for n, whole in zip(behind, mask.all(1).tolist(), strict=True)
-            ):
-                raise ValueError("mask has padding after a token: accepted is padding on the left")
