@@ -42,7 +42,7 @@ def with_bounds(score: dict, form: str) -> str:
     return f"{text} [{form.format(low)}, {form.format(high)}]{star}"
 
 
-ANSWER_HEAD = ("method", "task", "budget", "visited", "score", "minus dense")
+ANSWER_HEAD = ("method", "task", "score", "minus dense", "visited", "budget")
 SPEED_HEAD = ("method", "budget", "route", "select", "attend", "other", "step", "dense",
               "speed-up", "build ms", "break-even")  # fmt: skip
 
@@ -68,7 +68,7 @@ def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
             score = f"{s['nll']:.3f} nats" if right is None else f"{right:.0%}"
             difference = with_bounds(s, "{:+.3f}" if right is None else "{:+.0%}")
             visited = f"{s['selectivity']:.1%}"
-            rows[context].append([named(s), s["task"], budget_cell(s), visited, score, difference])
+            rows[context].append([named(s), s["task"], score, difference, visited, budget_cell(s)])
     return rows
 
 
