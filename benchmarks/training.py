@@ -9,7 +9,8 @@ trained on `--texts` sequences in `--steps` optimiser steps, by the same code; e
 scaled to 24 sequences and 400 steps by what it is proportional to, and the layer to 32 layers.
 `measured` and `scaled` say which is which; `forward`, running the layer itself, is told apart.
 Seconds are on the clock, and as time on the cores (`_cpu`), which is what to read on a shared
-machine, with OMP_NUM_THREADS=1 (waiting threads take core time too). JSON goes to `$OUT`, else to `benchmarks/results/<device>/training.json`.
+machine, with OMP_NUM_THREADS=1 (waiting threads take core time too). JSON goes to `$OUT`, else to
+`benchmarks/results/<device>/training.json`.
 """
 
 import argparse
