@@ -69,17 +69,23 @@ def lloyd(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(points.shape[1], generator=generator)[:nlist].to(points.device)
     centroids = directions[:, first].clone()
-    for _ in range(n_iter):
+    for left in range(n_iter - 1, -1, -1):
         centroids = refine_centroids(directions, centroids, n_iter=1)
-        buckets = assign(directions, centroids)
-        for own_directions, own_buckets, own in zip(directions, buckets, centroids, strict=True):
-            sizes = torch.bincount(own_buckets, minlength=nlist)
-            empty = (sizes == 0).nonzero()[:, 0]
-            largest = sizes.argsort(descending=True)[: len(empty)]
-            for bucket, source in zip(empty.tolist(), largest.tolist(), strict=True):
-                members = (own_buckets == source).nonzero()[:, 0]
-                own[bucket] = own_directions[members[len(members) // 2]]
+        if left == 1:
+            _restart_empty(centroids, directions)
     return centroids
+
+
+def _restart_empty(centroids: Tensor, directions: Tensor) -> None:
+    buckets = assign(directions, centroids).long()
+    sizes = torch.zeros(centroids.shape[:2], dtype=torch.long, device=centroids.device)
+    sizes.scatter_add_(1, buckets, torch.ones_like(buckets))
+    for head in (sizes == 0).any(1).nonzero()[:, 0].tolist():
+        empty = (sizes[head] == 0).nonzero()[:, 0].tolist()
+        largest = sizes[head].argsort(descending=True)[: len(empty)].tolist()
+        for bucket, source in zip(empty, largest, strict=True):
+            members = (buckets[head] == source).nonzero()[:, 0]
+            centroids[head, bucket] = directions[head, members[len(members) // 2]]
 
 
 def assign(
@@ -133,3 +139,18 @@ def refine_centroids(
         length = sums.norm(dim=-1, keepdim=True)
         centroids = torch.where(length > 1e-6, sums / length.clamp(min=1e-6), centroids)
     return centroids
+
+
+def mean_products(
+    points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"]
+) -> Float[Tensor, "H nlist"]:
+    """Mean product of the points of each bucket with its centroid, float32."""
+    found = []
+    for own_points, own in zip(points, centroids, strict=True):
+        buckets = assign(own_points[None], own[None])[0].long()
+        products = (own_points.float() * own[buckets]).sum(-1)
+        total = torch.zeros(len(own), device=points.device).scatter_add_(0, buckets, products)
+        count = torch.bincount(buckets, minlength=len(own))
+        # A bucket that the sample left empty is typical.
+        found.append((total + products.mean()) / (count + 1))
+    return torch.stack(found)

@@ -37,11 +37,7 @@ class KVStore:
     """
 
     def __init__(self, routing: LayerRouting | None, budget: Budget, *, capacity: int = 0):
-        if routing is not None and (budget.nprobe or 0) > routing.n_lists:
-            raise ValueError(f"nprobe={budget.nprobe}: accepted are 1 to nlist={routing.n_lists}")
-        if routing is not None:
-            check_predicts_weights(routing.predicts_weights, budget)
-        self.routing, self.budget = routing, budget
+        self.budget, self.routing = budget, None
         self.rows, self.capacity = KVRows(), capacity
         self.flush_every = budget.flush_every
         self.lengths: list[int] = []
@@ -51,6 +47,19 @@ class KVStore:
         self._pending: Tensor | None = None  # de-RoPEd keys of the latest tokens: no list yet
         self._n_pending = 0
         self._ranges: StepRanges | None = None
+        if routing is not None:
+            self.route_by(routing)
+
+    def route_by(self, routing: LayerRouting) -> None:
+        """Put tokens into the lists of this routing; for a store that holds none yet."""
+        if self.length:
+            raise ValueError(f"route_by with {self.length} tokens: accepted is an empty store")
+        if (self.budget.nprobe or 0) > routing.n_lists:
+            raise ValueError(
+                f"nprobe={self.budget.nprobe}: accepted are 1 to nlist={routing.n_lists}"
+            )
+        check_predicts_weights(routing.predicts_weights, self.budget)
+        self.routing = routing
 
     @property
     def batch(self) -> int:

@@ -18,7 +18,8 @@ from transformers.masking_utils import flash_attention_mask
 from saap.budget import Budget
 from saap.chunks import attend_chunk
 from saap.kv_store import KVStore
-from saap.rope import VARIANTS
+from saap.partition import partition_keys
+from saap.rope import INTERLEAVED, VARIANTS, frequencies
 from saap.routing import LayerRouting
 from saap.trained_index import TrainedIndex
 
@@ -27,20 +28,29 @@ from .families import check_model, rope_variants
 from .models import attention_modules, describe
 
 NAME = "saap_cache"
+SHORTEST_PARTITIONED = 1024  # tokens of a prompt; shorter ones stay dense
 
 
 class SaapModel:
     """An attached model: makes caches for it. `budget` holds for the caches made from now on."""
 
-    def __init__(self, model: nn.Module, index: TrainedIndex, budget: Budget, router: str | None):
-        index.check_model(describe(model))
+    def __init__(
+        self, model: nn.Module, index: TrainedIndex | None, budget: Budget, router: str | None
+    ):
+        if index is None and router not in (None, "centroid"):
+            raise ValueError(f"router={router!r} without an index: accepted is 'centroid'")
+        if index is not None:
+            index.check_model(describe(model))
         self.model, self.index, self.budget = model, index, budget
         self.config = model.config.get_text_config()
         self.types, self.options = check_model(model)
         self.variants = rope_variants(model, self.types)
-        device = model.device
-        router = router or index.default_router
-        self.routings = [LayerRouting.of(layer, router).to(device) for layer in index.layers]
+        self.routings: list[LayerRouting | None] = [None] * len(self.types)
+        if index is not None:
+            router = router or index.default_router
+            self.routings = [
+                LayerRouting.of(layer, router).to(model.device) for layer in index.layers
+            ]
         wrong = [n for n in budget.dense_layers if n >= len(self.types)]
         if wrong:
             raise ValueError(
@@ -120,6 +130,8 @@ class SaapModel:
         if isinstance(layer, SaapLayer):
             variant = self.variants[number]
             q_derope, k_derope = (q, k) if variant is None else _derope(variant, q, k, tables)
+            if self.index is None and number not in self.budget.dense_layers:
+                self._partition(layer.store, variant, k_derope, tables, sm_scale)
             layer.store.append(k, v, k_derope, self.new_mask)
             layer.slots += q.shape[2]
             out, lse = layer.store.attend(q, q_derope, sm_scale=sm_scale, softcap=softcap)
@@ -128,6 +140,20 @@ class SaapModel:
         if s_aux is not None:  # gpt-oss: one more logit in the denominator, worth nothing
             out = out * torch.sigmoid(lse - s_aux.float()[:, None]).unsqueeze(-1).to(out.dtype)
         return out
+
+    def _partition(self, store: KVStore, variant, k_derope, tables, sm_scale) -> None:
+        """Cluster the keys of a prompt, if this is the first of an empty cache and long enough."""
+        if store.length or k_derope.shape[2] < SHORTEST_PARTITIONED:
+            return
+        store.route_by(
+            partition_keys(
+                k_derope,
+                None if variant is None else frequencies(variant, *tables),
+                sm_scale=sm_scale,
+                interleaved=variant in INTERLEAVED,
+                mask=self.new_mask,
+            )
+        )
 
     def _attend_sliding(self, layer, q, k, v, sm_scale, softcap) -> tuple[Tensor, Tensor]:
         options = {"sm_scale": sm_scale, "softcap": softcap}
@@ -177,7 +203,7 @@ AttentionMaskInterface.register(NAME, flash_attention_mask)
 @contextmanager
 def attached(
     model: nn.Module,
-    index: TrainedIndex,
+    index: TrainedIndex | None = None,
     budget: Budget | None = None,
     *,
     router: str | None = None,
@@ -190,7 +216,9 @@ def attached(
     Streaming, sampling, beams, assisted and prompt-lookup decoding, left-padded batches, chunked
     prefill and the next turn over the same cache all work; prefill and any forward of several
     tokens are exact. Layers with a sliding window keep their own cache and stay dense. Without our
-    cache the model computes what it always did. `budget`: `Budget.default()` if not given.
+    cache the model computes what it always did. Without an `index` each layer clusters the keys of
+    a cache's first forward, if it has 1024 tokens or more, and nothing is trained; other caches
+    stay dense then. `budget`: `Budget.default()` if not given.
     `router`: one of the index's, by default the one it was trained for.
 
     Raises ValueError for a model that is not supported or not the index's, by name.

@@ -24,6 +24,7 @@ def save_context(
 
     Raises ValueError for a batch, for tokens that do not fit, and when it cannot be written.
     """
+    check_has_index(saap_model)
     if cache.owner is not saap_model:
         raise ValueError("this SaapCache belongs to another model or an earlier block")
     if cache.lengths != [len(tokens)] or cache.get_seq_length() != len(tokens):
@@ -56,6 +57,7 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
     Raises ValueError, naming what differs, for a context of another model, index or layout, and
     for files that are cut short or altered.
     """
+    check_has_index(saap_model)
     header, tensors = context_file.read(path)
     for name, own in (
         ("model", describe(saap_model.model)),
@@ -98,6 +100,14 @@ def layout(saap_model: SaapModel) -> dict:
     budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
     return {**fixed, "dense_layers": list(budget.dense_layers)}
+
+
+def check_has_index(saap_model: SaapModel) -> None:
+    if saap_model.index is None:
+        raise ValueError(
+            "attached without an index: accepted for contexts on disk is a trained one, since "
+            "lists mean nothing without their partition"
+        )
 
 
 def index_id(saap_model: SaapModel) -> str:

@@ -50,7 +50,7 @@ def train_layer(
     try:
         sampled = sample_keys(stream, layer, plan, hidden, options, report)
         centroids, centroids_rope = cluster(sampled, options)
-        key_scale = mean_key_products(torch.cat(sampled.derope, 1), centroids)
+        key_scale = kmeans.mean_products(torch.cat(sampled.derope, 1), centroids)
         sampled.derope.clear()
         report("masses", KMEANS_DONE)
         fitted, held = record_masses(
@@ -101,19 +101,6 @@ def cluster(sampled: SampledKeys, options: TrainingOptions) -> tuple[Tensor, Ten
     keys = torch.cat(sampled.rope, 1)
     sampled.rope.clear()
     return centroids, kmeans.train_centroids(keys, options.nlist, seed=options.seed)
-
-
-def mean_key_products(keys: Tensor, centroids: Tensor) -> Tensor:
-    """Mean product of the keys `[Hkv, n, D]` of each bucket with its centroid, `[Hkv, nlist]`."""
-    found = []
-    for own_keys, own in zip(keys, centroids, strict=True):
-        buckets = kmeans.assign(own_keys[None], own[None])[0].long()
-        products = (own_keys.float() * own[buckets]).sum(-1)
-        total = torch.zeros(len(own), device=keys.device).scatter_add_(0, buckets, products)
-        count = torch.bincount(buckets, minlength=len(own))
-        # A bucket that the sample left empty is typical.
-        found.append((total + products.mean()) / (count + 1))
-    return torch.stack(found)
 
 
 def record_masses(

@@ -1,0 +1,127 @@
+"""`saap.attached(model)` without a trained index: each layer clusters the prompt's own keys."""
+
+import pytest
+import torch
+
+import saap
+from saap import hf
+from saap.budget import Budget
+from saap.kv_store import KVStore
+from saap.partition import partition_keys
+
+from .test_generate import generated, make, prompt
+
+LENGTH = 1100
+SHORTER = 300
+PLACES = {"n_sink": 4, "window": 16, "flush_every": 16}
+WHOLE = Budget(max_tokens=10**6, **PLACES)
+FEW = Budget(max_tokens=50, **PLACES)
+FAMILIES = ["llama", "gemma3", "smollm3", "gpt_oss", "phi3", "glm4"]
+
+
+def inputs(*lengths):
+    mask = (torch.arange(LENGTH) >= LENGTH - torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": prompt(len(lengths), LENGTH), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_full_budget_tokens_are_those_of_dense(family):
+    model = make(family)
+    given = inputs(LENGTH, SHORTER)
+    expected = generated(model, given)
+    with saap.attached(model, budget=WHOLE) as saap_model:
+        cache = saap_model.cache(capacity=LENGTH + 40)
+        assert torch.equal(generated(model, given, past_key_values=cache), expected)
+        if family != "phi3":  # longrope drops the cache where its tables switch
+            assert all(layer.store.routing is not None for layer in cache.saap_layers)
+            assert all(min(layer.store.middles) > 0 for layer in cache.saap_layers)
+
+
+def test_few_rows_are_visited():
+    model = make("llama")
+    with saap.attached(model, budget=FEW) as saap_model:
+        cache = saap_model.cache()
+        generated(model, inputs(LENGTH), past_key_values=cache)
+        assert cache.visited_share < 0.1
+        store = cache.saap_layers[0].store
+        tail = store.lengths[0] - PLACES["n_sink"] - store.middles[0]
+        visited = PLACES["n_sink"] + tail + 50
+        assert cache.visited_share == pytest.approx(visited / store.lengths[0])
+
+
+def test_short_prompts_and_what_follows_stay_dense():
+    model = make("llama")
+    given = {"input_ids": prompt(1, 200), "attention_mask": torch.ones(1, 200)}
+    expected = generated(model, given)
+    with saap.attached(model, budget=FEW) as saap_model:
+        cache = saap_model.cache()
+        assert torch.equal(generated(model, given, past_key_values=cache), expected)
+        assert cache.visited_share == 1.0
+        assert cache.saap_layers[0].store.routing is None
+
+
+def test_dense_layers_stay_dense():
+    model = make("llama")
+    budget = Budget(max_tokens=50, dense_layers=(1,), **PLACES)
+    with saap.attached(model, budget=budget) as saap_model:
+        cache = saap_model.cache()
+        generated(model, inputs(LENGTH), past_key_values=cache)
+        assert cache.saap_layers[0].store.routing is not None
+        assert cache.saap_layers[1].store.routing is None
+
+
+def test_what_needs_a_trained_index_says_so(tmp_path):
+    model = make("llama")
+    with pytest.raises(ValueError, match="router='mlp' without an index: accepted is 'centroid'"):
+        saap.attached(model, router="mlp").__enter__()
+    with saap.attached(model, budget=FEW) as saap_model:
+        cache = saap_model.cache()
+        with pytest.raises(ValueError, match="attached without an index: accepted for contexts"):
+            saap_model.save_context(cache, prompt()[0], tmp_path / "c.saap")
+        with pytest.raises(ValueError, match="attached without an index: accepted for contexts"):
+            saap_model.open_context(tmp_path / "c.saap")
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_has_no_part_in_the_partition():
+    keys = torch.randn(2, 2, 1200, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(1200) >= torch.tensor([0, 800])[:, None]
+    noisy = keys.masked_fill(~mask[:, None, :, None], torch.nan)
+    options = {"sm_scale": 0.25, "mask": mask, "nlist": 8}
+    found = [partition_keys(k, None, **options).centroids for k in (keys, noisy)]
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
+def test_a_store_that_holds_tokens_keeps_its_routing():
+    keys = torch.randn(1, 2, 1200, 16, generator=torch.Generator().manual_seed(0))
+    routing = partition_keys(keys, None, sm_scale=0.25, nlist=8)
+    store = KVStore(None, FEW)
+    store.append(keys, keys, keys)
+    with pytest.raises(ValueError, match="route_by with 1200 tokens: accepted is an empty store"):
+        store.route_by(routing)
+    with pytest.raises(ValueError, match="nprobe=1000: accepted are 1 to nlist=128"):
+        KVStore(None, Budget(nprobe=1000)).route_by(routing)
+
+
+def test_the_reference_model_finds_far_keys_with_it():
+    """The rows of the middle that its copying heads look at most, in a few percent of them."""
+    from saap.eval import reference
+
+    model = hf.load_model(reference.FOLDER)
+    text = torch.tensor(list(reference.split_held_out()[1][:2000]))
+    tokens = torch.cat([text, text[300:700]])[None]
+    found = []
+    with torch.no_grad():
+        for budget in (WHOLE, FEW, Budget(max_tokens=0, **PLACES)):
+            with saap.attached(model, budget=budget) as saap_model:
+                cache = saap_model.cache()
+                model(tokens[:, :-40], past_key_values=cache)
+                logits = [
+                    model(tokens[:, i : i + 1], past_key_values=cache).logits[0, 0]
+                    for i in range(tokens.shape[1] - 40, tokens.shape[1] - 1)
+                ]
+            targets = tokens[0, -39:]
+            found.append(torch.stack(logits).float().log_softmax(-1)[range(39), targets].mean())
+    dense, few, none = found
+    assert few > dense - 0.3 * (dense - none)
