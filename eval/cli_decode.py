@@ -35,9 +35,11 @@ def index_document(
 ) -> None:
     """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
     import saap
+    from saap.index.tensor_files import check_replaceable
 
     from .terminal import console, one_bar
 
+    check_replaceable(out)
     loaded, tokenizer, trained = load(model, index)
     tokens = read_tokens(tokenizer, document, loaded)
     with saap.attached(loaded, trained, budget_of(trained)) as saap_model:

@@ -50,6 +50,7 @@ def train(
     again. Several processes (torchrun --no-python --nproc-per-node N saap train ...) share the
     layers.
     """
+    from saap.index.tensor_files import check_replaceable
     from saap.training import Processes, TrainingOptions, train_file
 
     from .cli import check_writable
@@ -58,6 +59,7 @@ def train(
     options = TrainingOptions(
         nlist=nlist, router=router, seed=seed, window=window, steps=steps, baselines=baselines
     )
+    check_replaceable(out)
     check_writable(out.parent)
     loaded, training = load(
         model, corpus, options, context=context, texts=texts, text_field=text_field,

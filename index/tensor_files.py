@@ -18,6 +18,7 @@ def write_atomically(path: Path, content: bytes | Callable[[str], object]) -> No
     `content`: bytes, or what writes to the temporary path that it is given. Raises ValueError when
     the file cannot be written.
     """
+    check_replaceable(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -35,6 +36,12 @@ def write_atomically(path: Path, content: bytes | Callable[[str], object]) -> No
         raise ValueError(f"{path}: cannot be written ({error})") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """ValueError for a folder, and for a device, which a new file would take the place of."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a folder or device: accepted is a file, there or not")
 
 
 def read(path: Path, kind: str, version: int, writer: str) -> tuple[dict, dict[str, Tensor]]:

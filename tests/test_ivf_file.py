@@ -258,6 +258,17 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     assert os.listdir(tmp_path) == ["i.safetensors"]
 
 
+def test_a_folder_or_a_device_is_not_replaced(tmp_path):
+    """Renaming a file onto a device would take its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (tmp_path, pipe):
+        with pytest.raises(ValueError, match="a folder or device: accepted is a file"):
+            filled().save(path)
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_unwritable_folder(tmp_path):
     with pytest.raises(ValueError, match="cannot be written"):
         filled().save(tmp_path / "missing" / "i.safetensors")
