@@ -117,7 +117,7 @@ def answer_maps(scores: list[dict], path: Path) -> Path:
             axis.tick_params(length=0, labelsize=9)
             write_cells(axis, values)
         figure.supxlabel("tokens of context", fontsize=10)
-        figure.suptitle(f"Answers found, %{told_visited(scores)}", fontsize=13, color=INK, x=0.02,
+        figure.suptitle(f"Answers found (%){told_visited(scores)}", fontsize=13, color=INK, x=0.02,
                         ha="left")  # fmt: skip
         return save(figure, path)
 

@@ -18,6 +18,7 @@ from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 from .workers import Crew, crew_for, results, usable_cores
 
+LEAST = {"n_texts": 1, "n_queries": 1, "n_prompts": 1, "n_distractors": 0, "n_scored": 2}
 Progress = Callable[[str, int, int], None]
 
 
@@ -49,6 +50,9 @@ class EvalConfig:
             for value in values:
                 if values.count(value) > 1:
                     raise ValueError(f"{name}: {value!r} is there twice: accepted is each once")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: accepted are {least} and more")
         for entry in self.methods:
             check_method_entry(entry)
         for task in self.tasks:

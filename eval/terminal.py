@@ -26,17 +26,22 @@ def progress_bars():
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     # Units of work take from seconds to minutes: time left is told from all of them so far.
-    with Progress(*columns, console=console, speed_estimate_period=3600) as bars:
-        tasks: dict[str, int] = {}
+    bars = Progress(*columns, console=console, speed_estimate_period=3600)
+    tasks: dict[str, int] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            # "routers (loss 3.21)" keeps one bar while the number in it changes.
-            stem = what.split(" (")[0]
-            if stem not in tasks:
-                tasks[stem] = bars.add_task(what, total=total)
-            bars.update(tasks[stem], description=what, completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        bars.start()  # only now: what is refused before ends in one line, without an empty bar
+        # "routers (loss 3.21)" keeps one bar while the number in it changes.
+        stem = what.split(" (")[0]
+        if stem not in tasks:
+            tasks[stem] = bars.add_task(what, total=total)
+        bars.update(tasks[stem], description=what, completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 @contextmanager

@@ -113,6 +113,8 @@ def test_unwritable_folder(tmp_path, monkeypatch):
         ({"methods": ("saap", "kmean")}, "did you mean 'kmeans'"),
         ({"tasks": ("poetry",)}, "task 'poetry' is unknown .*: accepted are attention, passkey"),
         ({"share": "layer"}, "share='layer'"),
+        ({"n_texts": 0}, "n_texts=0: accepted are 1 and more"),
+        ({"tasks": ("speed", "speed")}, "tasks: 'speed' is there twice"),
     ],
 )
 def test_bad_configs(options, message):
