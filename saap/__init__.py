@@ -19,6 +19,7 @@ _EXPORTS = {
     "METHODS": "saap.methods",
     "TrainedIndex": "saap.trained_index",
     "attached": "saap.hf",
+    "partition_keys": "saap.partition",
     "train": "saap.training",
 }
 __all__ = ["__version__", *_EXPORTS]
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .kernels.attention import attend_dense, attend_ranges, attend_shared_prefix, merge_states
     from .kv_store import KVStore
     from .methods import METHODS
+    from .partition import partition_keys
     from .routing import LayerRouting
     from .trained_index import TrainedIndex
     from .training import train
