@@ -4,14 +4,14 @@ Rows of the store that one list of ranges selects are its *tokens*, counted in t
 ranges; `TILE` of them are a tile. The tiles of all lists are laid end to end and cut into shares.
 """
 
-import ctypes
 import math
 
 import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
@@ -36,24 +36,13 @@ _FIELDS = (
     "scratch partials"  # addresses of what `float_counts` says
 ).split()
 _SCALARS = ("sm_scale", "softcap")  # softcap 0: none
-_NEXT_WORKER = 8 * _FIELDS.index("next_worker")
-_NEXT_SHARE = 8 * _FIELDS.index("next_share")
-_DONE_SHARES = 8 * _FIELDS.index("done_shares")
+_NEXT_WORKER = offset_of(_FIELDS, "next_worker")
+_NEXT_SHARE = offset_of(_FIELDS, "next_share")
+_DONE_SHARES = offset_of(_FIELDS, "done_shares")
 
-_record = numba.from_dtype(
-    np.dtype([(name, "i8") for name in _FIELDS] + [(name, "f8") for name in _SCALARS])
-)
-SIGNATURE = types.void(types.CPointer(_record))
+Job, SIGNATURE = job_type(_FIELDS, _SCALARS)
 
 _njit = numba.njit(error_model="numpy")
-
-
-class Job(ctypes.Structure):
-    """What one call works on; the same memory as the kernel's record."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in _FIELDS) + tuple(
-        (name, ctypes.c_double) for name in _SCALARS
-    )
 
 
 def float_counts(threads: int, group: int, dim: int) -> tuple[int, int]:

@@ -2,12 +2,11 @@
 by the bits of the scores, 11 of them at a time, and lists are then taken in the order of their
 rows."""
 
-import ctypes
-
 import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
+from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
@@ -27,27 +26,16 @@ _FIELDS = (
     "workspace next_worker next_task"
 ).split()
 _SCALARS = ("top_p", "min_score")  # above 1, -inf: no bound
-_NEXT_WORKER = 8 * _FIELDS.index("next_worker")
-_NEXT_TASK = 8 * _FIELDS.index("next_task")
+_NEXT_WORKER = offset_of(_FIELDS, "next_worker")
+_NEXT_TASK = offset_of(_FIELDS, "next_task")
 
-_record = numba.from_dtype(
-    np.dtype([(name, "i8") for name in _FIELDS] + [(name, "f8") for name in _SCALARS])
-)
-SIGNATURE = types.void(types.CPointer(_record))
+Job, SIGNATURE = job_type(_FIELDS, _SCALARS)
 
 BINS = 2048
 HISTOGRAM_BYTES = 8 * 3 * BINS
 _SHIFTS = (21, 10, 0)
 
 _njit = numba.njit(error_model="numpy")
-
-
-class Job(ctypes.Structure):
-    """What one call works on; the same memory as the kernel's record."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in _FIELDS) + tuple(
-        (name, ctypes.c_double) for name in _SCALARS
-    )
 
 
 def workspace_bytes(n_lists: int) -> int:

@@ -1,13 +1,13 @@
 """Predicted attention weight of one key of each cell, one query group at a time."""
 
-import ctypes
 import math
 
 import numba
 import numpy as np
-from numba import carray, types
+from numba import carray
 
 from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
@@ -31,23 +31,12 @@ _FIELDS = (
     ).split()
 )
 _SCALARS = ("trained_share",)
-_NEXT_WORKER = 8 * _FIELDS.index("next_worker")
-_NEXT_TASK = 8 * _FIELDS.index("next_task")
+_NEXT_WORKER = offset_of(_FIELDS, "next_worker")
+_NEXT_TASK = offset_of(_FIELDS, "next_task")
 
-_record = numba.from_dtype(
-    np.dtype([(name, "i8") for name in _FIELDS] + [(name, "f8") for name in _SCALARS])
-)
-SIGNATURE = types.void(types.CPointer(_record))
+Job, SIGNATURE = job_type(_FIELDS, _SCALARS)
 
 _njit = numba.njit(error_model="numpy")
-
-
-class Job(ctypes.Structure):
-    """What one call works on; the same memory as the kernel's record."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in _FIELDS) + tuple(
-        (name, ctypes.c_double) for name in _SCALARS
-    )
 
 
 def workspace_floats(group: int, dim: int, nlist: int, segments: int, hidden: int) -> int:
