@@ -25,7 +25,8 @@ import torch
 from .cpu_sections import Bench, dense_and_selected, ragged
 from .cpu_summary import summarise, table
 from .cpu_timing import load
-from .gpu import ROOT, commit, slug, write
+from .gpu import commit
+from .reports import ROOT, report_path, write
 
 ROWS = (8192, 32768, 131072)
 
@@ -120,10 +121,7 @@ def first_call_s() -> dict[str, float]:
 
 
 def result_path(shrink: int) -> Path:
-    name = slug(cpu_name()) if shrink == 1 else "rehearsal"
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "cpu.json"
+    return report_path(cpu_name() if shrink == 1 else "rehearsal", "cpu.json")
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -17,12 +17,10 @@ attention. JSON goes to `$OUT` or `benchmarks/results/<device>/decode.json`.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -44,7 +42,7 @@ from saap.training import N_SEGMENTS, default_nlist
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load, take_turns
-from .gpu import ROOT, slug, write
+from .reports import report_path, write
 
 HIDDEN = 64  # of the routers, as `saap.train` makes them
 SPARE = 2048
@@ -304,10 +302,9 @@ def main() -> int:
         "budget": {"max_tokens": budget.max_tokens, "window": budget.window},
         "records": records,
     }
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "decode.json", report)
-    print(f"wrote {folder / 'decode.json'}")
+    path = report_path(cpu_name(), "decode.json")
+    write(path, report)
+    print(f"wrote {path}")
     return 0
 
 

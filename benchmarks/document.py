@@ -15,7 +15,6 @@ chunk, at its highest, for each byte of keys and values. JSON goes to `$OUT` or
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from saap.hf.text import generate_text, read_document
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
-from .gpu import ROOT, slug, write
+from .reports import ROOT, report_path, write
 
 CHUNK = 2048
 N_ANSWER = 48
@@ -54,9 +53,7 @@ def main() -> int:
         step = read if options.step == "read" else open_again
         print(json.dumps(step(options.index, options.file, int(options.tokens))))
         return 0
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "document.json"
+    path = report_path(cpu_name(), "document.json")
     records = json.loads(path.read_text())["records"] if path.exists() else []
     for n in options.tokens.split(","):
         record = in_two_processes(int(n), options)

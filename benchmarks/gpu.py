@@ -11,14 +11,14 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from .reports import ROOT, report_path, write
+
 LIMIT_S = 450
 TESTS_LIMIT_S = 200
 
@@ -100,17 +100,7 @@ def result_path(device) -> Path:
     import torch
 
     name = "rehearsal" if device.type == "cpu" else torch.cuda.get_device_name()
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(name))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "gpu.json"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    return report_path(name, "gpu.json")
 
 
 def run_tests() -> str:

@@ -14,7 +14,6 @@ what is measured is the work of opening, not the disk. JSON goes to `$OUT`, else
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from saap.index.ivf import AsymmetricIVF
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
-from .gpu import ROOT, slug, write
+from .reports import ROOT, report_path, write
 
 N_QUERY_HEADS_PER_KV = 4
 OPENINGS = 7
@@ -193,9 +192,7 @@ def rounded(value):
 
 def result_path(device: str) -> Path:
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(name))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "index.json"
+    return report_path(name, "index.json")
 
 
 def main() -> None:

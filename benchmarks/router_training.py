@@ -10,7 +10,6 @@ Measured as in `benchmarks.routing_ideas`, in the blend that is the default. Raw
 import argparse
 import copy
 import json
-import os
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +27,7 @@ from saap.training import layer as layer_training
 from saap.training import train
 
 from .cpu import cpu_name, environment
-from .gpu import ROOT, slug, write
+from .reports import put_table, report_path, write
 from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE
 from .routing_ideas import (
     SHARE,
@@ -40,7 +39,7 @@ from .routing_ideas import (
     weight_a_key,
 )
 
-BEGIN, END = "<!-- table: python -m benchmarks.router_training -->", "<!-- end of training -->"
+COMMAND = "python -m benchmarks.router_training"
 N_LISTS = (128, 256, 512)
 AS_IT_IS = "**as it is**: 64 hidden, 400 steps"
 
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="make the table from this one")
     options = parser.parse_args()
     if options.report:
-        put_into_page(json.loads(options.report.read_text())["ways"])
+        put_table(PAGE, COMMAND, table(json.loads(options.report.read_text())["ways"]))
         return
     model, tokenizer = (f(reference.FOLDER) for f in (hf.load_model, hf.load_tokenizer))
     training_text, evaluation_text = reference.split_held_out()
@@ -171,18 +170,10 @@ def main() -> None:
             size = of_layer[0].quantized().nbytes
             found[name] = result | {"kilobytes": size / 1e3}
             print(name, found[name], flush=True)
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "router_training.json", {"environment": environment(), "ways": found})
-    if "OUT" not in os.environ:
-        put_into_page(found)
+    report = {"environment": environment(), "ways": found}
+    write(report_path(cpu_name(), "router_training.json"), report)
+    put_table(PAGE, COMMAND, table(found))
     print(table(found))
-
-
-def put_into_page(found: dict[str, dict]) -> None:
-    page = PAGE.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ latter case the tables in `docs/routing.md` are made from them.
 
 import argparse
 import dataclasses
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from saap.trained_index import TrainedIndex
 from saap.training import default_window, train
 
 from .cpu import cpu_name, environment
-from .gpu import ROOT, slug, write
+from .reports import ROOT, put_table, report_path, write
 
 CONTEXT, N_QUERIES, N_SINK = 8192, 64, 16
 # Share of the context, and how much of it the window is. The usual window alone is above 2 %.
@@ -45,7 +44,6 @@ BOUNDS = {
     "min_weight": (1e-3, 3e-4, 1e-4, 4e-5, 2e-5),
 }
 PAGE = ROOT / "docs" / "routing.md"
-BEGIN, END = "<!-- tables: python -m benchmarks.routing -->", "<!-- end of tables -->"
 
 # Name, router, segments a bucket, share of the trained router in the blend, one selection a ...
 VARIANTS = (
@@ -236,13 +234,8 @@ def main() -> None:
         "top_p": nested(found["top_p"]),
         "bounds": nested(found["bounds"], with_percentile),
     }
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "routing.json", report)
-    if "OUT" not in os.environ:
-        page = PAGE.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n{tables(report)}\n{END}{after}")
+    write(report_path(cpu_name(), "routing.json"), report)
+    put_table(PAGE, "python -m benchmarks.routing", tables(report))
     print(tables(report))
 
 

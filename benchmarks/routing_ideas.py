@@ -9,7 +9,6 @@ differ in the last digit. Raw figures go to `$OUT`, else to
 
 import argparse
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,9 @@ from saap.trained_index import TrainedIndex
 from saap.training import default_window
 
 from .cpu import cpu_name, environment
-from .gpu import ROOT, slug, write
+from .reports import put_table, report_path, write
 from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE
 
-BEGIN, END = "<!-- table: python -m benchmarks.routing_ideas -->", "<!-- end of table -->"
 SHARE = 0.05
 N_FITTED = 6  # training texts that exponents are fitted on
 FIT_STEPS = 150
@@ -298,13 +296,9 @@ def main() -> None:
         for part in (texts, training_sequences(training_text, CONTEXT, 0)[:N_FITTED])
     )
     found = measure(cases, fitting, index)
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(cpu_name()))
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "routing_ideas.json", {"environment": environment(), "ideas": found})
-    if "OUT" not in os.environ:
-        page = PAGE.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
+    report = {"environment": environment(), "ideas": found}
+    write(report_path(cpu_name(), "routing_ideas.json"), report)
+    put_table(PAGE, "python -m benchmarks.routing_ideas", table(found))
     print(table(found))
 
 

@@ -37,7 +37,7 @@ from saap.training import default_window, train
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
-from .gpu import ROOT, slug
+from .reports import ROOT, report_path
 from .selectors_page import page, table
 
 N_QUERIES, TOP_K, N_SINK = 32, 100, 16
@@ -175,15 +175,11 @@ def main() -> None:
         "records": records,
         "refinement": refined,
     }
-    folder = os.environ.get("OUT")
-    device = slug(cpu_name())
-    path = options.out or Path(
-        folder or ROOT / "benchmarks" / "results" / device, "selectors.json"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = options.out or report_path(cpu_name(), "selectors.json")
     path.write_text(json.dumps(report, separators=(",", ":")) + "\n")
-    if not (options.out or folder):
-        PAGE.write_text(page(json.loads(path.read_text()), f"benchmarks/results/{device}"))
+    if not (options.out or "OUT" in os.environ):
+        folder = path.parent.relative_to(ROOT).as_posix()
+        PAGE.write_text(page(json.loads(path.read_text()), folder))
     print(f"{table(report)}\n\nwrote {path}")
 
 

@@ -15,10 +15,8 @@ machine, with OMP_NUM_THREADS=1 (waiting threads take core time too). JSON goes 
 
 import argparse
 import json
-import os
 import resource
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 
@@ -33,8 +31,8 @@ from saap.training.plan import KEY_SAMPLE, KEY_SEQUENCES
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
-from .gpu import ROOT, slug, write
 from .index import Clock
+from .reports import report_path, write
 
 CONTEXT, TEXTS, STEPS, LAYERS = 8192, 24, 400, 32
 HEADS, KV_HEADS = 32, 8
@@ -193,9 +191,7 @@ def main() -> None:
     if options.device == "cuda":
         report["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     name = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(name))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "training.json"
+    path = report_path(name, "training.json")
     if options.only and path.is_file():
         report = json.loads(path.read_text()) | report
     write(path, report)

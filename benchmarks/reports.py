@@ -1,0 +1,38 @@
+"""Where results go: JSON under `$OUT`, else under `benchmarks/results/<device>/`, and the tables of
+pages in `docs/` that are made from it."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def report_path(device: str, name: str) -> Path:
+    """The file of this name for results of a device; its folder is there."""
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def put_table(page: Path, command: str, table: str) -> None:
+    """Between the page's lines `<!-- table: command -->` and `<!-- end: command -->`.
+
+    Results that go to `$OUT` are somebody's own and change no page.
+    """
+    if "OUT" in os.environ:
+        return
+    begin, end = f"<!-- table: {command} -->", f"<!-- end: {command} -->"
+    text = page.read_text()
+    before, after = text.split(begin)[0], text.split(end)[1]
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
