@@ -1,5 +1,7 @@
-"""Where results go: JSON under `$OUT`, else under `benchmarks/results/<device>/`, and the tables of
-pages in `docs/` that are made from it."""
+"""Where results go: JSON under `$OUT`, else under `benchmarks/results/<device>/`.
+
+And the tables of pages in `docs/` that are made from it.
+"""
 
 import json
 import os
