@@ -4,7 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saap.index.lists import bucket_ranges, check_bounds
-from saap.kernels.routing import numba as cpu
+from saap.kernels.routing.api import backend
 
 Ranges = tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]
 
@@ -28,9 +28,10 @@ def best_ranges(
     """
     bounds = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p, "min_score": min_score}
     options = {"per_row": per_row, "first_row": first_row}
-    if scores.device.type == "cpu":
+    kernel = backend(scores.device)
+    if kernel is not None:
         check_bounds(scores.shape[-1], **bounds)
-        return cpu.bucket_ranges(scores, offsets, **bounds, **options, out=out)
+        return kernel.bucket_ranges(scores, offsets, **bounds, **options, out=out)
     starts, lengths = bucket_ranges(scores, offsets, **bounds, **options)
     if out is None:
         return starts, lengths

@@ -14,7 +14,7 @@ from saap.index.cells import cells_of, segment_centers
 from saap.index.kmeans import assign
 from saap.index.lists import expand_heads, group_sum
 from saap.index.routers import MLPRouter, Router
-from saap.kernels.routing import numba as cpu
+from saap.kernels.routing.api import backend
 
 from .budget import Budget
 from .rope import turned
@@ -136,8 +136,22 @@ class LayerRouting:
         `top_p`).
         """
         if self.n_segments > 1:
-            if cpu.can_weigh(q_derope, self.centroids, self._network):
-                return self._weights_on_cpu(q_derope, sizes, n_middle, distance, share, per_row)
+            kernel = backend(q_derope.device)
+            if kernel is not None and kernel.can_weigh(q_derope, self.centroids, self._network):
+                return kernel.cell_weights(
+                    q_derope,
+                    self._typical_keys,
+                    self.inv_freq,
+                    sizes,
+                    torch.as_tensor(n_middle),
+                    torch.as_tensor(distance),
+                    n_segments=self.n_segments,
+                    network=self._network,
+                    trained_share=self.trained_share,
+                    interleaved=self.interleaved,
+                    share=share,
+                    by_size=not per_row,
+                )
             weight = self._weight_a_key(q_derope, sizes, n_middle, distance, share)
             return weight if per_row else weight * expand_heads(sizes, weight.shape[1])
         mass = self.router.mass(q_derope, sizes)
@@ -152,23 +166,6 @@ class LayerRouting:
     def _network(self) -> tuple[Tensor, ...] | None:
         learned = isinstance(self.router, MLPRouter)
         return tuple(self.router.tensors().values()) if learned else None
-
-    def _weights_on_cpu(self, q, sizes, n_middle, distance, share, per_row):
-        """As `_weight_a_key`, in one pass."""
-        return cpu.cell_weights(
-            q,
-            self._typical_keys,
-            self.inv_freq,
-            sizes,
-            torch.as_tensor(n_middle),
-            torch.as_tensor(distance),
-            n_segments=self.n_segments,
-            network=self._network,
-            trained_share=self.trained_share,
-            interleaved=self.interleaved,
-            share=share,
-            by_size=not per_row,
-        )
 
     def _weight_a_key(self, q, sizes, n_middle, distance, share) -> Float[Tensor, "B H n_lists"]:
         """Predicted attention weight of one key of each cell, 0 where a cell is empty.

@@ -1,5 +1,8 @@
 """Cells, turned queries, and the routing that scores cells by them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -163,6 +166,33 @@ def test_an_empty_cell_far_above_all_others_does_no_harm():
     mass = far.scores(q, sizes, 48, 60, per_row=False)
     assert mass.isfinite().all()
     assert torch.allclose(mass.sum(-1), torch.full((1, HKV), float(G)), rtol=1e-4)
+
+
+def test_torch_does_it_where_numba_is_not_installed():
+    """In a fresh process, with the same lists visited."""
+    code = (
+        "import sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.modules[name] = None\n"
+        "import torch, saap\n"
+        "from saap.kernels.attention import attend_ranges\n"
+        "torch.manual_seed(0)\n"
+        "keys = torch.randn(1, 2, 1500, 32)\n"
+        "routing = saap.partition_keys(keys, 50.0 ** (-torch.arange(16) / 16), sm_scale=0.2)\n"
+        "store = saap.KVStore(routing, saap.Budget(max_tokens=60, window=32, flush_every=8))\n"
+        "store.append(keys, keys, keys)\n"
+        "store.append(*[keys[:, :, :1]] * 3)\n"
+        "impl = 'reference' if sys.argv[1:] else None\n"
+        "out, lse = store.attend(*[torch.randn(1, 4, 1, 32)] * 2, impl=impl)\n"
+        "print(round(float(lse.sum()), 3), round(store.visited_share, 4))\n"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, *hidden], capture_output=True, text=True, check=True
+        ).stdout
+        for hidden in ([], ["numba"])
+    ]
+    assert said[0] == said[1] != ""
 
 
 def test_a_router_in_8_bits_says_nearly_the_same():
