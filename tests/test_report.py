@@ -42,8 +42,8 @@ def test_labels_are_apart_and_in_order(count):
     places = fronts.spread(heights, 0.04)
     assert all(b - a >= 0.04 - 1e-9 for a, b in itertools.pairwise(places))
     assert max(places) <= 1.0
-    if count == 1:
-        assert places == heights
+    if count <= 10:
+        assert places[0] == heights[0]  # there is room above, so none is pushed down
 
 
 def test_the_front_is_what_no_other_method_beats():

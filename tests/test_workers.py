@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -62,7 +63,11 @@ def test_workers_end_with_their_parent(tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    wait_for(lambda: is_gone(worker))
+    try:
+        wait_for(lambda: is_gone(worker))
+    except ValueError:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def is_gone(pid: int) -> bool:
