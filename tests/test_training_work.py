@@ -215,7 +215,7 @@ def test_full_disk(model, training, whole, tmp_path, monkeypatch, successes):
 
 def test_too_little_room_is_told_before_hours_of_work(model, training, tmp_path, monkeypatch):
     monkeypatch.setattr("saap.training.work.free_bytes", lambda _: 1000)
-    with pytest.raises(ValueError, match="GB free: hidden states need"):
+    with pytest.raises(ValueError, match="MB free: hidden states need"):
         train_file(model, training, tmp_path / "index")
     assert not list(tmp_path.iterdir())
 

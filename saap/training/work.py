@@ -116,7 +116,7 @@ def check_room(folder: Path, needed: int) -> None:
     free = free_bytes(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
     if free + there < needed:
         raise ValueError(
-            f"{folder}: has {free / 1e9:.1f} GB free: hidden states need {needed / 1e9:.1f} GB "
+            f"{folder}: has {free / 1e6:,.1f} MB free: hidden states need {needed / 1e6:,.1f} MB "
             "there; make room, or take fewer or shorter texts"
         )
 
