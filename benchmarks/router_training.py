@@ -18,9 +18,7 @@ from torch import Tensor
 
 from saap import hf
 from saap.eval import reference
-from saap.eval.demo import training_sequences
 from saap.eval.tasks.attention import capture
-from saap.eval.tasks.base import text_tokens
 from saap.index import fitting
 from saap.index.routers import MLPRouter
 from saap.training import layer as layer_training
@@ -28,14 +26,15 @@ from saap.training import train
 
 from .cpu import cpu_name, environment
 from .reports import put_table, report_path, write
-from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE
+from .routing import CONTEXT, N_QUERIES, PAGE, held_out_texts, training_texts
 from .routing_ideas import (
     SHARE,
     Case,
     case_of,
     chosen_rows,
-    default_window,
     outcome,
+    rows_of_middle,
+    usual,
     weight_a_key,
 )
 
@@ -124,20 +123,8 @@ def main() -> None:
     if options.report:
         put_table(PAGE, COMMAND, table(json.loads(options.report.read_text())["ways"]))
         return
-    model, tokenizer = (f(reference.FOLDER) for f in (hf.load_model, hf.load_tokenizer))
-    training_text, evaluation_text = reference.split_held_out()
-    sequences = training_sequences(training_text, CONTEXT, 0)
-    window = default_window(CONTEXT - N_QUERIES)
-    n_rows = round(SHARE * (CONTEXT - N_QUERIES)) - N_SINK - window
-    texts = [
-        text_tokens(tokenizer, evaluation_text, CONTEXT, i, options.texts)
-        for i in range(options.texts)
-    ]
-    captured = [capture(model, tokens, N_QUERIES) for tokens in texts]
-
-    def usual(case: Case) -> Tensor:
-        return chosen_rows(case, weight_a_key(case).sum(2), n_rows)
-
+    model, sequences = hf.load_model(reference.FOLDER), training_texts()
+    captured = [capture(model, tokens, N_QUERIES) for tokens in held_out_texts(options.texts)]
     found: dict[str, dict] = {}
     plain = layer_training.fit_routers
     for nlist in sorted(N_LISTS, key=lambda n: n != 256):
@@ -162,7 +149,7 @@ def main() -> None:
                 result = outcome(
                     cases,
                     lambda c, of_layer=of_layer: chosen_rows(
-                        c, group_weights(c, of_layer[c.layer]), n_rows
+                        c, group_weights(c, of_layer[c.layer]), rows_of_middle()
                     ),
                 )
             else:

@@ -209,23 +209,27 @@ def nested(found: dict, summary=summary) -> dict:
     return out
 
 
+def held_out_texts(count: int) -> list[torch.Tensor]:
+    """Texts for the reference model that neither it nor its indexes have seen."""
+    tokenizer, text = hf.load_tokenizer(reference.FOLDER), reference.split_held_out()[1]
+    return [text_tokens(tokenizer, text, CONTEXT, i, count) for i in range(count)]
+
+
+def training_texts() -> list[torch.Tensor]:
+    return training_sequences(reference.split_held_out()[0], CONTEXT, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--index", type=Path)
     parser.add_argument("--texts", type=int, default=6)
     options = parser.parse_args()
     model = hf.load_model(reference.FOLDER)
-    training_text, evaluation_text = reference.split_held_out()
     if options.index:
         index = TrainedIndex.load(options.index)
     else:
-        sequences = training_sequences(training_text, CONTEXT, 0)
-        index = train(model, sequences, baselines=True, progress=None)
-    tokenizer = hf.load_tokenizer(reference.FOLDER)
-    texts = [
-        text_tokens(tokenizer, evaluation_text, CONTEXT, i, options.texts)
-        for i in range(options.texts)
-    ]
+        index = train(model, training_texts(), baselines=True)
+    texts = held_out_texts(options.texts)
     found = measure(model, index, texts)
     report = {
         "environment": environment(),

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from saap import hf
 from saap.eval import reference
-from saap.eval.demo import training_sequences
 from saap.eval.tasks.attention import LayerProblem, capture
-from saap.eval.tasks.base import text_tokens
 from saap.index.lists import sizes_of
 from saap.routing import LayerRouting
 from saap.trained_index import TrainedIndex
@@ -28,7 +26,7 @@ from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import put_table, report_path, write
-from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE
+from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE, held_out_texts, training_texts
 
 SHARE = 0.05
 N_FITTED = 6  # training texts that exponents are fitted on
@@ -117,6 +115,17 @@ def chosen_rows(case: Case, per_key: Tensor, n_rows: int) -> Tensor:
     rows = per_key.gather(-1, case.cell.expand(len(per_key), -1, -1))
     best = rows.topk(n_rows, -1).indices
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def rows_of_middle() -> int:
+    """Rows that a query visits besides sinks and window."""
+    context = CONTEXT - N_QUERIES
+    return round(SHARE * context) - N_SINK - default_window(context)
+
+
+def usual(case: Case) -> Tensor:
+    """What the default visits."""
+    return chosen_rows(case, weight_a_key(case).sum(2), rows_of_middle())
 
 
 def outcome(cases: list[Case], choose: Callable[[Case], Tensor], tail: float = 0.0) -> dict:
@@ -228,11 +237,7 @@ def heavy(case: Case, per_key: Tensor, n_heavy: int, n_rows: int) -> Tensor:
 
 
 def measure(cases: list[Case], fitting: list[Case], index: TrainedIndex) -> dict[str, dict]:
-    n_rows = round(SHARE * (CONTEXT - N_QUERIES)) - N_SINK - default_window(CONTEXT - N_QUERIES)
-
-    def usual(case):
-        return chosen_rows(case, weight_a_key(case).sum(2), n_rows)
-
+    n_rows = rows_of_middle()
     found = {"**as it is**": outcome(cases, usual)}
     exponents = fitted_exponents(fitting, len(index.layers))
     found["exponents of the blend fitted, two a head"] = outcome(
@@ -280,12 +285,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=6)
     options = parser.parse_args()
     index = TrainedIndex.load(options.index)
-    model, tokenizer = (f(reference.FOLDER) for f in (hf.load_model, hf.load_tokenizer))
-    training_text, evaluation_text = reference.split_held_out()
-    texts = [
-        text_tokens(tokenizer, evaluation_text, CONTEXT, i, options.texts)
-        for i in range(options.texts)
-    ]
+    model = hf.load_model(reference.FOLDER)
     cases, fitting = (
         [
             case_of(taken, layer, index)
@@ -293,7 +293,7 @@ def main() -> None:
             for taken in [capture(model, tokens, N_QUERIES)]
             for layer in sorted(taken.caches)
         ]
-        for part in (texts, training_sequences(training_text, CONTEXT, 0)[:N_FITTED])
+        for part in (held_out_texts(options.texts), training_texts()[:N_FITTED])
     )
     found = measure(cases, fitting, index)
     report = {"environment": environment(), "ideas": found}

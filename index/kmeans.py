@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import faiss_backend
+from .lists import sizes_of
 
 
 def check_points(points: Tensor, nlist: int) -> None:
@@ -78,8 +79,7 @@ def lloyd(
 
 def _restart_empty(centroids: Tensor, directions: Tensor) -> None:
     buckets = assign(directions, centroids).long()
-    sizes = torch.zeros(centroids.shape[:2], dtype=torch.long, device=centroids.device)
-    sizes.scatter_add_(1, buckets, torch.ones_like(buckets))
+    sizes = sizes_of(buckets, centroids.shape[1])
     for head in (sizes == 0).any(1).nonzero()[:, 0].tolist():
         empty = (sizes[head] == 0).nonzero()[:, 0].tolist()
         largest = sizes[head].argsort(descending=True)[: len(empty)].tolist()

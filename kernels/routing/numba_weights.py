@@ -39,7 +39,13 @@ Job, SIGNATURE = job_type(_FIELDS, _SCALARS)
 _njit = numba.njit(error_model="numpy")
 
 
-def workspace_floats(group: int, dim: int, nlist: int, segments: int, hidden: int) -> int:
+@_njit
+def _filled_up(n):
+    return -(-n // LANES) * LANES
+
+
+@_njit
+def workspace_floats(group, dim, nlist, segments, hidden):
     """Float32 of memory that a worker needs."""
     width = _filled_up(segments)
     buckets = _filled_up(nlist + 1)
@@ -63,30 +69,15 @@ def entry(stamp):
     return weigh_entry
 
 
-def _filled_up(n):
-    return -(-n // LANES) * LANES
-
-
-_filled_up_jit = _njit(_filled_up)
-
-
 @_njit
 def _work(jobs):
     job = jobs[0]
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + _NEXT_WORKER)
-    width = _filled_up_jit(job.segments)
-    buckets = _filled_up_jit(job.nlist + 1)
-    columns = job.group * width
-    n_floats = (
-        (job.dim + job.nlist) * columns
-        + job.nlist * width * 2
-        + _filled_up_jit(job.dim)
-        + _filled_up_jit(job.hidden)
-        + buckets * 3
-        + _filled_up_jit(job.group)
-    )
-    space = job.workspace + 4 * worker * n_floats
+    width = _filled_up(job.segments)
+    buckets = _filled_up(job.nlist + 1)
+    size = workspace_floats(job.group, job.dim, job.nlist, job.segments, job.hidden)
+    space = job.workspace + 4 * worker * size
     while True:
         task = fetch_increment(counters + _NEXT_TASK)
         if task >= job.batch * job.heads:
@@ -103,8 +94,8 @@ def _weigh(job, b, head, space, width, buckets):
     sizes = scores + 4 * job.nlist * columns
     combined = sizes + 4 * job.nlist * width
     standard = combined + 4 * job.nlist * width
-    hidden = standard + 4 * _filled_up_jit(job.dim)
-    logits = hidden + 4 * _filled_up_jit(job.hidden)
+    hidden = standard + 4 * _filled_up(job.dim)
+    logits = hidden + 4 * _filled_up(job.hidden)
     base = logits + 4 * buckets
     in_bucket = base + 4 * buckets
     factors = in_bucket + 4 * buckets

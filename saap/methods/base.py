@@ -10,10 +10,8 @@ from torch import Tensor
 
 from saap.budget import Budget, check_predicts_weights
 from saap.index.lists import InvertedLists
-from saap.ranges import best_ranges
+from saap.ranges import Ranges, best_ranges
 from saap.trained_index import TrainedIndex
-
-Ranges = tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]
 
 
 @dataclass(frozen=True)
