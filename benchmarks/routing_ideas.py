@@ -9,6 +9,7 @@ differ in the last digit. Raw figures go to `$OUT`, else to
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from saap import hf
+from saap.budget import Budget
 from saap.eval import reference
-from saap.eval.tasks.attention import LayerProblem, capture
+from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.index.lists import sizes_of
+from saap.kernels.routing.reference import turned_scores
 from saap.routing import LayerRouting
+from saap.selector import LayerInfo
 from saap.trained_index import TrainedIndex
 from saap.training import default_window
 
@@ -29,6 +33,7 @@ from .reports import put_table, report_path, write
 from .routing import CONTEXT, N_QUERIES, N_SINK, PAGE, held_out_texts, training_texts
 
 SHARE = 0.05
+N_BEFORE = 32  # queries before those that are judged
 N_FITTED = 6  # training texts that exponents are fitted on
 FIT_STEPS = 150
 
@@ -56,34 +61,51 @@ class Case:
         return torch.zeros_like(self.turned).scatter_add_(-1, index, self.weights)
 
 
-def case_of(taken, layer: int, index: TrainedIndex) -> Case:
+def cases_of(model, tokens: Tensor, index: TrainedIndex) -> list[Case]:
+    """One for each layer of a text."""
+    read = hf.read_context(model, tokens, n_queries=N_BEFORE + N_QUERIES)
+    return [case_of(read, layer.info, index) for layer in hf.model_layers(model) if layer.is_full]
+
+
+def case_of(read: hf.ReadContext, info: LayerInfo, index: TrainedIndex) -> Case:
     window = default_window(CONTEXT - N_QUERIES)
-    problem = LayerProblem(taken, layer, N_SINK, window)
-    routing = LayerRouting.of(index.layers[layer], "mlp")
-    n_kv, n_middle = problem.keys.k_rope.shape[1:3]
-    keys = problem.keys.k_rope[0]
-    cell = routing.lists_of(
-        routing.assign(problem.keys.k_derope), torch.arange(n_middle), n_middle
-    )[0]
-    far = 1 + torch.arange(N_QUERIES) + problem.keys.window + n_middle - 1
-    turned = routing._turned_scores(problem.q_derope, n_middle, far)
+    layout = layout_of(Budget(max_tokens=0, n_sink=N_SINK, window=window, flush_every=1))
+    asked = {info.number: tuple(q[N_BEFORE:] for q in read.queries[info.number])}
+    problem = LayerProblem(dataclasses.replace(read, queries=asked), info, layout)
+    routing = LayerRouting.of(index.layers[info.number], "mlp")
+    middle = slice(problem.first, problem.stop)
+    n_kv, n_middle = problem.n_kv, problem.stop - problem.first
+    keys = problem.k_rope[0, :, middle]
+    buckets = routing.assign(problem.k_derope[:, :, middle])
+    cell = routing.lists_of(buckets, torch.arange(n_middle), n_middle)[0]
+    far = problem.n_context + torch.arange(N_QUERIES) - problem.first
+    turned = turned_scores(
+        problem.q_derope.float(),
+        routing.typical_keys,
+        routing.inv_freq,
+        torch.full_like(far, n_middle),
+        far,
+        n_segments=routing.n_segments,
+        interleaved=routing.interleaved,
+    )
     q = problem.q_rope.unflatten(1, (n_kv, -1))
     lse = problem.exact[1].unflatten(1, (n_kv, -1))
-    scores = torch.einsum("nhgd,hmd->nhgm", q, keys) * problem.call.sm_scale
-    before = problem.call.q_rope[0, :, -N_QUERIES - 32 : -N_QUERIES].unflatten(0, (n_kv, -1))
-    recent = torch.einsum("hgnd,hmd->hgnm", before, problem.k_rope[0, :, : problem.n_context])
-    recent = (recent * problem.call.sm_scale).softmax(-1)[..., problem.first : problem.stop]
+    scores = torch.einsum("nhgd,hmd->nhgm", q, keys) * info.sm_scale
+    before = read.queries[info.number][0][:N_BEFORE].unflatten(1, (n_kv, -1))
+    context = problem.k_rope[0, :, : problem.n_context]
+    recent = torch.einsum("nhgd,hmd->hgnm", before, context) * info.sm_scale
+    recent = recent.softmax(-1)[..., middle]
     local_lse = problem.local[1].unflatten(1, (n_kv, -1))
     local = (local_lse - lse).exp()
     return Case(
-        layer,
+        info.number,
         routing.router.logits(problem.q_derope).unflatten(1, (n_kv, -1)),
         turned.flatten(-2),
         sizes_of(cell, routing.n_lists),
         cell.long(),
         (scores - lse[..., None]).exp(),
         recent.sum((1, 2)),
-        problem.v[0, :, problem.first : problem.stop],
+        problem.v[0, :, middle],
         local,
         problem.local[0].unflatten(1, (n_kv, -1)) * local[..., None],
         problem.exact[0].unflatten(1, (n_kv, -1)),
@@ -287,12 +309,7 @@ def main() -> None:
     index = TrainedIndex.load(options.index)
     model = hf.load_model(reference.FOLDER)
     cases, fitting = (
-        [
-            case_of(taken, layer, index)
-            for tokens in part
-            for taken in [capture(model, tokens, N_QUERIES)]
-            for layer in sorted(taken.caches)
-        ]
+        [case for tokens in part for case in cases_of(model, tokens, index)]
         for part in (held_out_texts(options.texts), training_texts()[:N_FITTED])
     )
     found = measure(cases, fitting, index)

@@ -23,15 +23,18 @@ from torch import Tensor
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
-from saap.eval.demo import training_sequences
-from saap.eval.tasks.attention import LayerProblem, capture
+from saap.eval.cli.demo import training_sequences
+from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.eval.tasks.base import text_tokens
-from saap.methods import METHODS, Method, Selector
-from saap.methods.base import middle_weights
+from saap.kv import KVStore
+from saap.kv.ranges import LOCAL
+from saap.methods import METHODS, Method
 from saap.methods.hnsw import HNSW, HNSWSearch
 from saap.methods.lsh import LSH, LSHBuild
 from saap.methods.moments import Moments, MomentsBuild, MomentsPages
 from saap.methods.pq import PQ, PQBuild
+from saap.methods.snapshot import middle_weights
+from saap.selector import LayerInfo
 from saap.trained_index import TrainedIndex
 from saap.training import default_window, train
 
@@ -63,14 +66,16 @@ def visited(starts: Tensor, lengths: Tensor, n_middle: int) -> Tensor:
     return edges.cumsum(-1)[..., :-1] > 0
 
 
-def top_k_found(problem: LayerProblem, selector: Selector, budget: Budget, true: Tensor) -> Tensor:
+def top_k_found(problem: LayerProblem, store: KVStore, budget: Budget, true: Tensor) -> Tensor:
     """Share of the true top rows `[n, Hq, k]`, in time order, that is visited: `[n, Hq]`."""
-    selector.ahead = 1 + torch.arange(problem.n_queries)
-    ranges = selector.select(problem.q_rope, problem.q_derope, budget)
-    rows = visited(*ranges, problem.stop - problem.first)
-    if selector.order is not None:
-        order = selector.order.repeat_interleave(rows.shape[1] // problem.n_kv, 1)
-        rows = torch.zeros_like(rows).scatter_(-1, order.expand_as(rows), rows)
+    positions = problem.n_context + torch.arange(problem.n_queries)
+    ranges = store.select(problem.q_rope, problem.q_derope, budget, positions=positions)
+    starts, lengths = (t[..., LOCAL:] for t in ranges)
+    rows = visited(starts - problem.first, lengths, problem.stop - problem.first)
+    # Row i of the store's middle is that of another token in every head.
+    tokens = store.rows.tokens[:, :, problem.first : problem.stop].long() - problem.first
+    tokens = tokens.repeat_interleave(rows.shape[1] // problem.n_kv, 1)
+    rows = torch.zeros_like(rows).scatter_(-1, tokens.expand_as(rows), rows)
     rows = rows.repeat_interleave(true.shape[1] // rows.shape[1], 1)
     return rows.gather(-1, true).float().mean(-1)
 
@@ -78,29 +83,31 @@ def top_k_found(problem: LayerProblem, selector: Selector, budget: Budget, true:
 class Question:
     """One layer of one text: what every selector is asked, and the truth."""
 
-    def __init__(self, taken, layer: int, shares: list[float]):
-        n_context = taken.caches[layer].length - taken.n_queries
+    def __init__(self, read: hf.ReadContext, info: LayerInfo, shares: list[float]):
+        n_context = read.length - len(read.queries[info.number][0])
         self.budgets = {
             share: Budget.for_selectivity(
                 share, n_context, n_sink=N_SINK, window=default_window(n_context)
             )
             for share in shares
         }
-        window = self.budgets[shares[0]].window
-        self.layer = layer
-        self.problem = LayerProblem(taken, layer, N_SINK, window)
-        self.true = middle_weights(self.problem.keys, self.problem.q_rope).topk(TOP_K).indices
+        self.layer = info.number
+        self.problem = problem = LayerProblem(read, info, layout_of(self.budgets[shares[0]]))
+        keys = problem.k_rope[0, :, problem.first : problem.stop]
+        self.true = middle_weights(info, keys, problem.q_rope).topk(TOP_K).indices
 
     def records(self, method: Method) -> list[dict]:
-        """One a budget. Sums over queries and heads, bytes a step of this layer."""
+        """One for each budget. Sums over queries and heads, bytes of a step of this layer."""
+        first = next(iter(self.budgets.values()))
         begin = time.process_time()
-        selector = method.build(self.problem.keys)
+        store = self.problem.store_for(method, first)
+        # Some selectors are built by the first query alone.
+        store.select(self.problem.q_rope[:1], self.problem.q_derope[:1], first)
         build_cpu_s = round(time.process_time() - begin, 4)
-        store = self.problem.store_for(selector)
         found = []
         for share, budget in self.budgets.items():
-            hits = top_k_found(self.problem, selector, budget, self.true)
-            sums = self.problem.measure(selector, store, budget)
+            hits = top_k_found(self.problem, store, budget, self.true)
+            sums = self.problem.measure(store, budget)
             found.append(
                 {
                     "layer": self.layer,
@@ -161,14 +168,14 @@ def main() -> None:
     records, refined = [], []
     for number in range(options.texts):
         tokens = text_tokens(tokenizer, text, options.tokens, number, options.texts)
-        taken = capture(model, tokens, N_QUERIES)
-        for layer in sorted(taken.caches):
-            question = Question(taken, layer, options.shares)
+        read = hf.read_context(model, tokens, n_queries=N_QUERIES)
+        for info in (layer.info for layer in hf.model_layers(model)):
+            question = Question(read, info, options.shares)
             for name, method in methods.items():
                 for record in question.records(method):
                     records.append({"method": name, "text": number, **record})
             refined += [{"text": number, **r} for r in partitions(question, index)]
-            print(f"text {number}, layer {layer}: done", flush=True)
+            print(f"text {number}, layer {info.number}: done", flush=True)
     report = {
         "environment": {**described, "load_after": load()},
         "about": about(options, index),

@@ -67,11 +67,11 @@ def table(report: Record) -> str:
 
 
 def refinement_table(report: Record) -> str:
-    """Mass at the smallest share, and time a layer; methods and partitions in order of records."""
+    """Mass at the smallest share, time per layer; methods and partitions in order of records."""
     least = min(report["about"]["shares"])
     records = [r for r in report["refinement"] if r["share"] == least]
     methods = list(dict.fromkeys(r["method"] for r in records))
-    head = ["centroids", "s a layer", "core s"]
+    head = ["centroids", "s per layer", "core s"]
     for name in methods:
         head += [f"`{name}`: mass", "recall@100"]
     rows = []
@@ -91,35 +91,37 @@ def refinement_table(report: Record) -> str:
 
 PAGE = """# Selectors compared
 
-Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit.
+Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit it.
 What each selector is and reads: [the index](index.md#methods-over-the-same-interface).
 
 The reference model ({layers} layers, {heads} query and {kv} KV heads of {dim}), {texts} held-out
 texts of {tokens:,} tokens: the last {queries} queries of each ask the {context:,} tokens before
-them, in all layers and heads, one selection a KV group. {n_sink} sinks and a window of {window}
-are always visited and counted in the budget, the share of the context in the head of a column.
+them, in all layers and heads, with one selection for each KV group. {n_sink} sinks and a window of
+{window} tokens are always visited. They count in the budget, which is the share of the context
+that stands at the head of a column.
 The index of {nlist} buckets, {cells:,} cells, was trained on {trained:,} other tokens.
 
 - **recall@100**: share of each query head's 100 highest-scored keys between sinks and window that
-  was visited; the mean over heads, though most heads hardly look there.
+  was visited; the mean over heads, although most heads hardly look there.
 - **mass**: share of the attention between sinks and window that was visited; summed over queries,
-  heads and layers before dividing, so that heads which look far count.
-- **KB**: what a step of one layer reads: keys and values of the visited rows and what choosing
-  reads, in float32; **choosing** is that part alone. Oracles are not charged for it.
+  heads and layers before dividing, so that the heads that look far count most.
+- **KB**: what one step of one layer reads: keys and values of the visited rows, and what choosing
+  reads, in float32. **choosing** is the second part alone. Oracles are not charged for it.
 
 {table}
 
-What choosing reads grows with the context where every key, code, page or cluster of it is looked
-at (`flat`, `pq`, `lsh`, `quest` and the other pages, `kmeans-online`), and stays where buckets
-were trained. At full budget every one of them is dense attention (`tests/test_methods.py`).
+What choosing reads grows with the context for methods that look at every key, code, page or
+cluster of it (`flat`, `pq`, `lsh`, `quest` and the other pages, `kmeans-online`). It stays the
+same for methods over trained buckets. At full budget every method is dense attention
+(`tests/test_methods.py`).
 
 ## Refined on the context
 
-A few Lloyd steps on the de-RoPEd keys of the context from the trained centroids, against the
-trained ones as they are and against k-means of these keys from scratch; at {least:.0%} of the
-context, over whole buckets. `oracle` is the most that any router could catch with that partition,
-`kmeans` visits the nearest centroids, `mlp` is the trained router, whose buckets keep their
-numbers.
+The trained centroids are moved by a few Lloyd steps on the de-RoPEd keys of the context. This is
+compared with the trained centroids as they are, and with k-means of these keys from scratch; at
+{least:.0%} of the context, over whole buckets. `oracle` is the most that any router could catch
+with that partition, `kmeans` visits the nearest centroids, and `mlp` is the trained router, which
+still applies because buckets keep their numbers.
 
 {refinement}
 

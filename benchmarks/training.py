@@ -22,7 +22,7 @@ import torch
 
 from saap import hf
 from saap.eval import reference
-from saap.eval.demo import training_sequences
+from saap.eval.cli.demo import training_sequences
 from saap.hf.layerwise import LayerStream
 from saap.training import TrainingOptions, prepare, run
 from saap.training.hidden import HiddenInMemory

@@ -1,6 +1,7 @@
 """Paired bootstrap over units (texts, prompts): is a difference more than the noise of the sample?
 
-Two arms see the same units, so units are drawn together; what makes a text hard for both cancels.
+Two variants see the same units, so units are drawn together; what makes a text hard for both
+cancels.
 """
 
 from dataclasses import dataclass

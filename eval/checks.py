@@ -14,7 +14,7 @@ from .units import by_unit, paired
 
 # Methods over the trained partition, whole buckets or cells: `oracle` knows their true masses.
 # For all others the ceiling is the oracle over single tokens.
-OVER_PARTITION = ("random", "kmeans", "linear", "mlp", "moments", "kmeans-cells", "saap")
+OVER_PARTITION = ("random", "kmeans", "linear", "mlp", "moments", "kmeans-cells", "blend")
 ORACLES = ("oracle", "oracle-tokens")
 # An oracle takes lists by mass a row and cuts the last one to its newest rows, and adds the heads
 # of a group unweighted: the best choice of rows may hold a little more.

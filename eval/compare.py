@@ -56,9 +56,9 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, *, level: float = 0.99) -> Comparison:
-    """Raises ValueError when the runs did not judge the same texts, or share no result."""
+    """Compare two runs; raise ValueError when their texts differ or they share no result."""
     if not 0.5 <= level < 1:
-        raise ValueError(f"level={level}: accepted are 0.5 <= level < 1")
+        raise ValueError(f"level must be at least 0.5 and below 1; got {level}")
     (run_a, records_a), (run_b, records_b) = read_run(a), read_run(b)
     check_same_texts(run_a, run_b, read_inputs(a), read_inputs(b))
     units_a, units_b = by_unit(records_a), by_unit(records_b)
@@ -73,8 +73,8 @@ def compare(a: Path, b: Path, *, level: float = 0.99) -> Comparison:
         changes.append(Change(place, METRICS[metric], before, after, len(pairs[0]), interval))
     if not changes:
         raise ValueError(
-            f"{a} and {b} share no task, context, method and budget: accepted are two runs of "
-            "which at least one result is the same"
+            f"{a} and {b} must share at least one result, of the same task, context, method and "
+            "budget; got none"
         )
     places_a, places_b = ({place for place, _ in units} for units in (units_a, units_b))
     return Comparison(
@@ -90,14 +90,14 @@ def check_same_texts(run_a: dict, run_b: dict, inputs_a: dict, inputs_b: dict) -
         mine, other = run_a["config"].get(key), run_b["config"].get(key)
         if mine != other and None not in (mine, other):
             raise ValueError(
-                f"the runs judged different texts: {key} is {mine} in the first and {other} in "
-                "the second; accepted are runs over the same texts and prompts"
+                f"both runs must judge the same texts and prompts; got {key} {mine} in the first "
+                f"and {other} in the second"
             )
     for unit in inputs_a:
         if inputs_b.get(unit, inputs_a[unit]) != inputs_a[unit]:
             raise ValueError(
-                f"the runs judged different texts: {unit} is another text in the second; accepted "
-                "are runs over the same corpus with the same tokenizer"
+                "both runs must judge the same corpus with the same tokenizer; got another text "
+                f"for {unit} in the second"
             )
 
 

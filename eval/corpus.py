@@ -1,5 +1,6 @@
 """Text in, sequences of token ids out. Text comes from files, folders, JSON lines or datasets."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .corpora import CORPORA, read_named
+from .html_text import decode, html_to_text
 from .tasks.answering import encode
 
 TEXT_SUFFIXES = {
@@ -20,8 +23,14 @@ TEXT_SUFFIXES = {
     ".h",
     ".cpp",
     ".js",
-    ".html",
+    ".java",
+    ".go",
+    ".rs",
+    ".ts",
+    ".sh",
+    ".tex",
 }
+HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 BYTES_A_TOKEN = 16  # more than any tokenizer needs: how much of a dataset is read
 DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 
@@ -29,30 +38,71 @@ DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 def read_corpus(
     paths: list[Path], *, text_field: str = "text", enough: int | None = None
 ) -> bytes:
-    """All text of the files, and of the text files in folders, in path order.
+    """All text of the files, and of the text files in folders, in path order, each text once.
 
-    A `.jsonl` file gives `text_field` of each line. A folder that `datasets` saved, and a name
-    `NAME[:CONFIG[:SPLIT]]` that is no path, are read with that library, if it is installed: the
-    first `enough` bytes or all. Raises ValueError for what cannot be read, ImportError without
-    `datasets`.
+    Pages of HTML give what one reads in them. A `.jsonl` file gives `text_field` of each line. A
+    name in `corpora.CORPORA` that is no path gives that corpus. A folder that `datasets` saved,
+    and a name `NAME[:CONFIG[:SPLIT]]` that is no path, are read with that library, if it is
+    installed: the first `enough` bytes or all. Raises ValueError for what cannot be read,
+    ImportError without `datasets`.
     """
     texts: list[bytes] = []
     for path in paths:
-        if is_saved_dataset(path) or not path.exists():
+        if not path.exists() and str(path) in CORPORA:
+            texts += read_named(str(path))
+        elif is_saved_dataset(path) or not path.exists():
             texts += read_dataset(path, text_field, enough)
-            continue
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-        for file in files:
-            texts += json_lines(file, text_field) if file.suffix == ".jsonl" else [read_file(file)]
-    text = b"\n".join(texts)
+        elif path.is_dir():
+            texts += read_folder(path, text_field=text_field)
+        else:
+            texts += read_texts(path, text_field)
+    text = b"\n".join(distinct(texts))
     if not text.strip():
         names = ", ".join(map(str, paths))
         raise ValueError(
-            f"{names}: the corpus is empty; accepted is at least a few contexts of text"
+            f"{names}: the corpus must hold at least a few contexts of text; got an empty one"
         )
     return text
+
+
+def read_folder(
+    folder: Path,
+    suffixes: Iterable[str] = (*TEXT_SUFFIXES, *HTML_SUFFIXES),
+    skipped: frozenset[str] = frozenset(),
+    *,
+    text_field: str = "text",
+) -> list[bytes]:
+    """The texts of a folder's files in path order. `skipped`: names of files and folders in it."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and skipped.isdisjoint(path.relative_to(folder).parts)
+    )
+    return [text for file in files for text in read_texts(file, text_field)]
+
+
+def read_texts(file: Path, text_field: str) -> list[bytes]:
+    """What a file holds, as UTF-8."""
+    if file.suffix == ".jsonl":
+        return json_lines(file, text_field)
+    content = read_file(file)
+    if file.suffix.lower() in HTML_SUFFIXES:
+        return [html_to_text(content)]
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return [decode(content).encode()]
+    return [content]
+
+
+def distinct(texts: Iterable[bytes]) -> list[bytes]:
+    """Each text where it came first: copies of a file say nothing new."""
+    found: dict[bytes, bytes] = {}
+    for text in texts:
+        found.setdefault(hashlib.sha256(text).digest(), text)
+    return list(found.values())
 
 
 def read_file(path: Path) -> bytes:
@@ -71,7 +121,9 @@ def json_lines(path: Path, field: str) -> list[bytes]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise ValueError(
+                f"{path}, line {number}: must be JSON; got another text ({error})"
+            ) from error
         found.append(text_of(entry, field, f"{path}, line {number}"))
     return found
 
@@ -81,7 +133,8 @@ def text_of(entry, field: str, where: str) -> bytes:
     if not isinstance(text, str):
         fields = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(
-            f"{where}: no text under {field!r}, but {fields}; --text-field names the one to take"
+            f"{where}: must hold text under {field!r}; got {fields}: --text-field names the one "
+            "to take"
         )
     return text.encode("utf-8", errors="ignore")
 
@@ -94,11 +147,11 @@ def is_saved_dataset(path: Path) -> bool:
 def read_dataset(path: Path, field: str, enough: int | None) -> list[bytes]:
     """Texts of a Hugging Face dataset: a saved folder, or `NAME[:CONFIG[:SPLIT]]`."""
     name = str(path)
-    accepted = "accepted are text files, folders, .jsonl files and names of Hugging Face datasets"
+    wanted = "must be a text file, a folder, a .jsonl file or the name of a Hugging Face dataset"
     if not path.exists() and (
         not DATASET_NAME.fullmatch(name) or Path(name.split(":")[0]).suffix in TEXT_SUFFIXES
     ):
-        raise ValueError(f"{name}: no such file or folder; {accepted}")
+        raise ValueError(f"{name}: {wanted}; got no such file or folder")
     try:
         import datasets
     except ImportError as error:
@@ -115,7 +168,7 @@ def read_dataset(path: Path, field: str, enough: int | None) -> list[bytes]:
         raise
     except Exception as error:  # the library has dozens of kinds: network, hub, formats
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: cannot be read as a dataset ({line}); {accepted}") from error
+        raise ValueError(f"{name}: {wanted}; got one that cannot be read ({line})") from error
 
 
 def open_dataset(datasets, path: Path) -> Iterable[dict]:
@@ -139,10 +192,20 @@ def first_texts(rows: Iterable[dict], field: str, name: str, enough: int | None)
 
 
 def sequences(tokenizer, text: bytes, length: int, count: int) -> list[torch.Tensor]:
-    """Up to `count` pieces of `length` tokens, evenly spread over the text, without overlap."""
+    """Up to `count` pieces of `length` tokens, evenly spread over the text, without overlap.
+
+    Raises ValueError for a text that is shorter than one piece.
+    """
     first = encode(tokenizer, text[: min(len(text), 200_000)])
     bytes_a_token = min(len(text), 200_000) / max(1, len(first))
     size = int(length * bytes_a_token * 1.1) + 8
+    if len(text) < size:
+        total = len(first) if len(text) <= 200_000 else len(encode(tokenizer, text))
+        if total < length:
+            raise ValueError(
+                f"corpus: must have at least the {length} tokens of one text; got {total}: bring "
+                "more text, or lower the context"
+            )
     available = max(1, len(text) // size)
     step = len(text) / min(count, available)
     found = []

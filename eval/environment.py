@@ -10,6 +10,8 @@ import torch
 
 import saap
 
+from .sources import Read, sources
+
 PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "transformers", "numba", "triton")
 
 
@@ -31,14 +33,12 @@ def environment() -> dict:
     }
 
 
-def version() -> str:
-    """The release and a hash of the sources that figures depend on."""
-    root = Path(saap.__file__).parent
-    sources = sorted(
-        path
-        for folder in (root, root / "hf", root / "methods", root / "index",
-                       root / "kernels" / "attention", root / "eval" / "tasks")
-        for path in folder.glob("*.py")
-    )  # fmt: skip
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    return f"{saap.__version__}+{digest[:8]}"
+def version(read: Read = Path.read_bytes) -> str:
+    """The release and a hash of the sources of all modules that records depend on.
+
+    `read`: gives the content of a source file.
+    """
+    digest = hashlib.sha256()
+    for name, source in sources(read).items():
+        digest.update(f"{name} {len(source)} ".encode() + source)
+    return f"{saap.__version__}+{digest.hexdigest()[:8]}"

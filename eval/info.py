@@ -10,7 +10,7 @@ from rich.text import Text
 
 from saap.trained_index import TrainedIndex
 
-from .terminal import console
+from .cli.terminal import console
 
 SEES_LITTLE = 0.05  # heads with less of their attention in the middle are not judged
 SHADES = "░▒▓█"
@@ -25,7 +25,7 @@ def check_router(index: TrainedIndex, router: str | None) -> str:
     if router is None:
         return index.default_router
     if router not in known:
-        raise ValueError(f"--router {router}: accepted are {', '.join(known)}")
+        raise ValueError(f"--router must be one of {', '.join(known)}; got {router}")
     return router
 
 
@@ -50,7 +50,7 @@ def print_index(path: Path, index: TrainedIndex, router: str, to: Console = cons
         ),
         "partition": f"nlist {index.nlist}, k-means on de-RoPEd keys, seed {meta['seed']}",
         "router": f"{index.default_router}, "
-        f"{index.layers[0].router(index.default_router).nbytes / 1e3:,.0f} kB a layer",
+        f"{index.first_layer.router(index.default_router).nbytes / 1e3:,.0f} kB per layer",
         "trained on": f"{meta['corpus']['tokens']:,} tokens in contexts of {meta['context']:,}, "
         f"sinks {meta['n_sink']}, window {meta['window']}",
         "recall": f"{', '.join(totals)} of the middle's mass",

@@ -49,7 +49,7 @@ class SaapLM(TemplateLM):
         if isinstance(model, str | Path):
             model, tokenizer = hf.load_model(model), hf.load_tokenizer(model)
         if tokenizer is None:
-            raise ValueError("tokenizer is None: accepted is the loaded model's own")
+            raise ValueError("tokenizer must be that of the loaded model; got None")
         if isinstance(index, str | Path):
             index = TrainedIndex.load(index)
         if index is not None:
@@ -83,8 +83,9 @@ class SaapLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError(
-            "log-likelihood of whole texts has no context that could be dense: accepted are tasks "
-            "with a prompt; for texts run `saap eval --tasks perplexity`"
+            "a task must have a prompt that can be read densely; got log-likelihood of whole "
+            "texts: "
+            "for those run `saap eval --tasks perplexity`"
         )
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -92,7 +93,7 @@ class SaapLM(TemplateLM):
 
     def _answer(self, context: str, options: dict) -> str:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise ValueError("do_sample=True: accepted is greedy decoding")
+            raise ValueError("do_sample must be False, which is greedy decoding; got True")
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else until
         most = options.get("max_gen_toks") or DEFAULT_ANSWER

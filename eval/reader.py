@@ -1,17 +1,16 @@
 """One prompt whose beginning is read densely, while its end and the answer go through a method."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from saap import hf
 from saap.budget import Budget
-from saap.decode import SparseDecode
 from saap.methods import Method
-from saap.prefill import DensePrefill
 
-from .tasks.perplexity import all_logits
+from .decoding import Decoder, decoder
 
 
 class SparseReader:
@@ -23,17 +22,16 @@ class SparseReader:
 
     def __init__(self, model, method: Method, budget: Budget, *, question_tokens: int = 64):
         if question_tokens < 1:
-            raise ValueError(f"question_tokens={question_tokens}: accepted are 1 and more")
+            raise ValueError(f"question_tokens must be at least 1; got {question_tokens}")
         self.model, self.method, self.budget = model, method, budget
         self.question_tokens = question_tokens
-        self._latest: tuple[list[int], DensePrefill] | None = None
+        self._latest: tuple[list[int], hf.ReadContext] | None = None
 
     @torch.no_grad()
     def log_likelihood(self, prompt: list[int], answer: list[int]) -> tuple[float, bool]:
         """Nats of `answer` after `prompt`, and whether greedy decoding would say it."""
-        rest, decode, start = self._open(prompt, len(answer))
-        asked = torch.tensor([*rest, *answer[:-1]])
-        logits = all_logits(self.model, asked, decode, start)[len(rest) - 1 :]
+        with self._open(prompt, len(answer)) as (rest, own):
+            logits = own.logits([*rest, *answer[:-1]])[len(rest) - 1 :]
         wanted = torch.tensor(answer)
         scores = logits.log_softmax(-1).gather(-1, wanted[:, None])
         return float(scores.sum()), bool((logits.argmax(-1) == wanted).all())
@@ -42,32 +40,28 @@ class SparseReader:
         self, prompt: list[int], most: int, finished: Callable[[list[int]], bool]
     ) -> list[int]:
         """Greedy tokens after `prompt`, at most `most`, until `finished(tokens)`."""
-        rest, decode, start = self._open(prompt, most)
         found: list[int] = []
-        pending = rest
-        while len(found) < most and not finished(found):
-            logits = hf.run_chunks(self.model, torch.tensor([pending]), decode, start=start)
-            start += len(pending)
-            pending = [int(logits[0].argmax())]
-            found += pending
+        with self._open(prompt, most) as (pending, own):
+            while len(found) < most and not finished(found):
+                pending = own.greedy(pending, 1)
+                found += pending
         return found
 
-    def _open(self, prompt: list[int], spare: int) -> tuple[list[int], SparseDecode, int]:
+    @contextlib.contextmanager
+    def _open(self, prompt: list[int], spare: int) -> Iterator[tuple[list[int], Decoder]]:
         if len(prompt) < 2:
-            raise ValueError(f"a prompt of {len(prompt)} tokens: accepted are 2 and more")
+            raise ValueError(f"a prompt must have at least 2 tokens; got {len(prompt)}")
         local = self.budget.n_sink + self.budget.window
         split = len(prompt) - self.question_tokens
         if split <= local:
             split = len(prompt) - 1
-        prefill = self._prefill(prompt[:split])
-        rest = prompt[split:]
-        return rest, SparseDecode(prefill, self.method, self.budget, len(rest) + spare), split
+        rest, context = prompt[split:], self._read(prompt[:split])
+        with decoder(self.model, context, self.method, self.budget, len(rest) + spare) as own:
+            yield rest, own
 
-    def _prefill(self, tokens: list[int]) -> DensePrefill:
+    def _read(self, tokens: list[int]) -> hf.ReadContext:
         if self._latest is None or self._latest[0] != tokens:
-            prefill = DensePrefill(len(tokens))
-            hf.run_chunks(self.model, torch.tensor([tokens]), prefill)
-            self._latest = tokens, prefill
+            self._latest = tokens, hf.read_context(self.model, torch.tensor(tokens))
         return self._latest[1]
 
 

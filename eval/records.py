@@ -41,14 +41,14 @@ class RecordFile:
         for key, old, new in both:
             if old != new:
                 raise ValueError(
-                    f"{path.parent} holds results of another run: its {key} is {old!r}, now "
-                    f"{new!r}; choose another folder"
+                    f"{path.parent}: must hold results of this run, with {key} {new!r}; got "
+                    f"results with {key} {old!r}: choose another folder"
                 )
         if before.get("version") != run.get("version"):
             raise ValueError(
-                f"{path.parent} holds results of version {before.get('version')}, this is "
-                f"{run.get('version')}: figures of two versions are not mixed; choose another "
-                "folder"
+                f"{path.parent}: must hold results of version {run.get('version')}, because "
+                "figures of two versions are not mixed; got results of version "
+                f"{before.get('version')}: choose another folder"
             )
 
     def _keep_whole_units(self) -> set[str]:
@@ -75,13 +75,13 @@ class RecordFile:
 
 
 def read_settings(path: Path) -> dict:
-    """What `run.json` holds; ValueError where it is not one."""
+    """Return what `run.json` holds; raise ValueError for another file."""
     try:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
+        raise ValueError(f"{path}: must be JSON; got another text ({error})") from error
     if not (isinstance(found, dict) and isinstance(found.get("config"), dict)):
-        raise ValueError(f"{path}: is not what `saap eval` wrote: it holds no config")
+        raise ValueError(f"{path}: must be a file that `saap eval` wrote; got one without config")
     return found
 
 
@@ -95,14 +95,15 @@ def read_lines(path: Path, *, allow_cut: bool = False) -> Iterator[dict]:
         except json.JSONDecodeError:
             if number < len(lines):
                 raise ValueError(
-                    f"{path}: line {number} of {len(lines)} is not JSON: the file was damaged "
-                    "after it was written; accepted is what `saap eval` wrote"
+                    f"{path}: line {number} of {len(lines)} must be JSON; got another text: the "
+                    "file was damaged after `saap eval` wrote it"
                 ) from None
             if allow_cut:
                 return
             raise ValueError(
-                f"{path}: line {number} is not JSON: the run was cut short; run `saap eval` "
-                "again with the same options to complete it"
+                f"{path}: line {number} must be JSON; got a part of a line: the run was cut "
+                "short, "
+                "run `saap eval` again with the same options to complete it"
             ) from None
 
 
@@ -111,12 +112,12 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     for name in (RUN, RECORDS):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder}: holds no {name}; accepted is a folder that `saap eval` wrote"
+                f"{folder}: must be a folder that `saap eval` wrote; got one without {name}"
             )
     run = read_settings(folder / RUN)
     records = [r for r in read_lines(folder / RECORDS) if "done" not in r]
     if not records:
-        raise ValueError(f"{folder / RECORDS}: holds no records; accepted is at least one unit")
+        raise ValueError(f"{folder / RECORDS}: must hold at least one unit; got none")
     return run, records
 
 

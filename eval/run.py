@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from saap import hf
+from saap.budget import Budget
 from saap.trained_index import TrainedIndex
 from saap.training import default_window
 
-from .arms import N_SINK, check_method_entry, make_arms
 from .environment import environment, version
 from .records import RUN, RecordFile, read_settings
 from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
+from .variants import N_SINK, check_method_entry, make_variants
 from .workers import Crew, crew_for, results, usable_cores
 
 LEAST = {"n_texts": 1, "n_queries": 1, "n_prompts": 1, "n_distractors": 0, "n_scored": 2}
@@ -26,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 class EvalConfig:
     """What is evaluated. `budgets` are shares of the context, sinks and window counted in.
 
-    `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.arms`).
+    `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.variants`).
     """
 
     methods: tuple[str | dict, ...]
@@ -46,32 +47,35 @@ class EvalConfig:
         for name in ("methods", "contexts", "budgets", "answer_budgets", "tasks"):
             values = getattr(self, name)
             if not values:
-                raise ValueError(f"{name} is empty: accepted is at least one")
+                raise ValueError(f"{name} must hold at least one value; got none")
             for value in values:
                 if values.count(value) > 1:
-                    raise ValueError(f"{name}: {value!r} is there twice: accepted is each once")
+                    raise ValueError(f"{name} must hold each value once; got {value!r} twice")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: accepted are {least} and more")
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         for entry in self.methods:
             check_method_entry(entry)
         for task in self.tasks:
             find_task(task)
         if self.share not in ("group", "head"):
-            raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
+            raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
 
 
 def check_contexts(contexts: tuple[int, ...], limit: int, trained: int | None) -> list[str]:
-    """Warnings for contexts beyond training; ValueError for those the model cannot hold."""
+    """Return warnings for contexts longer than in training.
+
+    Raises ValueError for contexts that the model cannot hold.
+    """
     warnings = []
     for context in contexts:
         if context > limit:
             raise ValueError(
-                f"context {context}: accepted are at most the model's "
-                f"max_position_embeddings={limit}"
+                f"context must be at most the model's max_position_embeddings={limit}; got "
+                f"{context}"
             )
         if context < 256:
-            raise ValueError(f"context {context}: accepted are 256 and more")
+            raise ValueError(f"context must be at least 256; got {context}")
         if trained is not None and context > trained:
             warnings.append(
                 f"context {context} is longer than the {trained} tokens that the index was "
@@ -82,7 +86,7 @@ def check_contexts(contexts: tuple[int, ...], limit: int, trained: int | None) -
 
 @dataclass(frozen=True)
 class Unit:
-    """One text or prompt of a task, judged for all arms and points."""
+    """One text or prompt of a task, judged for all variants and points."""
 
     task: str
     context: int
@@ -179,11 +183,17 @@ def by_crew(source: Source, config: EvalConfig, units: list[Unit], crew: Crew) -
 
 
 def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Bench:
-    """ValueError for budgets that no context can keep."""
-    bench = Bench(model, tokenizer, text, make_arms(config.methods, index, config.seed), config)
+    """ValueError for budgets that no context can keep, or that a method cannot follow."""
+    variants = make_variants(config.methods, index, config.seed)
+    bench = Bench(model, tokenizer, text, variants, config)
+    searched = [layer.info for layer in hf.model_layers(model) if layer.is_full]
     for context in config.contexts:
         for shares in (config.budgets, config.answer_budgets):
-            bench.points(context, shares)
+            for variant, points in bench.points(context, shares):
+                for layer in searched[:1]:
+                    selector = variant.method.selector(layer)
+                    for point in points:
+                        selector.check_budget(point.budget)
     return bench
 
 
@@ -212,7 +222,8 @@ def open_records(
 
 def attention_rows(n: int) -> dict:
     """The context of the attention task, and what of it every method visits."""
-    return {"context": n, "sinks": N_SINK, "window": default_window(n)}
+    layout = Budget(max_tokens=0, n_sink=N_SINK, window=default_window(n))
+    return {"context": n, "sinks": N_SINK, "window": n - N_SINK - layout.rows_in_lists(n)}
 
 
 def memory_need(model, context: int) -> int:

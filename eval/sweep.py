@@ -17,8 +17,8 @@ differently. Keys are those of `saap.eval.run.EvalConfig`.
 import dataclasses
 from pathlib import Path
 
-from .arms import refuse_unknown
 from .run import EvalConfig
+from .variants import refuse_unknown
 
 LISTS = ("methods", "contexts", "budgets", "tasks", "answer_budgets")
 
@@ -32,18 +32,18 @@ def read_sweep(path: Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML ({error})") from error
+        raise ValueError(f"{path}: must be YAML; got another text ({error})") from error
     if not found:
-        raise ValueError(f"{path}: the sweep is empty: accepted is at least 'methods'")
+        raise ValueError(f"{path}: a sweep must hold at least 'methods'; got an empty file")
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds {type(found).__name__}: accepted is a mapping of keys")
+        raise ValueError(f"{path}: must be a mapping of keys; got {type(found).__name__}")
     kinds = {f.name: f.type for f in dataclasses.fields(EvalConfig)}
     refuse_unknown(str(path), found, tuple(kinds))
     for key, value in found.items():
         if key in LISTS:
             values = value if isinstance(value, list) else [value]
             if value is None or not values:
-                raise ValueError(f"{path}: {key} is empty: accepted is at least one")
+                raise ValueError(f"{path}: {key} must hold at least one value; got none")
             found[key] = tuple(values)
         check_kind(path, key, found[key], kinds[key])
     return found
@@ -56,7 +56,7 @@ def check_kind(path: Path, key: str, value, kind) -> None:
     for member in members:
         if isinstance(member, bool) or not isinstance(member, wanted):
             names = getattr(wanted, "__name__", None) or " or ".join(w.__name__ for w in wanted)
-            raise ValueError(f"{path}: {key}: {member!r}: accepted is {names}")
+            raise ValueError(f"{path}: {key} must be {names}; got {member!r}")
 
 
 def with_parameters(
@@ -69,11 +69,11 @@ def with_parameters(
             place, _, values = option.partition("=")
             name, _, key = place.partition(".")
             if not (key and values):
-                raise ValueError(f"--{part} {option!r}: accepted is METHOD.KEY=VALUE[,VALUE...]")
+                raise ValueError(f"--{part} must be METHOD.KEY=VALUE[,VALUE...]; got {option!r}")
             if name not in entries:
                 raise ValueError(
-                    f"--{part} {option!r}: method {name!r} is not among those of --methods: "
-                    f"accepted are {', '.join(entries)}"
+                    f"--{part} must name a method of --methods, {', '.join(entries)}; got "
+                    f"{option!r}"
                 )
             entries[name][part][key] = [as_value(v) for v in values.split(",") if v]
     return tuple(

@@ -28,10 +28,10 @@ METRICS = {
         Metric("recall_middle", "recall, middle", "{:.1%}", 1),
         Metric("output_error", "output error", "{:.4f}", -1),
         Metric("accuracy", "accuracy", "{:.1%}", 1),
-        Metric("nll", "nats a token", "{:.4f}", -1),
+        Metric("nll", "nats per token", "{:.4f}", -1),
         Metric("selectivity", "visited", "{:.1%}", -1),
-        Metric("bytes_read", "bytes a layer-step", "{:,.0f}", -1),
-        Metric("step_us", "µs a layer-step", "{:,.0f}", -1, noisy=True),
+        Metric("bytes_read", "bytes per layer and step", "{:,.0f}", -1),
+        Metric("step_us", "µs per layer and step", "{:,.0f}", -1, noisy=True),
         Metric("build_ms", "build ms a layer", "{:,.1f}", -1, noisy=True),
     )
 }

@@ -32,7 +32,7 @@ class Crew:
     def __post_init__(self):
         for name in ("jobs", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: accepted are 1 and more")
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
 def crew_for(need: int, jobs: int | None = None, threads: int | None = None) -> Crew:

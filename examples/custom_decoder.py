@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
-from saap import Budget, KVStore, LayerRouting, TrainedIndex
+from saap import METHODS, Budget, KVStore, LayerInfo, TrainedIndex
 
 FOLDER = Path(__file__).resolve().parents[1] / "eval" / "reference" / "files"
 BEGIN, END = 256, 257
@@ -80,7 +80,7 @@ class DenseCache:
 
 
 class Decoder:
-    """Llama's decoder, one sequence; keys and values live in one store a layer."""
+    """Llama's decoder, one sequence; keys and values live in one store for each layer."""
 
     def __init__(self, config: Config, weights: dict[str, Tensor], stores: list):
         self.config, self.weights, self.stores = config, weights, stores
@@ -139,13 +139,15 @@ class Decoder:
             logits = self.forward([token])
 
 
-def make_stores(config: Config, index_file: Path | None, budget: Budget) -> list:
+def make_stores(
+    config: Config, index_file: Path | None, budget: Budget, name: str = "saap"
+) -> list:
     if index_file is None:
         return [DenseCache() for _ in range(config.layers)]
-    # Saap: one store a layer, with the partition and router that were trained for that layer.
-    index = TrainedIndex.load(index_file)
-    routings = [LayerRouting.of(layer, index.default_router) for layer in index.layers]
-    return [KVStore(routing, budget) for routing in routings]
+    # Saap: one store for each layer, with the selector that the method makes for that layer.
+    method = METHODS[name](TrainedIndex.load(index_file))
+    infos = [LayerInfo(sm_scale=config.head_dim**-0.5, number=i) for i in range(config.layers)]
+    return [KVStore(method.selector(info), budget) for info in infos]
 
 
 def default_prompt() -> bytes:
@@ -161,9 +163,14 @@ def default_prompt() -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--index", type=Path, help="file that `saap train reference` wrote")
+    parser.add_argument(
+        "--method", default="saap", choices=METHODS, metavar="NAME", help="one of saap.METHODS"
+    )
     parser.add_argument("--prompt-file", type=Path)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--max-tokens", type=int, default=400, help="rows of the middle a step")
+    parser.add_argument(
+        "--max-tokens", type=int, default=400, help="rows of the middle for each step"
+    )
     parser.add_argument("--dense", action="store_true")
     options = parser.parse_args()
     if not options.dense and options.index is None:
@@ -171,7 +178,7 @@ def main() -> None:
     config = Config.read(FOLDER)
     weights = {n: w.float() for n, w in load_file(FOLDER / "model.safetensors").items()}
     budget = Budget(max_tokens=options.max_tokens, window=128)
-    stores = make_stores(config, None if options.dense else options.index, budget)
+    stores = make_stores(config, None if options.dense else options.index, budget, options.method)
     decoder = Decoder(config, weights, stores)
     prompt = options.prompt_file.read_bytes() if options.prompt_file else default_prompt()
     logits = decoder.prefill([BEGIN, *prompt])

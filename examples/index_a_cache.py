@@ -16,7 +16,6 @@ import torch
 from saap import hf
 from saap.eval import reference
 from saap.eval.tasks.answering import encode
-from saap.eval.tasks.attention import capture
 from saap.index.faiss_backend import flat_search
 from saap.index.ivf import AsymmetricIVF
 
@@ -39,10 +38,11 @@ def exact_top_k(keys: torch.Tensor, q: torch.Tensor, k: int) -> torch.Tensor:
 
 def captured(model, tokenizer, text: bytes, n_tokens: int):
     """Keys `[Hkv, N, D]` and queries `[n, Hq, D]` of one layer, each with RoPE and without."""
-    taken = capture(model, encode(tokenizer, text[: 8 * n_tokens])[:n_tokens], N_QUERIES)
-    k_rope, _, k_derope = taken.caches[LAYER].views()
+    tokens = encode(tokenizer, text[: 8 * n_tokens])[:n_tokens]
+    read = hf.read_context(model, tokens, n_queries=N_QUERIES)
+    k_rope, _, k_derope = read.keys(LAYER)
     n_context = n_tokens - N_QUERIES
-    return (k_rope[0, :, :n_context], k_derope[0, :, :n_context]), taken.queries(LAYER)
+    return (k_rope[0, :, :n_context], k_derope[0, :, :n_context]), read.queries[LAYER]
 
 
 def main() -> None:
@@ -112,9 +112,9 @@ def main() -> None:
 
 def training_queries(model, tokenizer, text: bytes, n_tokens: int):
     """The second half of a text's queries, `[Hq, m, D]`, with RoPE and without."""
-    n_queries = n_tokens // 2
-    taken = capture(model, encode(tokenizer, text[: 8 * n_tokens])[:n_tokens], n_queries)
-    return tuple(q.transpose(0, 1) for q in taken.queries(LAYER))
+    tokens = encode(tokenizer, text[: 8 * n_tokens])[:n_tokens]
+    read = hf.read_context(model, tokens, n_queries=n_tokens // 2)
+    return tuple(q.transpose(0, 1) for q in read.queries[LAYER])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All that this package asks of FAISS; the only file of it that imports faiss.
+"""Every use of FAISS in this package; no other file of it imports faiss.
 
 Arrays go through numpy on the CPU and by address on a GPU, without `faiss.contrib.torch_utils`,
 which patches FAISS's classes for the whole process. `swig_ptr` keeps no reference to its array, so
@@ -15,7 +15,7 @@ GPU_LIMIT = 2048
 
 
 def load_faiss():
-    """The faiss module; ImportError says which extra brings it."""
+    """Return the faiss module; the ImportError says which extra installs it."""
     try:
         import faiss
     except ImportError as error:
@@ -26,7 +26,7 @@ def load_faiss():
 
 
 def has_gpu() -> bool:
-    """Whether FAISS is there and reaches a GPU."""
+    """Whether FAISS is installed and can use a GPU."""
     try:
         return getattr(load_faiss(), "get_num_gpus", lambda: 0)() > 0
     except ImportError:
@@ -75,7 +75,10 @@ class InvertedFile:
         self.quantizer, self.index = quantizer, flat
         if self.device.type == "cuda":
             if not has_gpu():
-                raise ValueError("device='cuda': this FAISS has no GPU: pip install 'saap[gpu]'")
+                raise ValueError(
+                    "device must be 'cpu' with a FAISS without GPU; got 'cuda': pip install "
+                    "'saap[gpu]'"
+                )
             self.resources = faiss.StandardGpuResources()
             options = faiss.GpuIndexIVFFlatConfig()
             options.device = self.device.index or 0
@@ -142,7 +145,7 @@ def check_gpu_limits(device: torch.device, **values: int) -> None:
     """Raise ValueError for k or nprobe beyond what FAISS's GPU classes take."""
     for name, value in values.items():
         if device.type == "cuda" and value > GPU_LIMIT:
-            raise ValueError(f"{name}={value}: accepted by FAISS on a GPU are at most {GPU_LIMIT}")
+            raise ValueError(f"{name} must be at most {GPU_LIMIT} for FAISS on a GPU; got {value}")
 
 
 def _floats(x: Tensor):
@@ -167,9 +170,9 @@ def read_inverted_file(
     except RuntimeError as error:
         raise ValueError(f"not a FAISS index file ({str(error).splitlines()[0]})") from error
     if not isinstance(index, faiss.IndexIVFFlat):
-        raise ValueError(f"{type(index).__name__}: accepted is an IndexIVFFlat")
+        raise ValueError(f"a FAISS index must be an IndexIVFFlat; got {type(index).__name__}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise ValueError(f"metric_type={index.metric_type}: accepted is METRIC_INNER_PRODUCT")
+        raise ValueError(f"metric_type must be METRIC_INNER_PRODUCT; got {index.metric_type}")
     centroids = index.quantizer.reconstruct_n(0, index.nlist)
     vectors, ids, buckets = [], [], []
     for number in range(index.nlist):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from .routers import LinearRouter, MLPRouter
@@ -19,7 +19,7 @@ def fit_linear(
     ridge: float = 1e-3,
     chunk: int = 16384,
 ) -> LinearRouter:
-    """Closed form: least squares from query to the mass of each bucket.
+    """Fit the mass of each bucket to the query by least squares, in closed form.
 
     `mass` sums to 1 with its last class, sinks and window, which the fit leaves out. `ridge` is
     relative to the mean variance of the queries. The normal equations are summed over chunks in
@@ -44,7 +44,7 @@ def fit_linear(
 def fit_mlp(
     q: Float[Tensor, "H n D"],
     mass: Float[Tensor, "H n classes"],
-    sizes: Float[Tensor, "Hkv blocks nlist"] | None = None,
+    sizes: Num[Tensor, "Hkv blocks nlist"] | None = None,
     block_of: Int[Tensor, " n"] | None = None,
     *,
     hidden: int = 128,
@@ -54,15 +54,17 @@ def fit_mlp(
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> MLPRouter:
-    """Cross-entropy against the true mass over buckets (Saap, arXiv 2502.08246, section 4.2).
+    """Fit `MLPRouter`s by cross-entropy against the true mass over buckets.
 
     All H heads train together as batched matrix products. `mass [H, n, nlist + 1]`
-    may be float16; its last class is the mass of sinks and window, so a query weighs as much as it
-    looks into the middle. `sizes[:, block_of[i]]` are the keys in each bucket as query i sees
-    them, a KV head each; all alike if not given. Raises FloatingPointError when the loss is not
-    finite.
+    may be float16; its last class is the mass of sinks and window, so a query has as much weight
+    in the loss as it has attention on the middle. `sizes[:, block_of[i]]` are the numbers of keys
+    in each bucket that query i sees, for each KV head; if not given, all buckets count as equally
+    large. Raises FloatingPointError when the loss is not finite.
+
+    Source: Saap, arXiv 2502.08246, section 4.2.
     """
-    # A head at a time: the masses are the largest tensor of a layer and float16.
+    # One head at a time: the masses are the largest tensor of a layer, in float16.
     start = torch.stack([own.float().mean(0) for own in mass]).clamp(min=1e-6).log()
     log_sizes = None
     if sizes is not None:
@@ -91,7 +93,9 @@ def fit_mlp(
         if tell:
             value = torch.cat(losses).mean().item()
             if not math.isfinite(value):
-                raise FloatingPointError(f"router loss is {value} at step {step}")
+                raise FloatingPointError(
+                    f"the router loss must be finite; got {value} at step {step}"
+                )
             if progress is not None:
                 progress(step + 1, steps, value)
     return MLPRouter(**{name: t.detach() for name, t in router.tensors().items()})
@@ -100,7 +104,7 @@ def fit_mlp(
 def two_layers(
     q: Float[Tensor, "H n D"], start: Float[Tensor, "H classes"], hidden: int, seed: int
 ) -> MLPRouter:
-    """A two-layer network for each head that begins by answering `start`."""
+    """A two-layer network for each head whose output is about `start` before training."""
     heads, _, dim = q.shape
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
@@ -119,9 +123,10 @@ def two_layers(
 
 
 def head_groups(q: Tensor, mass: Tensor, log_sizes: Tensor | None, batch: int) -> list[slice]:
-    """Heads that take a step together: all on a GPU, whole KV groups that fit a cache on a CPU.
+    """Groups of heads that are trained together in a step.
 
-    Logits and what is made of them are read some ten times a step.
+    On a GPU this is all heads; on a CPU it is as many whole KV groups as fit into a cache, because
+    logits and what is computed from them are read about ten times per step.
     """
     heads, together = len(q), len(q)
     if not q.is_cuda:
@@ -143,10 +148,11 @@ def backward(
     *,
     with_loss: bool,
 ) -> Float[Tensor, "heads batch"] | None:
-    """Gradients of the mean cross-entropy of the picked queries, into `grad` of these heads.
+    """Write the gradients of the mean cross-entropy of the picked queries to `grad`.
 
-    Written out, because the gradient by the logits is softmax minus target: automatic
-    differentiation reads them twice as often. Losses are only computed where they are told.
+    They are computed by hand, because the gradient with respect to the logits is softmax minus
+    target and automatic differentiation reads the logits twice as often. Losses are computed and
+    returned only with `with_loss`.
     """
     w1, b1, w2, b2 = (getattr(router, name)[heads] for name in ("w1", "b1", "w2", "b2"))
     x = (q[heads, picked].float() - router.mean[heads, None]) * router.scale[heads, None]

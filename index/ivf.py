@@ -8,23 +8,24 @@ from . import checks, kmeans
 from .faiss_backend import check_gpu_limits
 from .ivf_search import BucketSearch
 from .ivf_training import train_parts
-from .lists import BucketStatistics, bucket_ranges, check_bounds, expand_heads
+from .lists import BucketStatistics, bucket_ranges, check_bounds, expand_heads, sizes_of
 from .routers import CentroidRouter, Router
-from .rows import BucketRows
-from .spill import second_sizes, spilled_ranges
+from .sorted_rows import SortedRows
+from .spill import spilled_ranges
 
 
 class AsymmetricIVF:
-    """An inverted file for all KV heads of a layer, its queries routed by a trained classifier.
+    """An inverted file for all KV heads of a layer; a trained classifier routes its queries.
 
-    Keys of KV head h are in the bucket of their best centroid `centroids[h]`; queries visit the
-    buckets that `router` scores highest, which need not be those of the nearest centroids. What
-    chooses the bucket may be another vector than what is searched: attention keys are bucketed
-    without RoPE and scored with it, so `add` and `search` take `route_by` beside the vectors.
+    Each key of KV head h is in the bucket of its best centroid among `centroids[h]`; a query
+    visits the buckets that `router` scores highest, which need not be those of the nearest
+    centroids. The vector that chooses the bucket may differ from the one that is searched:
+    attention keys are bucketed without RoPE and scored with it, so `add` and `search` take
+    `route_by` as well.
 
     Rows of each head are in bucket order (`vectors`, `positions`), so a bucket is a range of rows.
     Added keys are pending until there are `flush_every` of them, and are then merged into their
-    buckets; pending rows are visited by every query, beside the budget.
+    buckets. Every query visits all pending rows, in addition to its budget.
 
     Source: Saap, arXiv 2502.08246.
     """
@@ -43,15 +44,15 @@ class AsymmetricIVF:
         """`spill` puts each key into its two best buckets. Raises ValueError for bad options."""
         checks.at_least(1, d=d, n_kv=n_kv, nlist=nlist, flush_every=flush_every)
         if dtype not in checks.DTYPES:
-            raise ValueError(f"dtype={dtype}: accepted are {', '.join(map(str, checks.DTYPES))}")
+            raise ValueError(f"dtype must be {checks.listed(checks.DTYPES)}; got {dtype}")
         if spill and nlist < 2:
-            raise ValueError(f"nlist={nlist}: accepted with spill are 2 and more")
+            raise ValueError(f"nlist must be at least 2 with spill; got {nlist}")
         self.d, self.n_kv, self.nlist = d, n_kv, nlist
         self.spill, self.flush_every, self.dtype = spill, flush_every, dtype
         self.device = torch.device(device)
         self.centroids: Float[Tensor, "Hkv nlist D"] | None = None
         self.router: Router | None = None
-        self._rows = BucketRows(n_kv, d, nlist, dtype, self.device, spill)
+        self._rows = SortedRows.empty(n_kv, d, nlist, dtype=dtype, device=self.device, spill=spill)
         self._pending_routes: list[Tensor] = []
         self._faiss: BucketSearch | None = None
 
@@ -65,15 +66,16 @@ class AsymmetricIVF:
         flush_every: int = 1024,
         dtype: torch.dtype = torch.float32,
     ) -> "AsymmetricIVF":
-        """An empty index over trained centroids; without a router, by IVF's centroid rule."""
+        """Make an empty index over trained centroids.
+
+        Without a router, queries visit the buckets of the nearest centroids, as in IVF.
+        """
         if centroids.ndim != 3:
-            raise ValueError(
-                f"centroids has shape {tuple(centroids.shape)}: accepted is [Hkv, nlist, D]"
-            )
+            raise ValueError(f"centroids must be [Hkv, nlist, D]; got {tuple(centroids.shape)}")
         kmeans.check_finite(centroids, "centroids")
         n_kv, nlist, d = centroids.shape
         if router is not None and router.nlist != nlist:
-            raise ValueError(f"router has nlist={router.nlist}: accepted is {nlist}")
+            raise ValueError(f"nlist of the router must be {nlist}; got {router.nlist}")
         index = cls(
             d, n_kv, nlist, spill=spill, flush_every=flush_every, dtype=dtype,
             device=centroids.device,
@@ -88,7 +90,7 @@ class AsymmetricIVF:
 
     @property
     def ntotal(self) -> int:
-        """Keys a head, pending ones included."""
+        """The number of keys per head, pending ones included."""
         return self._rows.n_rows
 
     @property
@@ -97,7 +99,7 @@ class AsymmetricIVF:
 
     @property
     def vectors(self) -> Float[Tensor, "Hkv n D"]:
-        """Keys in row order: what the ranges of `select` index."""
+        """The keys in row order; the ranges of `select` are ranges of these rows."""
         return self._rows.vectors
 
     @property
@@ -120,7 +122,7 @@ class AsymmetricIVF:
         return held
 
     def statistics(self) -> BucketStatistics:
-        """Sizes of the buckets by best centroid, pending keys left out."""
+        """The sizes of the buckets; pending keys are not counted."""
         return BucketStatistics.of(self.offsets)
 
     def train(
@@ -143,10 +145,10 @@ class AsymmetricIVF:
         "mlp" (default), "linear" or "centroid" (default without queries). `fit_options` go to
         `fit_mlp` or `fit_linear`. For a partition and routers trained on a whole corpus see
         `saap.train` and `from_trained`. Raises ValueError for bad vectors, for fewer points than
-        buckets, and when the index holds keys; it is then as it was.
+        buckets, and when the index holds keys; the index is then unchanged.
         """
         if self.ntotal:
-            raise ValueError(f"ntotal={self.ntotal}: an index is trained before keys are added")
+            raise ValueError(f"train must come before keys are added; got ntotal={self.ntotal}")
         checks.vectors("xt", xt, self.n_kv, self.d)
         self.centroids, self.router = train_parts(
             xt.to(self.device), xq_train, self.nlist, router=router, xt_score=xt_score,
@@ -154,13 +156,14 @@ class AsymmetricIVF:
         )  # fmt: skip
 
     def refine(self, x: Float[Tensor, "Hkv n D"], *, n_iter: int = 3) -> None:
-        """A few Lloyd steps of the trained centroids on this context's own vectors.
+        """Move the trained centroids by a few Lloyd steps on the vectors of this context.
 
-        Before keys are added. Bucket numbers keep their meaning, so the router stays in use.
+        This must come before keys are added. Bucket numbers keep their meaning, so the router
+        stays in use.
         """
         self._check_trained("refine")
         if self.ntotal:
-            raise ValueError(f"ntotal={self.ntotal}: centroids are refined before keys are added")
+            raise ValueError(f"refine must come before keys are added; got ntotal={self.ntotal}")
         checks.at_least(1, n_iter=n_iter)
         checks.vectors("x", x, self.n_kv, self.d)
         self.centroids = kmeans.refine_centroids(x.to(self.device), self.centroids, n_iter=n_iter)
@@ -177,8 +180,8 @@ class AsymmetricIVF:
         """Add keys of all heads at `positions` (by default those after the highest one).
 
         `route_by` chooses the bucket (`xb` itself if not given). Raises ValueError, and leaves the
-        index as it was, before training, for another shape or dtype, for NaN or inf, and for a
-        position that occurs twice.
+        index unchanged, when it is not trained, for another shape or dtype, for NaN or inf, and
+        for a position that occurs twice.
         """
         self._check_trained("add")
         checks.vectors("xb", xb, self.n_kv, self.d, self.dtype)
@@ -188,7 +191,8 @@ class AsymmetricIVF:
         first = self._rows.highest + 1
         if positions is None:
             positions = torch.arange(first, first + xb.shape[1])
-        checks.new_positions(positions, xb.shape[1], self.positions[0], first)
+        else:
+            checks.new_positions(positions, xb.shape[1], self.positions[0], first)
         self._rows.append(xb.to(self.device), positions)
         self._pending_routes.append(route_by.to(self.device, torch.float32).clone())
         if self.n_pending >= self.flush_every:
@@ -210,15 +214,15 @@ class AsymmetricIVF:
         self._pending_routes = []
 
     def remove(self, positions: Int[Tensor, " m"]) -> int:
-        """Forget the keys at these positions; returns how many there were. Others are ignored.
+        """Forget the keys at these positions and return how many there were.
 
-        Raises ValueError for anything but integers `[m]`.
+        Positions without a key are ignored. Raises ValueError for anything but integers `[m]`.
         """
         checks.integers("positions", positions)
         return self._keep(~torch.isin(self.positions, positions.to(self.device)))
 
     def truncate(self, length: int) -> int:
-        """Forget the keys at positions from `length` on; returns how many there were."""
+        """Forget the keys at positions from `length` on and return how many there were."""
         checks.at_least(0, length=length)
         return self._keep(self.positions < length)
 
@@ -237,19 +241,21 @@ class AsymmetricIVF:
         top_p: float | None = None,
         share: str = "group",
     ) -> tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]:
-        """Rows to visit, as ranges `starts, lengths` int32 `[n, Hkv or Hq, R]`; no FAISS, no copy.
+        """The rows to visit, as ranges `starts, lengths` int32 `[n, Hkv or Hq, R]`.
 
-        `xq` are the vectors that queries are routed by. `nprobe` buckets; or buckets until
-        `max_tokens` rows, the last one cut to its newest rows; or until the predicted mass reaches
-        `top_p` of all (learned routers); or whichever comes first. `share`: "group" makes one
-        selection for the query heads of a KV head, by the sum of their scores, "head" one each.
-        Pending rows are the last range, beside the budget. No row is in two ranges.
+        `xq` are the vectors that queries are routed by. `nprobe` visits that many buckets;
+        `max_tokens` visits buckets until that many rows are reached, and cuts the last bucket to
+        its newest rows; `top_p` visits buckets until their predicted mass reaches that share of
+        all (learned routers only). Of several, the one that is reached first ends the selection.
+        `share`: "group" makes one selection for all query heads of a KV head, by the sum of their
+        scores; "head" makes one for each query head. The pending rows are the last range, in
+        addition to the budget. No row is in two ranges. FAISS is not used and no keys are copied.
         """
         check_bounds(self.nlist, nprobe, max_tokens, top_p)
-        scores = self._shared_scores(xq, share)
+        scores = self._list_scores(xq, xq, share)
         if top_p is not None and isinstance(self.router, CentroidRouter):
             raise ValueError(
-                f"top_p={top_p}: accepted with a router that predicts mass, not centroid"
+                f"top_p must be None with a centroid router, which predicts no mass; got {top_p}"
             )
         bounds = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p}
         if self.spill:
@@ -274,11 +280,12 @@ class AsymmetricIVF:
         route_by: Float[Tensor, "n Hq D"] | None = None,
         share: str = "group",
     ) -> tuple[Float[Tensor, "n Hq k"], Int[Tensor, "n Hq k"]]:
-        """The k keys with the largest inner products within the visited buckets, through FAISS.
+        """Find the k keys with the largest inner products in the visited buckets, through FAISS.
 
-        Visits what `select(route_by, nprobe=nprobe, share=share)` does. Returns scores, best
-        first, and positions; -inf and -1 where fewer keys were visited. The first search copies
-        the keys into FAISS as float32. On a GPU k and nprobe are at most 2048 (k 1024 with spill).
+        The buckets are those that `select(route_by, nprobe=nprobe, share=share)` visits. Returns
+        scores, best first, and positions; -inf and -1 where fewer keys were visited. The first
+        search copies the keys into FAISS as float32. On a GPU k and nprobe are at most 2048 (k
+        1024 with spill).
         """
         checks.at_least(1, k=k)
         check_bounds(self.nlist, nprobe, None, None)
@@ -289,8 +296,8 @@ class AsymmetricIVF:
         check_gpu_limits(self.device, k=wanted, nprobe=nprobe)
         occupied = self.offsets.diff(dim=-1)
         if self.spill:
-            occupied = occupied + second_sizes(self._rows.second, self.nlist)
-        scores = self._shared_scores(route_by, share)
+            occupied = occupied + sizes_of(self._rows.second, self.nlist)
+        scores = self._list_scores(xq, route_by, share)
         scores = scores.masked_fill(expand_heads(occupied[None] == 0, scores.shape[1]), -torch.inf)
         visited = expand_heads(scores.topk(nprobe, dim=-1).indices, xq.shape[1])
         if self._faiss is None:
@@ -298,7 +305,7 @@ class AsymmetricIVF:
         return self._faiss.search(xq, k, visited, self._rows)
 
     def save(self, path) -> None:
-        """Write one safetensors file; see `saap.index.ivf_file`. Pending keys are merged first."""
+        """Write one safetensors file (`saap.index.ivf_file`); pending keys are merged first."""
         from .ivf_file import save
 
         save(self, path)
@@ -312,12 +319,16 @@ class AsymmetricIVF:
 
     def _check_trained(self, what: str) -> None:
         if not self.is_trained:
-            raise ValueError(f"{what} before training: call train, or use from_trained")
+            raise ValueError(
+                f"{what} must come after training; got an untrained index: call train, or use "
+                "from_trained"
+            )
 
-    def _shared_scores(self, xq, share: str):
+    def _list_scores(self, xq, route_by, share: str):
+        """The score of each list: lists with higher scores are visited first."""
         if share not in ("group", "head"):
-            raise ValueError(f"share={share!r}: accepted are 'group' and 'head'")
-        scores = self.route(xq)
+            raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
+        scores = self.route(route_by)
         return scores if share == "head" else scores.unflatten(1, (self.n_kv, -1)).sum(2)
 
     def _keep(self, kept) -> int:

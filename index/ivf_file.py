@@ -1,44 +1,52 @@
-"""Index files: one safetensors file, mapped when opened; checked cheaply then, fully on demand.
+"""Save and load an `AsymmetricIVF`: a file is mapped and cheaply checked when it is opened.
 
-The metadata holds a JSON header: format version, shape, options, the SHA-256 of each tensor, and
-its own SHA-256. `load` reads the header and the bucket offsets alone: an altered header, a missing
-or misshapen tensor, or a truncated file is refused; centroids, router and keys are read as they
-are used.
-`verify` reads all. There is no pickle in the format, and FAISS reads nothing but what the caller
-vouches for.
+`load` reads the header, bucket offsets, centroids and router, and the integers that must stay in
+range. It refuses an altered header, a missing or misshapen tensor, lists out of range and a
+truncated file. Keys are read as they are used; `verify` reads and checks everything
+(`saap.index.tensor_files`). FAISS reads only files that the caller vouches for.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from . import tensor_files
+from .checks import DTYPES as FLOATS
 from .faiss_backend import InvertedFile, read_inverted_file
+from .file_fields import (
+    FLOAT32,
+    MOST_LISTS,
+    Fields,
+    check_finite,
+    check_layout,
+    check_range,
+    router_layout,
+)
 from .ivf import AsymmetricIVF
 from .routers import ROUTERS, CentroidRouter, Router
-from .rows import BucketRows
-from .tensor_files import (
-    check_signed,
-    check_table,
-    header_digest,
-    read,
-    shape_and_dtype,
-    write_atomically,
-)
+from .sorted_rows import SortedRows
+from .tensor_files import write_atomically
 
-FORMAT = "saap.AsymmetricIVF"
-FORMAT_VERSION = 1
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
+FORMAT = tensor_files.Format("saap.AsymmetricIVF", 2, "AsymmetricIVF.save")
+DTYPES = {str(t).removeprefix("torch."): t for t in FLOATS}
+MOST_POSITION = 2**62
 
 
 def save(index: AsymmetricIVF, path: str | Path) -> None:
     """Merge the pending keys and write the index; an older file stays whole until that is done."""
     if not index.is_trained:
-        raise ValueError("save before training: call train, or use from_trained")
+        raise ValueError(
+            "save must come after training; got an untrained index: call train, or use "
+            "from_trained"
+        )
     index.flush()
+    name = next((n for n, kind in ROUTERS.items() if type(index.router) is kind), None)
+    if name is None:
+        raise ValueError(
+            f"the router must be one of {', '.join(ROUTERS)} to be saved; got "
+            f"{type(index.router).__name__}"
+        )
     tensors = {
         "vectors": index.vectors,
         "positions": index.positions,
@@ -47,12 +55,9 @@ def save(index: AsymmetricIVF, path: str | Path) -> None:
     }
     if index.spill:
         tensors["second"] = index._rows.second
-    name = next(n for n, kind in ROUTERS.items() if type(index.router) is kind)
     if name != "centroid":
         tensors |= {f"router.{part}": t for part, t in index.router.tensors().items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = {
-        "format_version": FORMAT_VERSION,
         "d": index.d,
         "n_kv": index.n_kv,
         "nlist": index.nlist,
@@ -61,146 +66,126 @@ def save(index: AsymmetricIVF, path: str | Path) -> None:
         "flush_every": index.flush_every,
         "dtype": str(index.dtype).removeprefix("torch."),
         "router": name,
-        "tensors": {
-            name: {**shape_and_dtype(t), "sha256": tensor_digest(t)} for name, t in tensors.items()
-        },
+        "n_heads": index.router.n_heads or 0,
     }
-    header["sha256"] = header_digest(header)
-
-    def write(temporary: str) -> None:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-
-    write_atomically(Path(path), write)
+    tensor_files.write(path, FORMAT, header, tensors)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> AsymmetricIVF:
     """Open a file that `save` wrote. Raises ValueError for any other and for altered ones."""
-    path = Path(path)
-    header, tensors = open_tensors(path)
-    offsets, n = tensors["offsets"], header["ntotal"]
-    if (
-        (offsets[:, 0] != 0).any()
-        or (offsets[:, -1] != n).any()
-        or (offsets.diff(dim=1) < 0).any()
-    ):
-        raise ValueError(f"{path}: its bucket offsets do not lead from 0 to {n}: it was altered")
+    header, tensors = open_tensors(Path(path))
     tensors = {name: t.to(device) for name, t in tensors.items()}
-    # Nothing but offsets is read here: `from_trained` would look through all centroids.
+    # No key is read here: `from_trained` and `add` would look through all.
     index = AsymmetricIVF(
         header["d"], header["n_kv"], header["nlist"], spill=header["spill"],
         flush_every=header["flush_every"], dtype=DTYPES[header["dtype"]], device=device,
     )  # fmt: skip
     index.centroids = tensors["centroids"]
-    index.router = router_of(path, header, tensors)
-    index._rows = BucketRows.from_sorted(
-        tensors["vectors"], tensors["positions"], offsets.to(device), tensors.get("second")
+    index.router = router_of(header, tensors)
+    index._rows = SortedRows(
+        tensors["vectors"], tensors["positions"], tensors["offsets"], tensors.get("second")
     )
     return index
 
 
-def router_of(path: Path, header: dict, tensors: dict[str, Tensor]) -> Router:
-    parts = {k.removeprefix("router."): t for k, t in tensors.items() if k.startswith("router.")}
-    if not parts:
+def router_of(header: dict, tensors: dict[str, Tensor]) -> Router:
+    if header["router"] == "centroid":
         return CentroidRouter(tensors["centroids"])
-    try:
-        router = ROUTERS[header["router"]](**parts)
-    except (TypeError, IndexError) as error:
-        raise ValueError(f"{path}: router {header['router']!r}: {error}") from error
-    if router.nlist != header["nlist"]:
-        raise ValueError(f"{path}: router has nlist={router.nlist}, the index {header['nlist']}")
-    return router
+    parts = {k.removeprefix("router."): t for k, t in tensors.items() if k.startswith("router.")}
+    return ROUTERS[header["router"]](**parts)
 
 
 def verify(path: str | Path) -> None:
-    """Read a whole index file; ValueError names the first tensor that is not as it was saved."""
+    """Read a whole index file; a ValueError names the first tensor that has changed."""
     header, tensors = open_tensors(Path(path))
-    for name, tensor in tensors.items():
-        if tensor_digest(tensor) != header["tensors"][name]["sha256"]:
-            raise ValueError(f"{path}: {name} does not fit its checksum: the file was altered")
+    tensor_files.verify(path, header, tensors)
+    check_finite(path, tensors)
+    in_order = tensors["positions"].sort(dim=1).values
+    if (in_order.diff(dim=1) == 0).any() or (in_order != in_order[:1]).any():
+        raise ValueError(
+            f"{path}: positions must occur once each and be the same in all heads; got others"
+        )
 
 
 def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The checked header and the mapped tensors of an index file."""
-    header, tensors = read(path, FORMAT, FORMAT_VERSION, "AsymmetricIVF.save")
-    check_signed(path, header)
-    check_options(path, header)
-    check_table(path, header, tensors)
+    header, tensors = tensor_files.read(path, FORMAT)
+    fields = Fields(path, header)
+    nlist = fields.integer("nlist", 2 if fields.flag("spill") else 1, MOST_LISTS)
+    n_kv, d = (fields.integer(name, 1) for name in ("n_kv", "d"))
+    n, n_heads = fields.integer("ntotal", 0, 2**31 - 1), fields.integer("n_heads")
+    fields.integer("flush_every", 1)
+    dtype, router = fields.text("dtype", DTYPES), fields.text("router", ROUTERS)
+    layout = {
+        "vectors": ((n_kv, n, d), (DTYPES[dtype],)),
+        "positions": ((n_kv, n), (torch.int64,)),
+        "offsets": ((n_kv, nlist + 1), (torch.int32,)),
+        "centroids": ((n_kv, nlist, d), FLOAT32),
+    }
+    if header["spill"]:
+        layout["second"] = ((n_kv, n), (torch.int32,))
+    if router != "centroid":
+        if not n_heads or n_heads % n_kv:
+            raise fields.wrong("n_heads", f"a multiple of n_kv={n_kv}")
+        layout |= router_layout(
+            router, tensors, prefix="router.", n_heads=n_heads, nlist=nlist, dim=d, dtypes=FLOATS
+        )
+    check_layout(path, tensors, layout)
+    check_finite(path, {k: t for k, t in tensors.items() if k != "vectors"})
+    offsets = tensors["offsets"]
+    if (offsets[:, 0] != 0).any() or (offsets[:, -1] != n).any() or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"{path}: its bucket offsets must ascend from 0 to {n}; got others: it was altered"
+        )
+    check_range(path, "positions", tensors["positions"], 0, MOST_POSITION)
+    if header["spill"]:
+        check_range(path, "second", tensors["second"], 0, nlist - 1)
     return header, tensors
 
 
-def check_options(path: Path, header: dict) -> None:
-    """ValueError where the options of a header are none, or do not fit the tensors it lists."""
-    try:
-        n_kv, d, nlist, n = (header[name] for name in ("n_kv", "d", "nlist", "ntotal"))
-        listed = {name: (t["shape"], t["dtype"]) for name, t in header["tensors"].items()}
-        implied = {
-            "vectors": ([n_kv, n, d], str(DTYPES[header["dtype"]])),
-            "positions": ([n_kv, n], "torch.int64"),
-            "offsets": ([n_kv, nlist + 1], "torch.int32"),
-            "centroids": ([n_kv, nlist, d], "torch.float32"),
-        }
-        if header["spill"]:
-            implied["second"] = ([n_kv, n], "torch.int32")
-        parts = {name for name in listed if name.startswith("router.")}
-        if header["router"] not in ROUTERS or (header["router"] == "centroid") == bool(parts):
-            raise ValueError(f"{path}: router {header['router']!r} with tensors {sorted(parts)}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its header lacks or misstates {error}") from error
-    for name, own in implied.items():
-        if listed.get(name) != own:
-            raise ValueError(f"{path}: {name} is {listed.get(name)}: its options say {own}")
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    described = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.numel():
-        described.update(tensor.contiguous().view(torch.uint8).numpy())
-    return described.hexdigest()
-
-
 def to_faiss(index: AsymmetricIVF, path: str | Path, head: int) -> None:
-    """One KV head as a plain FAISS `IndexIVFFlat` file, ids the positions, for FAISS users.
+    """Write one KV head as a plain FAISS `IndexIVFFlat` file, with the positions as ids.
 
     FAISS visits the buckets of the nearest centroids unless it is given others: use
     `search_preassigned` with the buckets of `route`. A spilled key is written in its best bucket.
     """
     if not 0 <= head < index.n_kv:
-        raise ValueError(f"head={head}: accepted are 0 to {index.n_kv - 1}")
+        raise ValueError(f"head must be in 0..{index.n_kv - 1}; got {head}")
     index.flush()
     inverted = InvertedFile(index.centroids[head])
-    inverted.add(index.vectors[head], index.positions[head], index._rows.buckets[head])
+    inverted.add(index.vectors[head], index.positions[head], index._rows.lists[head])
     write_atomically(Path(path), inverted.serialized())
 
 
 def from_faiss(
     paths: list[str | Path], *, trusted: bool = False, flush_every: int = 1024
 ) -> AsymmetricIVF:
-    """An index from one `IndexIVFFlat` file a KV head, with the same ids in each.
+    """Make an index from one `IndexIVFFlat` file per KV head, with the same ids in each.
 
     FAISS's reader can be made to run over memory by a crafted file: `trusted=True` says that these
     come from a source you vouch for. Raises ValueError otherwise, and for files that do not fit.
     """
     if not trusted:
         raise ValueError(
-            "trusted=False: FAISS files are only read with trusted=True, for files you vouch for"
+            "trusted must be True to read FAISS files, which you then vouch for; got False"
         )
     heads = []
     for path in paths:
         if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; accepted is a FAISS IndexIVFFlat file")
+            raise ValueError(f"{path}: must be a FAISS IndexIVFFlat file; got no such file")
         heads.append(read_inverted_file(Path(path).read_bytes()))
     if not heads:
-        raise ValueError("paths is empty: accepted is one file a KV head")
+        raise ValueError("paths must hold one file per KV head; got none")
     first = heads[0]
     for path, (centroids, vectors, ids, _) in zip(paths, heads, strict=True):
         same = torch.equal(ids.sort().values, first[2].sort().values)
         if centroids.shape != first[0].shape or vectors.shape != first[1].shape or not same:
             raise ValueError(
-                f"{path}: its nlist, dimension or ids differ from those of {paths[0]}"
+                f"{path}: its nlist, dimension and ids must be those of {paths[0]}; got others"
             )
     ids = first[2].sort().values
     if len(ids.unique()) < len(ids) or (len(ids) and int(ids[0]) < 0):
-        raise ValueError(f"{paths[0]}: accepted are ids from 0, each once")
+        raise ValueError(f"{paths[0]}: ids must be at least 0 and occur once each; got others")
     index = AsymmetricIVF.from_trained(
         torch.stack([centroids for centroids, *_ in heads]), flush_every=flush_every
     )

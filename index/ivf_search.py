@@ -5,16 +5,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .faiss_backend import InvertedFile
-from .rows import BucketRows
+from .sorted_rows import SortedRows
 
 
 class BucketSearch:
-    """FAISS's copy of the sorted rows of an index; pending rows are compared one by one."""
+    """Searches FAISS's copy of the sorted rows of an index, and all pending rows one by one."""
 
-    def __init__(self, centroids: Float[Tensor, "Hkv nlist D"], rows: BucketRows):
+    def __init__(self, centroids: Float[Tensor, "Hkv nlist D"], rows: SortedRows):
         self.files = [InvertedFile(own) for own in centroids]
         n = rows.n_sorted
-        self.fill(rows.vectors[:, :n], rows.positions[:, :n], rows.buckets, rows.second)
+        self.fill(rows.vectors[:, :n], rows.positions[:, :n], rows.lists, rows.second)
 
     @property
     def nbytes(self) -> int:
@@ -38,9 +38,9 @@ class BucketSearch:
         xq: Float[Tensor, "n Hq D"],
         k: int,
         visited: Int[Tensor, "n Hq nprobe"],
-        rows: BucketRows,
+        rows: SortedRows,
     ) -> tuple[Float[Tensor, "n Hq k"], Int[Tensor, "n Hq k"]]:
-        """Scores, best first, and positions; -inf and -1 where fewer keys were visited."""
+        """The scores, best first, and positions; -inf and -1 where fewer keys were visited."""
         group = xq.shape[1] // len(self.files)
         found = []
         for head, inverted in enumerate(self.files):

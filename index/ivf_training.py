@@ -1,14 +1,12 @@
-"""What `AsymmetricIVF.train` makes: centroids, and a router fitted to where queries look."""
+"""Train the parts of an `AsymmetricIVF`: its centroids, and a router fitted to queries."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from . import checks, fitting, kmeans
-from .routers import CentroidRouter, Router
+from .routers import TRAINABLE, CentroidRouter, Router
 from .targets import query_masses
-
-TRAINABLE = ("mlp", "linear", "centroid")
 
 
 def train_parts(
@@ -24,7 +22,7 @@ def train_parts(
     seed: int,
     **fit_options,
 ) -> tuple[Float[Tensor, "Hkv nlist D"], Router]:
-    """Centroids and router; what is passed is described at `AsymmetricIVF.train`.
+    """Train centroids and router; `AsymmetricIVF.train` describes the arguments.
 
     `xt` is checked by the caller. Raises ValueError for an unknown router, for queries that do not
     fit it or `xt`, and as `kmeans.train_centroids`, before any time is spent where that is
@@ -32,9 +30,10 @@ def train_parts(
     """
     router = router or ("centroid" if xq_train is None else "mlp")
     if router not in TRAINABLE:
-        raise ValueError(f"router={router!r}: accepted are {', '.join(TRAINABLE)}")
+        raise ValueError(f"router must be one of {', '.join(TRAINABLE)}; got {router!r}")
     if (xq_train is None) != (router == "centroid"):
-        raise ValueError(f"router={router!r}: accepted with training queries are mlp, linear")
+        needed = "centroid without" if xq_train is None else "mlp or linear with"
+        raise ValueError(f"router must be {needed} training queries; got {router!r}")
     n_kv, _, d = xt.shape
     scored = xt if xt_score is None else xt_score
     asked = xq_train if xq_score is None else xq_score

@@ -10,24 +10,22 @@ from .lists import sizes_of
 
 def check_points(points: Tensor, nlist: int) -> None:
     if points.ndim != 3:
-        raise ValueError(f"points has shape {tuple(points.shape)}: accepted is [H, n, D]")
+        raise ValueError(f"points must be [H, n, D]; got {tuple(points.shape)}")
     if not points.is_floating_point():
-        raise ValueError(f"points has dtype {points.dtype}: accepted are floating-point vectors")
+        raise ValueError(f"points must be floating-point vectors; got {points.dtype}")
     if not 1 <= nlist <= points.shape[1]:
         raise ValueError(
-            f"nlist={nlist} with {points.shape[1]} points a head: accepted are 1 to that number"
+            f"nlist must be in 1..{points.shape[1]}, the number of points per head; got {nlist}"
         )
     check_finite(points, "points")
     zeros = int((points == 0).all(-1).sum())
     if zeros:
-        raise ValueError(
-            f"points holds {zeros} zero vectors, which have no direction: accepted are others"
-        )
+        raise ValueError(f"points must be non-zero; got {zeros} zero vectors")
 
 
 def check_finite(x: Tensor, name: str) -> None:
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or inf: accepted are finite vectors")
+        raise ValueError(f"{name} must be finite; got NaN or inf")
 
 
 def train_centroids(
@@ -37,8 +35,8 @@ def train_centroids(
 
     `points` are normalised first, so a centroid is a direction; assignment is by largest inner
     product (`assign`). The same seed gives the same centroids on the same machine and number of
-    threads. FAISS does it; on a GPU that its build does not reach, `lloyd` does. Raises ValueError
-    for fewer points than buckets, for NaN or inf, and for zero vectors.
+    threads. FAISS computes it; on a GPU that its build does not support, `lloyd` does. Raises
+    ValueError for fewer points than buckets, for NaN or inf, and for zero vectors.
 
     Source: Saap, arXiv 2502.08246, section 3.3.
     """
@@ -62,9 +60,11 @@ def train_centroids(
 def lloyd(
     points: Float[Tensor, "H n D"], nlist: int, *, n_iter: int = 10, seed: int = 0
 ) -> Float[Tensor, "H nlist D"]:
-    """As `train_centroids`, in torch alone, from points drawn without repetition.
+    """Spherical k-means as `train_centroids`, in torch alone.
 
-    Buckets that end up empty start anew at points of the largest ones, as FAISS splits them.
+    It starts at points drawn without repetition. Buckets that end up empty restart at
+    points of the largest ones, as FAISS splits them; with fewer distinct points than buckets, some
+    stay empty.
     """
     directions = torch.nn.functional.normalize(points.float(), dim=-1)
     generator = torch.Generator().manual_seed(seed)
@@ -82,8 +82,9 @@ def _restart_empty(centroids: Tensor, directions: Tensor) -> None:
     sizes = sizes_of(buckets, centroids.shape[1])
     for head in (sizes == 0).any(1).nonzero()[:, 0].tolist():
         empty = (sizes[head] == 0).nonzero()[:, 0].tolist()
-        largest = sizes[head].argsort(descending=True)[: len(empty)].tolist()
-        for bucket, source in zip(empty, largest, strict=True):
+        occupied = int((sizes[head] > 0).sum())
+        largest = sizes[head].argsort(descending=True)[:occupied].tolist()
+        for bucket, source in zip(empty, largest, strict=False):
             members = (buckets[head] == source).nonzero()[:, 0]
             centroids[head, bucket] = directions[head, members[len(members) // 2]]
 
@@ -97,7 +98,7 @@ def assign(
     """The bucket of each point, int32: the centroid with the largest inner product.
 
     The length of a point does not matter. Works in chunks of `chunk` points, so memory is bounded
-    by `chunk * nlist` floats a head.
+    by `chunk * nlist` floats per head.
     """
     buckets = torch.empty(points.shape[:-1], dtype=torch.int32, device=points.device)
     for start in range(0, points.shape[-2], chunk):
@@ -109,9 +110,9 @@ def assign(
 def assign_two(
     points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"], *, chunk: int = 65536
 ) -> tuple[Int[Tensor, "H n"], Int[Tensor, "H n"]]:
-    """The best and the second bucket of each point, int32. Needs two buckets at least."""
+    """The best and the second-best bucket of each point, int32; there must be two buckets."""
     if centroids.shape[1] < 2:
-        raise ValueError("nlist=1: accepted with spill are 2 and more")
+        raise ValueError("nlist must be at least 2 with spill; got 1")
     best = [
         (points[:, start : start + chunk].float() @ centroids.mT.to(points.device))
         .topk(2, dim=-1)
@@ -125,10 +126,11 @@ def assign_two(
 def refine_centroids(
     points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"], *, n_iter: int = 3
 ) -> Float[Tensor, "H nlist D"]:
-    """A few Lloyd steps from `centroids` on `points`; a bucket that gets none keeps its centroid.
+    """Move `centroids` by a few Lloyd steps on `points`.
 
-    Buckets keep their numbers, so a router trained for `centroids` still means the same ones.
-    Raises ValueError as `train_centroids`, but takes fewer points than buckets.
+    A bucket that gets no points keeps its centroid. Buckets keep their numbers, so a router that
+    was trained for `centroids` stays valid. Raises ValueError as `train_centroids` does, but there
+    may be fewer points than buckets.
     """
     check_points(points, 1)
     directions = torch.nn.functional.normalize(points.float(), dim=-1)
@@ -144,13 +146,13 @@ def refine_centroids(
 def mean_products(
     points: Float[Tensor, "H n D"], centroids: Float[Tensor, "H nlist D"]
 ) -> Float[Tensor, "H nlist"]:
-    """Mean product of the points of each bucket with its centroid, float32."""
+    """The mean inner product of the points of each bucket with its centroid, float32."""
     found = []
     for own_points, own in zip(points, centroids, strict=True):
         buckets = assign(own_points[None], own[None])[0].long()
         products = (own_points.float() * own[buckets]).sum(-1)
         total = torch.zeros(len(own), device=points.device).scatter_add_(0, buckets, products)
         count = torch.bincount(buckets, minlength=len(own))
-        # A bucket that the sample left empty is typical.
+        # A bucket without points in the sample gets the mean over all points.
         found.append((total + products.mean()) / (count + 1))
     return torch.stack(found)

@@ -39,7 +39,7 @@ def imbalance_factor(sizes: Int[Tensor, "*heads nlist"]) -> Float[Tensor, "*head
 
 @dataclass(frozen=True)
 class BucketStatistics:
-    """`sizes [Hkv, nlist]` int32; `imbalance [Hkv]` (`imbalance_factor`); empty buckets."""
+    """Bucket sizes, `imbalance_factor` of each head and number of empty buckets of each head."""
 
     sizes: Int[Tensor, "Hkv nlist"]
     imbalance: Float[Tensor, " Hkv"]
@@ -52,7 +52,7 @@ class BucketStatistics:
 
 
 def invert(buckets: Int[Tensor, "B Hkv n"], nlist: int) -> InvertedLists:
-    """Sort points by bucket, stably."""
+    """Sort points by bucket; points of a bucket keep their order."""
     order = buckets.argsort(dim=-1, stable=True)
     return InvertedLists(order, offsets_of(sizes_of(buckets, nlist)))
 
@@ -75,7 +75,7 @@ def expand_heads(per_kv_head: Tensor, n_heads: int) -> Tensor:
 
 
 def group_sum(per_head: Float[Tensor, "B Hq nlist"], n_kv: int) -> Float[Tensor, "B Hkv nlist"]:
-    """Predicted mass of a KV group: the sum over its query heads."""
+    """The predicted mass of each KV head: the sum over its query heads."""
     return per_head.unflatten(1, (n_kv, -1)).sum(2)
 
 
@@ -88,22 +88,23 @@ def check_bounds(
 ) -> None:
     """Raise ValueError when nothing bounds a selection, or a bound is out of range."""
     if nprobe is not None and not 1 <= nprobe <= nlist:
-        raise ValueError(f"nprobe={nprobe}: accepted are 1 to nlist={nlist}")
+        raise ValueError(f"nprobe must be in 1..{nlist}; got {nprobe}")
     if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens={max_tokens}: accepted are 0 and more")
+        raise ValueError(f"max_tokens must be at least 0; got {max_tokens}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p={top_p}: accepted are 0 < top_p <= 1")
+        raise ValueError(f"top_p must be above 0 and at most 1; got {top_p}")
     if nprobe is None and max_tokens is None and top_p is None and min_score is None:
-        raise ValueError(
-            "nprobe, max_tokens and top_p are all None: one of them bounds the selection"
-        )
+        raise ValueError("one of nprobe, max_tokens and top_p must be set; got none of them")
 
 
 def within_share(
     best: Float[Tensor, "B H R"], mass: Float[Tensor, "B H nlist"], top_p: float
 ) -> Bool[Tensor, "B H R"]:
-    """Which buckets, in the order of the masses `best`, are needed for `top_p` of all `mass`."""
-    if top_p == 1.0:  # sums are rounded: a share of all is all
+    """Which buckets are needed to reach the share `top_p` of all `mass`.
+
+    `best` are the masses of the buckets in descending order, as is the result.
+    """
+    if top_p == 1.0:  # sums are rounded, so take all buckets
         return torch.ones_like(best, dtype=torch.bool)
     total = mass.clamp(min=0).sum(-1, keepdim=True)
     mass = best.clamp(min=0)
@@ -124,8 +125,8 @@ def _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p):
     """Scores, numbers and sizes of the `n_ranges` best lists, or of fewer that fill the budget.
 
     `held [B, H]`: rows in all lists.
-    Lists of typical size fill `max_tokens` long before the worst case would; to look costs a
-    synchronisation, so only where there is none to fear.
+    Lists of typical size fill `max_tokens` with far fewer ranges than the worst case needs.
+    Finding out costs a synchronisation on a GPU, so it is done on the CPU only.
     """
     n_lists = sizes.shape[-1]
     if max_tokens and n_lists and top_p is None and scores.device.type == "cpu":
@@ -142,7 +143,7 @@ def _best_lists(scores, sizes, held, n_ranges, max_tokens, top_p):
 
 def bucket_ranges(
     scores: Float[Tensor, "B H nlist"],
-    offsets: Int[Tensor, "B Hkv nlist_plus_1"],
+    offsets: Int[Tensor, "#B Hkv nlist_plus_1"],
     *,
     nprobe: int | None = None,
     max_tokens: int | None = None,
@@ -152,6 +153,10 @@ def bucket_ranges(
     first_row: int = 0,
 ) -> tuple[Int[Tensor, "B H R"], Int[Tensor, "B H R"]]:
     """The best-scored buckets as ranges `starts, lengths`, int32, of the bucket-sorted rows.
+
+    Decode steps of a KV store use `saap.kernels.routing.select_lists`, which this package may not
+    import; `AsymmetricIVF.select` uses this, on any device and without Numba, and a test holds
+    both against each other.
 
     `H` is Hkv or a multiple of it. Empty buckets are never chosen. `nprobe` visits that many
     buckets; `max_tokens` visits buckets in the order of their scores until that many rows are

@@ -1,9 +1,9 @@
-"""Routers: a score for each bucket from a de-RoPEd query, all heads of a layer at once.
+"""Routers compute a score for each bucket from a de-RoPEd query, for all heads of a layer at once.
 
 `CentroidRouter` is what IVF does; `LinearRouter` is the closed-form least-squares map from query
 to bucket mass; `MLPRouter` is the classifier of Saap (arXiv 2502.08246, section 4.2). The learned
-ones predict one class more than there are buckets: the mass that sinks and window take. It makes
-scores of different query heads comparable, which a selection shared by a KV group needs.
+ones predict one class more than there are buckets: the mass that sinks and window take. This class
+makes the scores of different query heads comparable, which a selection shared by a KV group needs.
 """
 
 from abc import ABC, abstractmethod
@@ -16,11 +16,11 @@ from .lists import expand_heads
 
 
 class Router(ABC):
-    """Scores buckets; `nbytes` counts what one decode step reads of it."""
+    """Scores buckets; `nbytes` is the number of bytes that one decode step reads of it."""
 
     nlist: int
     n_heads: int | None = None
-    """Query heads it was made for; None for any multiple of the KV heads."""
+    """The number of query heads it was made for; None for any multiple of the KV heads."""
 
     @abstractmethod
     def mass(
@@ -28,12 +28,13 @@ class Router(ABC):
     ) -> Float[Tensor, "B Hq nlist"]:
         """Scores that grow with the expected attention mass of each bucket, float32.
 
-        `sizes`: keys in each bucket, all alike if not given. Only `MLPRouter` asks for them.
+        `sizes`: the number of keys in each bucket; if not given, all buckets count as equally
+        large. Only `MLPRouter` uses it.
         """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved; the constructor takes the same names."""
+        """The tensors to save; the constructor takes them by the same names."""
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +42,7 @@ class Router(ABC):
 
 
 class CentroidRouter(Router):
-    """Inner product with the centroids of the head's KV group: symmetric assignment, as in IVF."""
+    """Scores by the inner product with the centroids of the head's KV head, as IVF does."""
 
     def __init__(self, centroids: Float[Tensor, "Hkv nlist D"]):
         self.centroids = centroids
@@ -77,9 +78,9 @@ class MLPRouter(Router):
 
         n_b exp(f_b) / (exp(o) + sum over buckets of n exp(f))
 
-    of the attention. What is fitted is weight a key, so it holds for contexts whose buckets have
-    other sizes than in training. `q_hat = (q - mean) * scale` standardises each head's queries.
-    Shapes: `mean, scale [Hq, D]`, `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`,
+    of the attention. The network is fitted to weight per key, so it stays valid for contexts whose
+    buckets have other sizes than in training. `q_hat = (q - mean) * scale` standardises each
+    head's queries. Shapes: `mean, scale [Hq, D]`, `w1 [Hq, hidden, D]`, `b1 [Hq, hidden]`,
     `w2 [Hq, nlist + 1, hidden]`, `b2 [Hq, nlist + 1]`; float32, or `w2` int8 with
     `w2_scale [Hq, nlist + 1]`.
 
@@ -92,14 +93,14 @@ class MLPRouter(Router):
         self.n_heads, self.nlist = w2.shape[0], w2.shape[1] - 1
 
     def logits(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq nlist_plus_1"]:
-        """`f`, and last `o`."""
+        """`f` of each bucket, and last `o`."""
         x = ((q.float() - self.mean) * self.scale).transpose(0, 1)
         hidden = torch.nn.functional.silu(torch.baddbmm(self.b1[:, None], x, self.w1.mT))
         w2 = self.w2 if self.w2_scale is None else self.w2 * self.w2_scale[..., None]
         return torch.baddbmm(self.b2[:, None], hidden, w2.mT).transpose(0, 1)
 
     def quantized(self) -> "MLPRouter":
-        """With `w2` in 8 bits, the largest of each row 127: a quarter of the bytes of a step."""
+        """The same router with `w2` in 8 bits, which are a quarter of the bytes read per step."""
         scale = self.w2.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         w2 = (self.w2 / scale[..., None]).round().to(torch.int8)
         return MLPRouter(self.mean, self.scale, self.w1, self.b1, w2, self.b2, scale)
@@ -115,6 +116,9 @@ class MLPRouter(Router):
         names = ("mean", "scale", "w1", "b1", "w2", "b2", "w2_scale")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
+
+TRAINABLE = ("mlp", "linear", "centroid")
+"""Names of the routers that a user can train; the first is the default."""
 
 ROUTERS: dict[str, type[Router]] = {
     "centroid": CentroidRouter,

@@ -1,168 +1,190 @@
-"""The rows of an index: vectors and positions of each head in bucket order, then those pending."""
+"""Rows in the order of their lists: preallocated buffers, and how rows move in them.
 
-import numpy as np
+The KV store of a layer and `AsymmetricIVF` share this implementation.
+"""
+
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from .lists import bucket_of_row, offsets_of, sizes_of
-
-GROWTH = 1.25
-MOVED_AT_ONCE = 2048
-
-
-def plain_rows(t: Tensor) -> Tensor | np.ndarray:
-    """`t` itself on a GPU; on a CPU a NumPy view: of the bytes of each vector, or of integers.
-
-    One thread of NumPy's gathers rows as fast as torch's do together, and a merge of hundreds of
-    small pieces does not wait at each for a core that other work has taken.
-    """
-    if t.is_cuda:
-        return t
-    return t.view(torch.uint8).numpy() if t.is_floating_point() else t.numpy()
+GROWTH = 8  # a full buffer grows by an eighth, so that little memory lies idle
+SPARE_ROWS = 64
+MOVED_AT_ONCE = 1024
 
 
 class BucketRows:
-    """`vectors [H, n, D]`, `positions [H, n]` int64 and `offsets [H, nlist + 1]` int32.
+    """Vectors `[B, H, capacity, D]` by name, and for each row its list and its token.
 
-    The first `n_sorted` rows are in bucket order, in order of addition within a bucket; the other
-    `n_pending`, the same ones for each head, have no bucket yet. `second [H, n_sorted]` int32 is
-    the second bucket of each sorted row when keys spill. Buffers are written in place and grow by
-    a quarter; buffers that are mapped from a file are copied before the first write.
+    `lists [B, H, capacity]` int32 is -1 while a row has no list yet; `tokens [B, H, capacity]`
+    says which vector lies in the row. Every head keeps its own order of rows. Only the
+    owner of the buffers knows how many rows are in use; the rows after those hold nothing.
+
+    Args:
+        names: names of the vectors, such as `("k", "v")`; all have one shape and dtype.
+        token_dtype: int32 for tokens numbered from 0, int64 for ids that a caller chooses.
     """
 
-    def __init__(
-        self,
-        n_kv: int,
-        dim: int,
-        nlist: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        spill: bool,
-    ):
-        self.nlist = nlist
-        self.n_sorted = self.n_pending = 0
-        self.mapped = False
-        self._highest: int | None = -1
-        self.offsets = torch.zeros(n_kv, nlist + 1, dtype=torch.int32, device=device)
-        self._vectors = torch.empty(n_kv, 0, dim, dtype=dtype, device=device)
-        self._positions = torch.empty(n_kv, 0, dtype=torch.int64, device=device)
-        self.second = torch.empty(n_kv, 0, dtype=torch.int32, device=device) if spill else None
+    def __init__(self, names: Sequence[str] = ("k", "v"), token_dtype: torch.dtype = torch.int32):
+        self.names, self.token_dtype = tuple(names), token_dtype
+        self.vectors: dict[str, Tensor] = {}
+        self.lists: Tensor | None = None
+        self.tokens: Tensor | None = None
 
     @classmethod
-    def from_sorted(cls, vectors, positions, offsets, second) -> "BucketRows":
-        """Over tensors that may be mapped from a file."""
-        heads, n, dim = vectors.shape
-        nlist = offsets.shape[1] - 1
-        rows = cls(heads, dim, nlist, vectors.dtype, vectors.device, second is not None)
-        rows._vectors, rows._positions = vectors, positions
-        rows.offsets, rows.second, rows.n_sorted, rows.mapped = offsets, second, n, True
-        rows._highest = None
+    def over(
+        cls,
+        vectors: dict[str, Tensor],
+        lists: Int[Tensor, "B H capacity"],
+        tokens: Int[Tensor, "B H capacity"],
+    ) -> "BucketRows":
+        """Use tensors that exist already, such as a mapped file or views, without a copy."""
+        rows = cls(tuple(vectors), tokens.dtype)
+        rows.vectors, rows.lists, rows.tokens = dict(vectors), lists, tokens
         return rows
 
     @property
-    def n_rows(self) -> int:
-        return self.n_sorted + self.n_pending
-
-    @property
-    def vectors(self) -> Float[Tensor, "H n D"]:
-        return self._vectors[:, : self.n_rows]
-
-    @property
-    def positions(self) -> Int[Tensor, "H n"]:
-        return self._positions[:, : self.n_rows]
-
-    @property
-    def buckets(self) -> Int[Tensor, "H n_sorted"]:
-        return bucket_of_row(self.offsets, self.n_sorted)
-
-    @property
-    def highest(self) -> int:
-        """The highest position; -1 when there are no rows."""
-        if self._highest is None:
-            self._highest = int(self.positions[0].max()) if self.n_rows else -1
-        return self._highest
+    def capacity(self) -> int:
+        return 0 if self.tokens is None else self.tokens.shape[2]
 
     @property
     def nbytes(self) -> int:
-        held = [self._vectors, self._positions, self.offsets]
-        held += [] if self.second is None else [self.second]
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(buffer.nbytes for buffer in self._buffers())
 
-    def append(self, vectors: Float[Tensor, "H n D"], positions: Int[Tensor, " n"]) -> None:
-        """Add rows that have no bucket yet."""
-        end = self.n_rows + vectors.shape[1]
-        self._make_room(end)
-        self._vectors[:, self.n_rows : end] = vectors
-        self._positions[:, self.n_rows : end] = positions.to(self._positions.device)
-        self._highest = max(self.highest, int(positions.max()))
-        self.n_pending += vectors.shape[1]
+    def _buffers(self) -> list[Tensor]:
+        return [] if self.tokens is None else [*self.vectors.values(), self.lists, self.tokens]
 
-    def merge(
-        self, buckets: Int[Tensor, "H n_pending"], second: Int[Tensor, "H n_pending"] | None
-    ) -> None:
-        """Put the pending rows into their buckets, behind the rows that are there."""
-        everyone = torch.cat([self.buckets, buckets.long()], 1)
-        order = everyone.argsort(dim=1, stable=True)
-        if second is not None:
-            self.second = torch.cat([self.second, second.int()], 1).gather(1, order)
-        self._insert(order)
-        self._count(everyone)
-        self.n_sorted, self.n_pending = self.n_rows, 0
+    def reserve(self, n: int, like: Tensor, used: int) -> None:
+        """Make room for n rows of each sequence; the first `used` rows stay.
 
-    def keep(self, kept: Bool[Tensor, "H n"], n_pending: int) -> None:
-        """Forget the other rows. Each head keeps as many, and `n_pending` of them are pending."""
-        left = kept.nonzero()[:, 1].view(len(kept), -1)
-        in_buckets = left[:, : left.shape[1] - n_pending]
-        buckets = self.buckets.gather(1, in_buckets)
-        if self.second is not None:
-            self.second = self.second.gather(1, in_buckets)
-        self._compact(left)
-        self._count(buckets)
-        self.n_sorted, self.n_pending = in_buckets.shape[1], n_pending
-        self._highest = None
-
-    def _insert(self, order: Int[Tensor, "H n"]) -> None:
-        """Sorted rows move back to make room for the pending ones.
-
-        From the last row to the first, a few at a time through a buffer that stays in the cache:
-        no second copy of the keys is made, and none is read after it was written over.
+        `like [B, H, T, D]` gives shape, dtype and device of a first reservation. Raises
+        MemoryError when there is no room; everything stored is then unchanged.
         """
-        self._make_room(self.n_rows)
-        pending = plain_rows(self._vectors[:, self.n_sorted : self.n_rows].clone())
-        self._positions[:, : self.n_rows] = self._positions.gather(1, order)
-        for vectors, new_ones, rows in zip(
-            plain_rows(self._vectors), pending, plain_rows(order), strict=True
-        ):
-            for stop in range(self.n_rows, 0, -MOVED_AT_ONCE):
-                start = max(0, stop - MOVED_AT_ONCE)
-                source = rows[start:stop]
-                moved = vectors[source]
-                is_new = source >= self.n_sorted
-                moved[is_new] = new_ones[source[is_new] - self.n_sorted]
-                vectors[start:stop] = moved
-
-    def _compact(self, kept_rows: Int[Tensor, "H m"]) -> None:
-        """The rows that stay move to the front, in their order."""
-        self._make_room(self.n_rows)
-        n = kept_rows.shape[1]
-        self._positions[:, :n] = self._positions.gather(1, kept_rows)
-        for vectors, rows in zip(plain_rows(self._vectors), plain_rows(kept_rows), strict=True):
-            for start in range(0, n, MOVED_AT_ONCE):
-                source = rows[start : start + MOVED_AT_ONCE]
-                vectors[start : start + len(source)] = vectors[source]
-
-    def _count(self, buckets: Int[Tensor, "H n"]) -> None:
-        self.offsets = offsets_of(sizes_of(buckets, self.nlist))
-
-    def _make_room(self, n: int) -> None:
-        capacity = self._vectors.shape[1]
-        if n <= capacity and not self.mapped:
+        if n <= self.capacity:
             return
-        size = max(n, int(capacity * GROWTH)) if n > capacity else capacity
-        for name in ("_vectors", "_positions"):
-            old = getattr(self, name)
-            new = old.new_empty(old.shape[0], size, *old.shape[2:])
-            new[:, : self.n_rows] = old[:, : self.n_rows]
-            setattr(self, name, new)
-        self.mapped = False
+        size = n + SPARE_ROWS if self.capacity == 0 else max(n, used + used // GROWTH + SPARE_ROWS)
+        batch, heads, _, dim = like.shape
+        shape = (batch, heads, size)
+        try:
+            for name in self.names:
+                self._grow(self.vectors, name, (*shape, dim), like.dtype, like.device, used)
+            # Capacity is that of `tokens`, which grows last: a failure half-way changes nothing.
+            self._grow(vars(self), "lists", shape, torch.int32, like.device, used)
+            self._grow(vars(self), "tokens", shape, self.token_dtype, like.device, used)
+        except RuntimeError as error:
+            n_bytes = len(self.names) * batch * heads * size * dim * like.element_size()
+            raise MemoryError(
+                f"no memory to grow a layer's rows from {self.capacity} to {size} "
+                f"({n_bytes:,} bytes): its {used} tokens are kept"
+            ) from error
+
+    @staticmethod
+    def _grow(owner: dict, name: str, shape: tuple, dtype, device, used: int) -> None:
+        new = torch.empty(shape, dtype=dtype, device=device)
+        if used:
+            new[:, :, :used] = owner[name][:, :, :used]
+        owner[name] = new
+
+    def write(
+        self,
+        sequence: slice | int,
+        start: int,
+        vectors: Sequence[Tensor],
+        lists: Tensor | int,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """Write new vectors `[B or none, H, T, D]`, one for each name, to the rows from `start`.
+
+        `tokens`: what to call them; by default a token has the number of its row.
+        """
+        length = vectors[0].shape[-2]
+        rows = slice(start, start + length)
+        for name, new in zip(self.names, vectors, strict=True):
+            self.vectors[name][sequence, :, rows] = new
+        self.lists[sequence, :, rows] = lists
+        if tokens is not None:
+            self.tokens[sequence, :, rows] = tokens
+        elif length == 1:
+            self.tokens[sequence, :, rows] = start
+        else:
+            self.tokens[sequence, :, rows] = torch.arange(
+                start, rows.stop, dtype=self.token_dtype, device=self.tokens.device
+            )
+
+    def permute(
+        self, sequence: int, first: int, order: Int[Tensor, "H n"], n_kept: int = 0
+    ) -> None:
+        """Replace row `first + i` by what row `first + order[:, i]` was.
+
+        `n_kept`: entries of `order` below it ascend, so their rows only move to the back. When
+        they are most of the rows, rows move in place, from the last to the first, a few at a time
+        through a buffer; otherwise one head's rows are copied at once. `order` may leave rows out.
+        """
+        n = order.shape[1]
+        for buffer in (self.lists, self.tokens):
+            own = buffer[sequence, :, first:]
+            own[:, :n] = own.gather(1, order)
+        for buffer in self.vectors.values():
+            for head, own_order in enumerate(order):
+                rows = buffer[sequence, head, first:]
+                if n_kept * 4 < n * 3:
+                    rows[:n] = rows.index_select(0, own_order)
+                else:
+                    _move_back(rows, own_order, n_kept)
+
+    def select(self, sequences: Int[Tensor, " B2"], used: int) -> None:
+        """Replace sequence i by what sequence `sequences[i]` was; their number may change."""
+        chosen = sequences.tolist()
+        if len(chosen) != self.tokens.shape[0]:
+            self.vectors = {n: _taken(t, chosen, used) for n, t in self.vectors.items()}
+            self.lists = _taken(self.lists, chosen, used)
+            self.tokens = _taken(self.tokens, chosen, used)
+            return
+        changed = [i for i, source in enumerate(chosen) if i != source]
+        if not changed:
+            return
+        sources = sequences[torch.tensor(changed, device=sequences.device)]
+        for buffer in self._buffers():
+            for head in range(buffer.shape[1]):  # head by head: the copy on the way stays small
+                taken = buffer[:, head, :used].index_select(0, sources.to(buffer.device))
+                for mine, rows in zip(changed, taken, strict=True):
+                    buffer[mine, head, :used] = rows
+
+
+def _taken(buffer: Tensor, chosen: list[int], used: int) -> Tensor:
+    new = buffer.new_empty(len(chosen), *buffer.shape[1:])
+    for mine, source in enumerate(chosen):
+        new[mine, :, :used] = buffer[source, :, :used]
+    return new
+
+
+def merged_order(lists: Int[Tensor, "H n"], n_sorted: int) -> Int[Tensor, "H n"]:
+    """The stable order by list of rows of which the first `n_sorted` are sorted already.
+
+    The result is that of a stable `argsort`, without sorting the sorted rows again.
+    """
+    new, by_list = lists[:, n_sorted:].sort(dim=1, stable=True)
+    place = torch.searchsorted(lists[:, :n_sorted].contiguous(), new, right=True)
+    place += torch.arange(new.shape[1], device=lists.device)
+    is_new = torch.zeros(lists.shape, dtype=torch.bool, device=lists.device)
+    is_new.scatter_(1, place, True)
+    order = (~is_new).cumsum(1) - 1
+    return order.scatter_(1, place, by_list + n_sorted)
+
+
+def _move_back(rows: Tensor, order: Int[Tensor, " n"], n_kept: int) -> None:
+    """Do what `permute` does for one head; the rows from `n_kept` on are few and copied first."""
+    new = rows[n_kept : len(order)].clone()
+    still = (order[:n_kept] == torch.arange(n_kept, device=order.device)).cumprod(0)
+    unmoved = int(still.sum())
+    if n_kept:
+        sources = order.clamp(max=n_kept - 1)  # for new rows any value: they are written last
+        buffer = rows.new_empty(MOVED_AT_ONCE, rows.shape[1])
+        for stop in range(len(order), unmoved, -MOVED_AT_ONCE):
+            start = max(unmoved, stop - MOVED_AT_ONCE)
+            moved = buffer[: stop - start]
+            torch.index_select(rows, 0, sources[start:stop], out=moved)
+            rows[start:stop] = moved
+    inserted = (order >= n_kept).nonzero()[:, 0]
+    rows[inserted] = new[order[inserted] - n_kept]

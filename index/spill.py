@@ -1,8 +1,8 @@
-"""Selection where each key is in two buckets, without visiting a key twice.
+"""Select rows when each key is in two buckets, without visiting a key twice.
 
-Vectors are held once, in the order of their best buckets. A visited bucket is a range, as ever;
-rows that are in it by their second bucket alone, and whose best bucket is not visited, are single
-rows.
+Vectors are held once, in the order of their best buckets. A visited bucket is a range, as without
+spill. Keys that have it as their second bucket, and whose best bucket is not visited, are added as
+single rows.
 
 After SOAR (Sun et al., arXiv 2404.00774), with the second-best bucket in place of its criterion of
 orthogonal residuals.
@@ -12,13 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .lists import bucket_of_row, expand_heads, within_share
-
-
-def second_sizes(second: Int[Tensor, "Hkv n"], nlist: int) -> Int[Tensor, "Hkv nlist"]:
-    """How many rows have each bucket as their second one."""
-    sizes = torch.zeros(len(second), nlist, dtype=torch.int32, device=second.device)
-    return sizes.scatter_add_(1, second.long(), torch.ones_like(second))
+from .lists import bucket_of_row, expand_heads, sizes_of, within_share
 
 
 def spilled_ranges(
@@ -31,14 +25,15 @@ def spilled_ranges(
     max_tokens: int | None,
     top_p: float | None,
 ) -> tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]:
-    """As `bucket_ranges`, for keys that are in two buckets; no row is in two ranges.
+    """Do what `bucket_ranges` does for keys that are in two buckets; no row is in two ranges.
 
     `max_tokens` counts each row once; the last bucket is cut to its rows of the highest positions.
-    Reads a rank for every row and query, and the host once (how many single rows there are).
+    Reads a rank for every row and query, and synchronises with the host once, for the number of
+    single rows.
     """
     heads, nlist = scores.shape[1:]
     sizes, place = offsets.diff(dim=-1), bucket_of_row(offsets, second.shape[1])
-    empty = expand_heads((sizes + second_sizes(second, nlist) == 0)[None], heads)
+    empty = expand_heads((sizes + sizes_of(second, nlist) == 0)[None], heads)
     values, best = scores.masked_fill(empty, -torch.inf).sort(-1, descending=True)
     limit = torch.full(best.shape[:2], nlist if nprobe is None else nprobe, device=best.device)
     if top_p is not None:

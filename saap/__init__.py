@@ -14,9 +14,12 @@ _EXPORTS = {
     "attend_shared_prefix": "saap.kernels.attention",
     "merge_states": "saap.kernels.attention",
     "Budget": "saap.budget",
-    "KVStore": "saap.kv_store",
+    "KVStore": "saap.kv",
     "LayerRouting": "saap.routing",
+    "LayerInfo": "saap.selector",
     "METHODS": "saap.methods",
+    "Method": "saap.methods",
+    "Selector": "saap.selector",
     "TrainedIndex": "saap.trained_index",
     "attached": "saap.hf",
     "partition_keys": "saap.partition",
@@ -28,10 +31,11 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .hf import attached
     from .kernels.attention import attend_dense, attend_ranges, attend_shared_prefix, merge_states
-    from .kv_store import KVStore
-    from .methods import METHODS
+    from .kv import KVStore
+    from .methods import METHODS, Method
     from .partition import partition_keys
     from .routing import LayerRouting
+    from .selector import LayerInfo, Selector
     from .trained_index import TrainedIndex
     from .training import train
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+LEAST_FLUSH, FLUSHES = 8, 256
 BOUNDS = ("nprobe", "max_tokens", "top_p", "min_weight")
 
 
@@ -22,7 +23,9 @@ class Budget:
     far back; less error for the same mean (docs/routing.md).
 
     `share`: "group" makes one selection for the query heads of a KV head; "head" one a query head.
-    `flush_every`: tokens that leave the window are put into buckets this many at a time.
+    `flush_every`: tokens that leave the window join the indexed rows this many at a time, so a
+    step visits up to `flush_every - 1` tokens more than the window; None, the default, takes 8,
+    and more for long contexts (1/256 of their length), where a flush moves more rows.
     `dense_layers`: numbers of layers that visit everything. `dense_below`: contexts of at most so
     many tokens are visited whole, because choosing costs more than it saves.
     """
@@ -34,13 +37,13 @@ class Budget:
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
-    flush_every: int = 512
+    flush_every: int | None = None
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0
 
     def __post_init__(self):
         if all(getattr(self, name) is None for name in BOUNDS):
-            raise ValueError(f"{', '.join(BOUNDS)} are all None: one of them bounds the selection")
+            raise ValueError(f"one of {', '.join(BOUNDS)} must be set; got none of them")
         for name, least in (
             ("nprobe", 1),
             ("max_tokens", 0),
@@ -51,29 +54,43 @@ class Budget:
         ):
             value = getattr(self, name)
             if value is not None and not is_integer(value, least):
-                raise ValueError(f"{name}={value!r}: accepted are integers from {least}")
+                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p={self.top_p!r}: accepted are 0 < top_p <= 1")
+            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
         if self.min_weight is not None and not (
             isinstance(self.min_weight, Real) and 0 < self.min_weight < math.inf
         ):
-            raise ValueError(f"min_weight={self.min_weight!r}: accepted are numbers above 0")
+            raise ValueError(f"min_weight must be a number above 0; got {self.min_weight!r}")
         if self.share not in ("group", "head"):
-            raise ValueError(f"share={self.share!r}: accepted are 'group' and 'head'")
+            raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
         if isinstance(self.dense_layers, str) or not all(
             is_integer(layer, 0) for layer in self.dense_layers
         ):
             raise ValueError(
-                f"dense_layers={self.dense_layers!r}: accepted is a tuple of layer numbers from 0"
+                f"dense_layers must be a tuple of layer numbers from 0; got {self.dense_layers!r}"
             )
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
+    def rows_in_lists(self, length: int) -> int:
+        """How many rows of a sequence of `length` tokens are indexed: neither sinks nor tail.
+
+        It depends on the length alone and never falls as a sequence grows, so tokens that came
+        one by one lie where they would lie had they come at once.
+        """
+        spare = max(0, length - self.n_sink - self.window)
+        every = self.flush_every
+        if every is None:
+            # A power of two that doubles where `spare` is a multiple of it, before and after.
+            every = max(LEAST_FLUSH, 2 ** ((spare // FLUSHES).bit_length() - 1))
+        return spare - spare % every
+
     @classmethod
     def default(cls) -> "Budget":
-        """So many rows that a token costs the same at any long context: 3 % of 128k tokens.
+        """A fixed number of rows, so a token costs the same at any long context: 3 % of 128k
+        tokens.
 
         Below 16k tokens choosing costs about as much as reading everything (`benchmarks/decode`),
-        so those contexts are visited whole.
+        so shorter contexts are visited whole.
         """
         return cls(max_tokens=4096, dense_below=16384)
 
@@ -81,30 +98,23 @@ class Budget:
     def for_selectivity(
         cls, selectivity: float, context: int, *, n_sink: int, window: int, share: str = "group"
     ) -> "Budget":
-        """The budget that visits `selectivity * context` rows, sinks and window counted in.
+        """The budget that visits `selectivity * context` rows, sinks and tail counted in.
 
-        Raises ValueError when sinks and window alone are more than that.
+        The tail is the window and what has left it but is not indexed yet, at a context of this
+        length. Raises ValueError when sinks and tail alone are more than that.
         """
         if not 0.0 < selectivity <= 1.0:
-            raise ValueError(f"selectivity={selectivity}: accepted are 0 < selectivity <= 1")
+            raise ValueError(f"selectivity must be above 0 and at most 1; got {selectivity}")
         rows = round(selectivity * context)
-        if rows <= n_sink + window:
+        places = {"n_sink": n_sink, "window": window, "share": share}
+        always = context - cls(max_tokens=0, **places).rows_in_lists(context)
+        if rows <= always:
             raise ValueError(
-                f"selectivity={selectivity} of {context} tokens is {rows} rows, and sinks and "
-                f"window take {n_sink + window}: accepted is "
-                f"above {(n_sink + window) / context:.4f}"
+                f"selectivity must be above {always / context:.4f}, because sinks and window take "
+                f"{always} rows of {context}; got {selectivity}"
             )
-        return cls(max_tokens=rows - n_sink - window, n_sink=n_sink, window=window, share=share)
+        return cls(max_tokens=rows - always, **places)
 
 
 def is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_predicts_weights(predicts_weights: bool, budget: Budget) -> None:
-    """ValueError when a budget asks for weights that a router does not predict."""
-    if budget.min_weight is not None and not predicts_weights:
-        raise ValueError(
-            f"min_weight={budget.min_weight}: accepted with routers that predict attention "
-            "weights, the trained network or cells"
-        )

@@ -1,102 +1,78 @@
-"""Context files: a document's KV caches in one safetensors file, mapped when it is opened.
+"""Context files: a document's KV caches in one file, mapped when it is opened.
 
-The metadata holds a JSON header: format version, what the caches belong to, shape and SHA-256 of
-each tensor, and its own SHA-256. `read` checks the header, the shapes and the length of the file,
-and maps the tensors: keys are read as they are visited, and what is written to them stays in
-memory. `verify` reads all. Nothing in the format is executed.
+The header says what the caches belong to and how many rows they have (`saap.index.tensor_files`
+checks it). `read` checks that all tensors are those that it asks for, and maps them: keys are read
+as they are visited, and what is written to them stays in memory. `verify` reads all.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from saap.index import tensor_files
+from saap.index.file_fields import Fields, Layout, check_layout, check_range
 
-FORMAT = "saap.Context"
-FORMAT_VERSION = 1
-SAFETENSORS_DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
-}  # fmt: skip
+FORMAT = tensor_files.Format("saap.Context", 2, "`saap prefill`")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32,)
 
 
 def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
-    """Write all, piece by piece: strided views are not copied as a whole.
-
-    A file of that name stays until the new one is complete. Raises ValueError when it cannot be
-    written.
-    """
-    table = {
-        name: {**tensor_files.shape_and_dtype(t), "sha256": "0" * 64}
-        for name, t in tensors.items()
-    }
-    header = {"format_version": FORMAT_VERSION, **header, "tensors": table, "sha256": "0" * 64}
-    places, end = {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        places[name] = {
-            "dtype": SAFETENSORS_DTYPES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
-
-    def head() -> bytes:
-        metadata = {FORMAT: json.dumps(header, sort_keys=True)}
-        text = json.dumps({"__metadata__": metadata, **places}).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    def write_to(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            file.write(head())
-            for name, t in tensors.items():
-                digest = _described(t)
-                for piece in pieces(t):
-                    digest.update(piece)
-                    file.write(piece)
-                table[name]["sha256"] = digest.hexdigest()
-            header["sha256"] = tensor_files.header_digest(header)
-            file.seek(0)
-            file.write(head())  # digests are known now, and as long as what stood for them
-
-    tensor_files.write_atomically(Path(path), write_to)
-
-
-def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in row-major order, without a copy of the whole."""
-    if tensor.numel() == 0:
-        return
-    if tensor.is_contiguous() or tensor.ndim == 1:
-        yield memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
-    else:
-        for part in tensor:
-            yield from pieces(part)
+    """Write all; strided views are not copied as a whole. ValueError when it cannot be written."""
+    tensor_files.write(path, FORMAT, header, tensors)
 
 
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The checked header and the mapped tensors. Raises ValueError for any other file."""
     path = Path(path)
-    header, tensors = tensor_files.read(path, FORMAT, FORMAT_VERSION, "`saap index`")
-    tensor_files.check_signed(path, header)
-    tensor_files.check_table(path, header, tensors)
+    header, tensors = tensor_files.read(path, FORMAT)
+    fields = Fields(path, header)
+    check_layout(path, tensors, layout_of(fields, tensors))
+    check_range(path, "token_ids", tensors["token_ids"], 0, 2**31 - 1)
     return header, tensors
+
+
+def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
+    """The tensors that a header asks for; how long the buffers of a layer are they say.
+
+    A layer is searched, with lists, or one with a sliding window, as transformers keeps it.
+    """
+    model = fields.section("model")
+    n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))
+    fields.text("index")
+    fields.section("budget")
+    ids = tensors.get("token_ids")
+    layout: Layout = {"token_ids": ((len(ids) if ids is not None and ids.ndim else 1,), INTEGERS)}
+    states = fields.items("layers", model.integer("num_layers", 1, 2**16))
+    for number, values in enumerate(states):
+        state = Fields(fields.path, values, f"its header's layer {number}")
+        prefix = f"layers.{number}."
+        searched = "cumulative_length" not in state.values
+        if searched:
+            lengths, middles = state.integers("lengths"), state.integers("middles")
+            if not lengths or len(lengths) != len(middles):
+                raise state.wrong("middles", "one number for each of at least one length")
+            batch, names = len(lengths), ("k", "v")
+        else:
+            state.integer("cumulative_length")
+            batch, names = 1, ("keys", "values")
+        first = tensors.get(prefix + names[0])
+        rows = first.shape[2] if first is not None and first.ndim == 4 else 0
+        dtype = FLOATS if first is None or first.dtype not in FLOATS else (first.dtype,)
+        layout |= {prefix + name: ((batch, n_kv, rows, dim), dtype) for name in names}
+        if searched:
+            layout |= {
+                prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")
+            }
+            # What a selector saved it checks itself.
+            start = prefix + "selector."
+            own = {name: t for name, t in tensors.items() if name.startswith(start)}
+            layout |= {name: (tuple(t.shape), (t.dtype,)) for name, t in own.items()}
+    return layout
 
 
 def verify(path: str | Path, progress: Callable[[str], None] = lambda name: None) -> None:
     """Read a whole file; ValueError names the first tensor that is not as it was saved."""
-    header, tensors = read(path)
-    for name, tensor in tensors.items():
-        progress(name)
-        digest = _described(tensor)
-        for piece in pieces(tensor):
-            digest.update(piece)
-        if digest.hexdigest() != header["tensors"][name]["sha256"]:
-            raise ValueError(f"{path}: {name} does not fit its checksum: the file was altered")
-
-
-def _described(tensor: Tensor):
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    tensor_files.verify(path, *read(path), progress)

@@ -1,10 +1,14 @@
 """True attention mass over buckets: what routers are trained on."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from saap.index.lists import sizes_of
+from saap.index.targets import bucket_masses
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ def attention_masses(
     n_sink: int,
     window: int,
     softcap: float | None = None,
+    sinks: Float[Tensor, " Hq"] | None = None,
     block: int = 64,
 ) -> Masses:
     """Masses of the queries at `positions [T]`, ascending, among N keys; each sees up to its own.
 
     The middle is everything but the first `n_sink` and the last `window` keys that a query sees.
-    Scores are those of the RoPE'd vectors. Memory is bounded by a few times `G * block * N`
+    Scores are those of the RoPE'd vectors. Learned `sinks` are logits that take their share of the
+    attention and count as outside the middle. Memory is bounded by a few times `G * block * N`
     floats.
 
     Source: Saap, arXiv 2502.08246, section 4.2: `y = A . onehot(bucket)`.
@@ -56,27 +62,31 @@ def attention_masses(
         for b in range(batch):
             for head in range(n_kv):
                 group = slice(head * n_heads // n_kv, (head + 1) * n_heads // n_kv)
-                own = buckets[b, head, :stop].long()
-                weights = _middle_weights(
-                    q_rope[b, group, part], k_rope[b, head, :stop], places,
-                    sm_scale=sm_scale, softcap=softcap, n_sink=n_sink, window=window,
+                own = buckets[b, head, :stop]
+                weigh = partial(
+                    _middle_weights, places=places, softcap=softcap, n_sink=n_sink,
+                    window=window, sinks=None if sinks is None else sinks[group],
                 )  # fmt: skip
-                masses[b, group, part].scatter_add_(-1, own.expand(weights.shape), weights)
-                sizes[b, head, number] = torch.bincount(own[counted], minlength=nlist)
+                masses[b, group, part, :nlist] = bucket_masses(
+                    q_rope[b, group, part], k_rope[b, head, :stop], own, nlist,
+                    sm_scale=sm_scale, weigh=weigh,
+                )  # fmt: skip
+                sizes[b, head, number] = sizes_of(own[counted], nlist)
     masses[..., nlist] = 1.0 - masses.sum(-1)
     return Masses(masses, sizes, block)
 
 
-def _middle_weights(q, k, places, *, sm_scale, softcap, n_sink, window):
+def _middle_weights(scores, *, places, softcap, n_sink, window, sinks):
     """Causal softmax weights `[G, T, N]`, float32, zero outside the middle."""
-    scores = (q.float() * sm_scale) @ k.float().T
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # Only the newest columns differ from query to query.
     recent = max(0, int(places[0]) + 1 - window)
-    age = places[:, None] - torch.arange(recent, k.shape[0], device=q.device)
+    age = places[:, None] - torch.arange(recent, scores.shape[-1], device=scores.device)
     scores[..., recent:].masked_fill_(age < 0, -torch.inf)
     weights = scores.softmax(-1)
+    if sinks is not None:
+        weights *= torch.sigmoid(scores.logsumexp(-1) - sinks.float()[:, None])[..., None]
     weights[..., :n_sink] = 0.0
     weights[..., recent:].masked_fill_(age < window, 0.0)
     return weights

@@ -1,4 +1,4 @@
-"""Names that users give: an unknown one is refused with the nearest and all known ones."""
+"""Look up names that users give; the error for an unknown name lists the known ones."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,16 +8,15 @@ Named = TypeVar("Named")
 
 
 def find_named(kind: str, name: str, known: Mapping[str, Named]) -> Named:
-    """`known[name]`; ValueError lists the known names and the nearest. `kind`: what they name."""
+    """Return `known[name]`; a ValueError lists the known names. `kind`: what the names are of."""
     if name not in known:
         raise ValueError(
-            f"{kind} {name!r} is unknown{did_you_mean(name, known)}: accepted are "
-            f"{', '.join(known)}"
+            f"{kind} must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
         )
     return known[name]
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'kmeans'?)`, its leading blank included; empty where nothing is near."""
+    """` (did you mean 'kmeans'?)`, with a leading blank; empty when no name is similar."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -31,6 +31,12 @@ def partition_keys(
     `nlist`: buckets, by default as `saap.train` chooses by context. The same seed gives the same
     routing.
     """
+    dim = k_derope.shape[-1]
+    if inv_freq is not None and (inv_freq.ndim != 1 or 2 * len(inv_freq) > dim):
+        raise ValueError(
+            f"inv_freq must have at most head_dim / 2 = {dim // 2} frequencies; got "
+            f"{list(inv_freq.shape)}"
+        )
     keys = k_derope.transpose(0, 1)  # [Hkv, B, T, D]
     keys = keys.flatten(1, 2) if mask is None else keys[:, mask]
     nlist = default_nlist(k_derope.shape[2]) if nlist is None else nlist

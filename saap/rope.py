@@ -76,36 +76,6 @@ def frequencies(
     return torch.atan2(s[1] * c[0] - c[1] * s[0], c[1] * c[0] + s[1] * s[0]).float()
 
 
-def turned(
-    q: Float[Tensor, "B H D"],
-    age: Float[Tensor, "B S"],
-    width: Float[Tensor, " B"],
-    inv_freq: Float[Tensor, " pairs"],
-    *,
-    interleaved: bool = False,
-) -> Float[Tensor, "B H S D"]:
-    """De-RoPEd queries turned so that their product with a de-RoPEd key is the attention score.
-
-    The score of a key that stands `age` tokens back is `q . R(-age) k = (R(age) q) . k`; this is
-    the mean of it over `width` consecutive ages around each of `age`, which damps the pairs that
-    turn fast within a segment.
-    """
-    # The mean of cos(step * i) over `width` consecutive i around 0.
-    turns = inv_freq / (2 * torch.pi)
-    damping = torch.sinc(width[:, None] * turns) / torch.sinc(turns)
-    angle = age[..., None] * inv_freq
-    cos, sin = (f(angle)[:, None] * damping[:, None, None] for f in (torch.cos, torch.sin))
-    r = 2 * len(inv_freq)
-    q = q.float()[:, :, None]
-    if interleaved:
-        first, second = q[..., 0:r:2], q[..., 1:r:2]
-    else:
-        first, second = q[..., : r // 2], q[..., r // 2 : r]
-    parts = (first * cos - second * sin, second * cos + first * sin)
-    both = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
-    return torch.cat([both, q[..., r:].expand(*both.shape[:-1], -1)], -1)
-
-
 def identify_variant(
     apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     cos: Float[Tensor, "B T r"],
@@ -134,6 +104,6 @@ def identify_variant(
         ", ".join(f"{name} leaves {error:.1e}" for name, error in errors.items()) or "none fits"
     )
     raise ValueError(
-        f"this model's RoPE is none of {', '.join(VARIANTS)} (relative error: {found}); "
-        "its keys cannot be de-RoPEd"
+        f"the RoPE of this model must be one of {', '.join(VARIANTS)}; got another, whose keys "
+        f"cannot be de-RoPEd (relative error: {found})"
     )

@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.index.cells import cells_of, segment_centers
+from saap.index.cells import cells_of
 from saap.index.kmeans import assign
 from saap.index.lists import expand_heads, group_sum
 from saap.index.routers import MLPRouter, Router
-from saap.kernels.routing.api import backend
+from saap.kernels.routing import cell_weights
 
 from .budget import Budget
-from .rope import turned
 from .trained_index import LayerIndex
 
 # Where the budget is rows, a bucket is worth its mass per row. Predicted masses of small buckets
@@ -128,32 +127,31 @@ class LayerRouting:
         *,
         share: str = "group",
         per_row: bool = True,
+        impl: str | None = None,
     ) -> Float[Tensor, "B H n_lists"]:
         """Higher is visited first. `H` is Hkv for `share="group"`, else Hq.
 
         `n_middle`: keys in the lists; `distance`: how far the oldest of them is from the query.
         `per_row`: worth by rows visited (for `max_tokens`), else predicted mass (`nprobe`,
-        `top_p`).
+        `top_p`). `impl`: of `saap.kernels.routing.cell_weights`; buckets without segments are
+        scored by their router alone.
         """
         if self.n_segments > 1:
-            kernel = backend(q_derope.device)
-            if kernel is not None and kernel.can_weigh(q_derope, self.centroids, self._network):
-                return kernel.cell_weights(
-                    q_derope,
-                    self._typical_keys,
-                    self.inv_freq,
-                    sizes,
-                    torch.as_tensor(n_middle),
-                    torch.as_tensor(distance),
-                    n_segments=self.n_segments,
-                    network=self._network,
-                    trained_share=self.trained_share,
-                    interleaved=self.interleaved,
-                    share=share,
-                    by_size=not per_row,
-                )
-            weight = self._weight_a_key(q_derope, sizes, n_middle, distance, share)
-            return weight if per_row else weight * expand_heads(sizes, weight.shape[1])
+            return cell_weights(
+                q_derope,
+                self.typical_keys,
+                self.inv_freq,
+                sizes,
+                n_middle,
+                distance,
+                n_segments=self.n_segments,
+                network=self._network,
+                trained_share=self.trained_share,
+                interleaved=self.interleaved,
+                share=share,
+                by_size=not per_row,
+                impl=impl,
+            )
         mass = self.router.mass(q_derope, sizes)
         if share == "group":
             mass = group_sum(mass, len(self.centroids))
@@ -167,48 +165,7 @@ class LayerRouting:
         learned = isinstance(self.router, MLPRouter)
         return tuple(self.router.tensors().values()) if learned else None
 
-    def _weight_a_key(self, q, sizes, n_middle, distance, share) -> Float[Tensor, "B H n_lists"]:
-        """Predicted attention weight of one key of each cell, 0 where a cell is empty.
-
-        The scores of all cells are the large thing here: they are changed in place and read few
-        times.
-        """
-        n_kv, n = sizes.shape[1], sizes.float()
-        turned_scores = self._turned_scores(q, n_middle, distance)
-        scores = turned_scores.new_empty(turned_scores.shape)
-        middle = 1.0
-        if isinstance(self.router, MLPRouter):
-            logits = self.router.logits(q).unflatten(1, (n_kv, -1))
-            trained = self.trained_share * logits[..., :-1, None]
-            torch.add(trained, turned_scores, alpha=1 - self.trained_share, out=scores)
-            in_bucket = n.unflatten(-1, (self.nlist, -1)).sum(-1).log()[:, :, None]
-            whole = torch.cat([logits[..., :-1] + in_bucket, logits[..., -1:]], -1)
-            middle = 1.0 - whole.softmax(-1)[..., -1]
-        else:
-            scores.copy_(turned_scores)
-        scores = scores.flatten(-2)  # [B, Hkv, G, n_lists]
-        scores.masked_fill_((sizes == 0)[:, :, None], -torch.inf)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        share_of_key = middle / (scores @ n[..., None])[..., 0]  # [B, Hkv, G]
-        if share == "group":
-            return (share_of_key[:, :, None] @ scores)[:, :, 0]
-        return (scores * share_of_key[..., None]).flatten(1, 2)
-
     @cached_property
-    def _typical_keys(self) -> Float[Tensor, "Hkv nlist D"]:
+    def typical_keys(self) -> Float[Tensor, "Hkv nlist D"]:
         """Centroids as long as the keys of their buckets, and scaled as scores are."""
         return self.centroids * (self.key_scale * self.sm_scale)[..., None]
-
-    def _turned_scores(self, q, n_middle, distance) -> Float[Tensor, "B Hkv G nlist S"]:
-        """Expected score of a key of each cell, for the query at that distance."""
-        batch, device = len(q), q.device
-        n = torch.as_tensor(n_middle, device=device).expand(batch).clamp(min=1)
-        distance = torch.as_tensor(distance, device=device).expand(batch)
-        age = distance[:, None] - segment_centers(n, self.n_segments, device)
-        width = (n / self.n_segments).clamp(min=1.0)
-        q = turned(q, age, width, self.inv_freq, interleaved=self.interleaved)
-        keys = self._typical_keys
-        group = q.shape[1] // len(keys)
-        grouped = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, Hkv, G * S, D]
-        scores = (keys @ grouped.mT).unflatten(-1, (group, -1))
-        return scores.transpose(2, 3)

@@ -5,15 +5,15 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors.torch import save as serialize
 from torch import Tensor
 
+from saap.index import tensor_files
+from saap.index.coordinates import Coordinates
 from saap.index.routers import ROUTERS, CentroidRouter, Router
-from saap.index.tensor_files import read, write_atomically
 
-FORMAT_VERSION = 2
-FORMAT = "saap.TrainedIndex"
+from . import index_file
+
+SCORING = ("n_segments", "interleaved", "sm_scale")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class LayerIndex:
     inv_freq: Tensor | None = None
     interleaved: bool = False
     sm_scale: float = 1.0
+    coordinates: Coordinates | None = None
 
     @property
     def nlist(self) -> int:
@@ -44,8 +45,8 @@ class LayerIndex:
             return CentroidRouter(self.centroids)
         if name not in self.routers:
             raise ValueError(
-                f"router={name!r} was not trained: accepted are "
-                f"{', '.join(['centroid', *self.routers])}"
+                f"router must be one that was trained, {', '.join(['centroid', *self.routers])}; "
+                f"got {name!r}"
             )
         return self.routers[name]
 
@@ -54,14 +55,20 @@ class LayerIndex:
 class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
-    `metadata`: `model` (shapes, RoPE, fingerprint), `nlist`, `router` (the default one),
-    `n_segments` (time segments a bucket), `interleaved` and `sm_scale` (a layer), `seed`,
-    `context`, `n_sink`, `window`, `corpus` (hash and number of tokens), `recall` (middle recall a
-    router, layer and query head on a held-out part, as measured after training).
+    A layer with a sliding window, which is never searched, is None. `metadata`: `model` (shapes,
+    RoPE, fingerprint), `nlist`, `router` (the default one), `n_segments` (time segments a bucket),
+    `interleaved` and `sm_scale` (a layer), `seed`, `context`, `n_sink`, `window`, `corpus` (hash
+    and number of tokens), `recall` (middle recall a router, layer and query head on a held-out
+    part, as measured after training).
     """
 
-    layers: tuple[LayerIndex, ...]
+    layers: tuple[LayerIndex | None, ...]
     metadata: dict
+
+    @property
+    def first_layer(self) -> LayerIndex:
+        """The first layer that is searched: shapes and sizes are those of all others."""
+        return next(layer for layer in self.layers if layer is not None)
 
     @property
     def nlist(self) -> int:
@@ -83,61 +90,81 @@ class TrainedIndex:
                 )
             if not same:
                 raise ValueError(
-                    f"this index was trained for another model: its {key} is {own[key]}, the "
-                    f"model's is {description.get(key)}"
+                    f"the index must be trained for this model, with {key} "
+                    f"{description.get(key)}; got an index with {key} {own[key]}"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
         found = {}
         for number, layer in enumerate(self.layers):
+            if layer is None:
+                continue
             prefix = f"layers.{number}."
             found[prefix + "centroids"] = layer.centroids
             for part in ("centroids_rope", "key_scale", "inv_freq"):
                 if getattr(layer, part) is not None:
                     found[prefix + part] = getattr(layer, part)
+            if layer.coordinates is not None:
+                for part, tensor in layer.coordinates.tensors().items():
+                    found[f"{prefix}coordinates.{part}"] = tensor
             for name, router in layer.routers.items():
                 for part, tensor in router.tensors().items():
                     found[f"{prefix}{name}.{part}"] = tensor
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all tensors and of what scores depend on beside them."""
+        scoring = {k: self.metadata[k] for k in SCORING if k in self.metadata}
+        digest = hashlib.sha256(json.dumps(scoring, sort_keys=True).encode())
+        digest.update(tensor_files.fingerprint(self.tensors()).encode())
+        return digest.hexdigest()[:16]
+
     def save(self, path: str | Path) -> None:
         """Write one file; a file of that name is replaced only when the new one is complete."""
-        path = Path(path)
-        tensors = self.tensors()
-        header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "sha256": checksum(tensors),
-            **self.metadata,
-        }
-        data = serialize(tensors, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-        write_atomically(path, data)
+        self._save(path, index_file.FORMAT)
+
+    def _save(self, path: str | Path, kind: tensor_files.Format) -> None:
+        tensor_files.write(path, kind, self.metadata, self.tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainedIndex":
         """Read a file that `save` wrote. Raises ValueError for any other, and for altered ones."""
-        path = Path(path)
-        header, tensors = read(path, FORMAT, FORMAT_VERSION, "`saap train`")
-        if header.pop("sha256", None) != checksum(tensors):
-            raise ValueError(
-                f"{path}: its checksum does not fit its content: the file was altered"
-            )
-        metadata = {k: v for k, v in header.items() if k not in ("format", "format_version")}
+        return cls._load(path, index_file.FORMAT)
+
+    @classmethod
+    def _load(cls, path: str | Path, kind: tensor_files.Format) -> "TrainedIndex":
+        metadata, tensors = index_file.read(Path(path), kind)
         layers = tuple(
             layer_from_tensors(tensors, number, metadata)
             for number in range(metadata["model"]["num_layers"])
         )
         return cls(layers, metadata)
 
+    @classmethod
+    def load_layer(cls, path: str | Path) -> "TrainedIndex":
+        """Read what `save_layer` wrote."""
+        return cls._load(path, index_file.LAYER_FORMAT)
 
-def layer_from_tensors(tensors: dict[str, Tensor], number: int, metadata: dict) -> LayerIndex:
+    def save_layer(self, path: str | Path) -> None:
+        """Write an index of one layer, which says less, to a work folder."""
+        self._save(path, index_file.LAYER_FORMAT)
+
+
+def layer_from_tensors(
+    tensors: dict[str, Tensor], number: int, metadata: dict
+) -> LayerIndex | None:
     prefix = f"layers.{number}."
     own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    if not own:
+        return None
     routers = {}
     for name, router_class in ROUTERS.items():
         parts = {k.split(".", 1)[1]: t for k, t in own.items() if k.startswith(name + ".")}
         if parts:
             routers[name] = router_class(**parts)
+    parts = {k.split(".", 1)[1]: t for k, t in own.items() if k.startswith("coordinates.")}
+    coordinates = Coordinates(**parts) if parts else None
     return LayerIndex(
         own["centroids"],
         routers,
@@ -147,13 +174,5 @@ def layer_from_tensors(tensors: dict[str, Tensor], number: int, metadata: dict) 
         own.get("inv_freq"),
         metadata["interleaved"],
         metadata["sm_scale"][number],
+        coordinates,
     )
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,20 +3,45 @@
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Annotations of shapes and dtypes hold in every call of every test (jaxtyping checks by beartype),
+# but in those marked `bad_input`, where the function itself has to refuse. Triton's kernels are
+# no Python, so their modules are not among these.
+TYPED = """
+saap.budget saap.hf.layerwise saap.kv saap.masses saap.methods saap.partition saap.rope
+saap.selector
+saap.index saap.kernels.attention.api saap.kernels.attention.merge
+""".split()
+jaxtyping.install_import_hook(TYPED, "beartype.beartype")
+
 from saap import hf
 from saap.eval import reference
-from saap.eval.tasks import attention
 from saap.eval.tasks.answering import encode
+from saap.kv import KVStore
 from saap.training import train
+
+# Every selection of every test is checked: no rows twice, none outside the middle.
+KVStore.debug = True
 
 # The same examples everywhere: a failure is one that anybody can repeat.
 hypothesis.settings.register_profile("saap", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("saap")
+
+
+@pytest.fixture(autouse=True)
+def annotations(request):
+    """Not checked where a test gives what the function under test has to refuse by itself."""
+    before = jaxtyping.config.jaxtyping_disable
+    bad = request.node.get_closest_marker("bad_input") is not None
+    jaxtyping.config.update("jaxtyping_disable", bad or before)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -68,6 +93,7 @@ def reference_index(reference_model, reference_tokenizer):
 
 @pytest.fixture(scope="session")
 def captured(reference_model, reference_tokenizer):
-    """`QueryCapture` of the reference model on 1024 tokens with 8 queries."""
+    """What the reference model saw of 1024 tokens, the last 8 of them as queries."""
     text = reference.split_held_out()[1]
-    return attention.capture(reference_model, encode(reference_tokenizer, text[:1200])[:1024], 8)
+    tokens = encode(reference_tokenizer, text[:1200])[:1024]
+    return hf.read_context(reference_model, tokens, n_queries=8)

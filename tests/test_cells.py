@@ -9,7 +9,8 @@ import torch
 from saap.index import cells, fitting
 from saap.index.lists import invert
 from saap.index.routers import CentroidRouter, MLPRouter
-from saap.rope import VARIANTS, frequencies, turned
+from saap.kernels.routing.reference import rotated_to_age, segment_ages
+from saap.rope import VARIANTS, frequencies
 from saap.routing import LayerRouting
 
 from .test_index import synthetic_masses
@@ -33,11 +34,12 @@ def test_rows_of_a_bucket_stay_together_and_in_time_order():
 def test_segments_hold_equally_many_keys_around_their_centers():
     segments = cells.segments_of(torch.arange(203), 203, 4)
     assert segments.bincount().tolist() == [51, 51, 51, 50]
-    centers = cells.segment_centers(203, 4)
+    ages, widths = segment_ages(torch.tensor([203, 40]), torch.tensor([300, 60]), 4)
     for number in range(4):
         mean = (segments == number).nonzero().float().mean()
-        assert centers[number] == pytest.approx(float(mean), abs=1.0)
-    assert cells.segment_centers(torch.tensor([203, 40]), 4).shape == (2, 4)
+        assert ages[0, number] == pytest.approx(300 - float(mean), abs=1.0)
+    assert ages.shape == (2, 4)
+    assert widths.tolist() == [203 / 4, 10]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -58,7 +60,8 @@ def test_turned_queries_give_the_mean_score(interleaved, rotary):
     ages = torch.arange(40, 57)  # 17 ages around 48
     scores = [(rotated(q, 100.0) * rotated(k, 100.0 - a)).sum(-1) for a in ages.tolist()]
     expected = torch.stack(scores).mean(0)
-    turn = turned(q, torch.tensor([[48.0]]), torch.tensor([17.0]), freq, interleaved=interleaved)
+    age, width = torch.tensor([[48.0]]), torch.tensor([17.0])
+    turn = rotated_to_age(q, age, width, freq, interleaved=interleaved)
     assert turn.shape == (1, HKV * G, 1, D)
     assert ((turn[:, :, 0] * k).sum(-1) - expected).abs().max() < 1e-4
 
@@ -102,7 +105,7 @@ def test_keys_that_are_centroids_are_found_exactly():
     keys = 3.0 * own.centroids.gather(1, buckets[0, ..., None].expand(-1, -1, D))
     for head in range(HKV * G):
         ages = (distance - torch.arange(n)).float()[None]
-        turn = turned(q, ages, torch.ones(1), FREQ)[0, head]
+        turn = rotated_to_age(q, ages, torch.ones(1), FREQ, interleaved=False)[0, head]
         weights = ((turn * keys[head // G]).sum(-1) * D**-0.5).softmax(-1)
         assert (mass[0, head, lists[0, head // G]] - weights).abs().max() < 1e-6
 
@@ -112,7 +115,8 @@ def test_keys_that_are_centroids_are_found_exactly():
 def test_sequences_of_a_batch_are_scored_as_alone(router, share):
     own = routing(router)
     q = random(3, HKV * G, D)
-    sizes = torch.randint(0, 5, (3, HKV, own.n_lists), generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.randint(0, 5, (3, HKV, own.n_lists), generator=generator, dtype=torch.int32)
     n, distance = torch.tensor([40, 90, 17]), torch.tensor([60, 99, 31])
     together = own.scores(q, sizes, n, distance, share=share)
     for b in range(3):
@@ -179,7 +183,9 @@ def test_torch_does_it_where_numba_is_not_installed():
         "torch.manual_seed(0)\n"
         "keys = torch.randn(1, 2, 1500, 32)\n"
         "routing = saap.partition_keys(keys, 50.0 ** (-torch.arange(16) / 16), sm_scale=0.2)\n"
-        "store = saap.KVStore(routing, saap.Budget(max_tokens=60, window=32, flush_every=8))\n"
+        "from saap.methods.learned import RoutedSelector\n"
+        "budget = saap.Budget(max_tokens=60, window=32, flush_every=8)\n"
+        "store = saap.KVStore(RoutedSelector(routing), budget)\n"
         "store.append(keys, keys, keys)\n"
         "store.append(*[keys[:, :, :1]] * 3)\n"
         "impl = 'reference' if sys.argv[1:] else None\n"

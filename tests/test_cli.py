@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from saap.eval.cli import main
+from saap.eval.cli.app import main
 
 
 def run_cli(monkeypatch, capsys, *arguments):
@@ -31,28 +31,57 @@ def bad(arguments, message):
     ("arguments", "message"),
     [
         bad(["eval", "reference", "--methods", "sapp"], "did you mean 'saap'"),
-        bad(["eval", "reference", "--contexts", "9000"], "context 9000: accepted are at most"),
-        bad(["eval", "reference", "--contexts", "8k"], "accepted are numbers separated by commas"),
-        bad(["eval", "reference", "--methods", "saap"], "needs a trained index: pass --index"),
-        bad(["eval", "reference", "--index", "INDEX"], "was trained for another model"),
+        bad(
+            ["eval", "reference", "--contexts", "9000"],
+            "context must be at most the model's max_position_embeddings",
+        ),
+        bad(
+            ["eval", "reference", "--contexts", "8k"],
+            "must be numbers separated by commas; got '8k'",
+        ),
+        bad(
+            ["eval", "reference", "--methods", "mlp"],
+            "needs a trained index (`saap train`, --index",
+        ),
+        bad(["eval", "reference", "--index", "INDEX"], "the index must be trained for this model"),
         bad(["eval", "reference", "--index", "no.safetensors"], "no such file"),
-        bad(["eval", "reference", "--index", "CUT"], "truncated or not a safetensors file"),
-        bad(["eval", "./nothing", "--methods", "dense"], "accepted is a folder with config.json"),
-        bad(["eval", "reference", "--methods", "dense", "--budgets", "0.01"], "accepted is above"),
-        bad(["train", "reference", "--corpus", "EMPTY"], "the corpus is empty"),
-        bad(["train", "reference", "--corpus", "none.txt"], "no such file or folder"),
-        bad(["train", "reference", "--corpus", "SHORT"], "lower nlist or bring more text"),
-        bad(["train", "reference", "--corpus", "SHORT", "--context", "99999"], "accepted are at"),
-        bad(["train", "reference", "--corpus", "SHORT", "--router", "tree"], "router='tree'"),
+        bad(["eval", "reference", "--index", "CUT"], "must be a whole safetensors file"),
+        bad(["eval", "./nothing", "--methods", "dense"], "must be a folder with config.json"),
+        bad(
+            ["eval", "reference", "--methods", "dense", "--budgets", "0.01"],
+            "selectivity must be above",
+        ),
+        bad(
+            ["train", "reference", "--corpus", "EMPTY"],
+            "the corpus must hold at least a few contexts of text; got an empty one",
+        ),
+        bad(["train", "reference", "--corpus", "none.txt"], "got no such file or folder"),
+        bad(["train", "reference", "--corpus", "SHORT"], "of one text; got"),
+        bad(["train", "CUTGGUF", "--corpus", "SHORT"], "a GGUF file must hold what its beginning"),
+        bad(["train", "EMPTYGGUF", "--corpus", "SHORT"], "must begin with b'GGUF'; got b''"),
+        bad(
+            ["train", "reference", "--corpus", "SHORT", "--context", "99999"],
+            "--context must be at most",
+        ),
+        bad(
+            ["train", "reference", "--corpus", "SHORT", "--router", "tree"],
+            "router must be one of mlp, linear, centroid; got 'tree'",
+        ),
         bad(["train", "reference", "--corpus", "SHORT", "--out", "EMPTYDIR"], "a folder or"),
-        bad(["train", "reference", "--corpus", "LINE"], "the corpus repeats itself"),
+        bad(["train", "reference", "--corpus", "LINE"], "it repeats itself, bring other text"),
         bad(["train", "reference", "--corpus", "no/name"], "pip install datasets"),
-        bad(["train", "reference", "--corpus", "SHORT", "--device", "tpu"], "accepted are cpu"),
-        bad(["train", "reference", "--corpus", "SHORT", "--dtype", "int8"], "--dtype int8: acc"),
-        bad(["info", "INDEX", "--router", "tree"], "--router tree: accepted are"),
-        bad(["report", "EMPTYDIR"], "holds no run.json"),
-        bad(["info", "EMPTY"], "truncated or not a safetensors file"),
-        bad(["demo", "--context", "100000"], "context 100000: accepted are at most"),
+        bad(
+            ["train", "reference", "--corpus", "SHORT", "--device", "tpu"],
+            "--device must be cpu or cuda; got tpu",
+        ),
+        bad(
+            ["train", "reference", "--corpus", "SHORT", "--dtype", "int8"],
+            "--dtype must be one of float32",
+        ),
+        bad(["info", "INDEX", "--router", "tree"], "--router must be one of"),
+        bad(["report", "EMPTYDIR"], "got one without run.json"),
+        bad(["info", "EMPTY"], "must be a whole safetensors file"),
+        bad(["demo", "--context", "100000"], "context must be at most the model's"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message):
@@ -64,9 +93,12 @@ def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message
     line.write_text("the same line again\n" * 2000)
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "dir").mkdir()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
+    (tmp_path / "empty.gguf").write_bytes(b"")
     out = tmp_path / "out"
     places = {"INDEX": index_file, "CUT": cut, "EMPTY": empty, "SHORT": short, "LINE": line,
-              "EMPTYDIR": tmp_path / "dir"}  # fmt: skip
+              "EMPTYDIR": tmp_path / "dir", "CUTGGUF": tmp_path / "cut.gguf",
+              "EMPTYGGUF": tmp_path / "empty.gguf"}  # fmt: skip
     arguments = [places.get(a, a) for a in arguments]
     if arguments[0] in ("eval", "train", "demo") and "--out" not in arguments:
         arguments += ["--out", out]

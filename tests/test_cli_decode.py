@@ -1,4 +1,4 @@
-"""`saap index`, `ask`, `generate`: read once, asked often; bad input is told in one line."""
+"""`saap prefill`, `ask`, `generate`: read once, asked often; bad input is told in one line."""
 
 import pytest
 
@@ -24,11 +24,11 @@ def files(reference_model, tmp_path_factory):
 def context(files):
     import typer.testing
 
-    from saap.eval.cli import app
+    from saap.eval.cli.app import app
 
     done = typer.testing.CliRunner().invoke(
         app,
-        ["index", "reference", str(files / "document.txt"), "--index",
+        ["prefill", "reference", str(files / "document.txt"), "--index",
          str(files / "index.safetensors"), "--out", str(files / "context.safetensors")],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -44,7 +44,7 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
         return out
 
     asked = answer(
-        "ask", "reference", context / "context.safetensors", "\ndef main(", "--nprobe", 8
+        "ask", "reference", context / "context.safetensors", "\ndef main(", "--max-tokens", 9999
     )
     assert "of the cache visited" in asked
     assert "100.0%" in asked
@@ -52,7 +52,7 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
     prompt.write_bytes((context / "document.txt").read_bytes() + b"\ndef main(")
     index = ("--index", context / "index.safetensors")
     out = answer(
-        "generate", "reference", *index, "--prompt-file", prompt, "--nprobe", 8, "--compare"
+        "generate", "reference", *index, "--prompt-file", prompt, "--max-tokens", 9999, "--compare"
     )
     assert asked.split("\nsaap:")[0] == out.split("\nsaap:")[0]
     assert "same tokens: the first 12 of 12" in out
@@ -64,18 +64,33 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        bad(["ask", "reference", "none", "why"], "none: no such file; accepted is one that"),
-        bad(["ask", "reference", "CUT", "why"], "truncated or not a safetensors file"),
-        bad(["ask", "reference", "INDEX", "why"], "but not one that `saap index` wrote"),
-        bad(["ask", "reference", "CONTEXT", ""], "question '': accepted is a text"),
+        bad(["ask", "reference", "none", "why"], "none: must be a file that"),
+        bad(["ask", "reference", "CUT", "why"], "must be a whole safetensors file"),
+        bad(
+            ["ask", "reference", "INDEX", "why"],
+            "must be a file that `saap prefill` wrote; got another",
+        ),
+        bad(["ask", "reference", "CONTEXT", ""], "question must be a text"),
         bad(["ask", "reference", "CONTEXT", "x", "--index", "OTHER"], "made with another index"),
-        bad(["ask", "reference", "CONTEXT", "x", "--nprobe", "9"], "accepted are 1 to nlist=8"),
-        bad(["ask", "reference", "CONTEXT", "x", "--top-p", "2"], "accepted are 0 < top_p <= 1"),
-        bad(["index", "reference", "EMPTY", "--index", "INDEX"], "the corpus is empty"),
-        bad(["index", "reference", "DOC", "--index", "none"], "none: no such file"),
+        bad(
+            ["ask", "reference", "CONTEXT", "x", "--nprobe", "9"],
+            "follows max_tokens; got nprobe=9",
+        ),
+        bad(
+            ["ask", "reference", "CONTEXT", "x", "--top-p", "2"],
+            "top_p must be above 0 and at most 1",
+        ),
+        bad(
+            ["prefill", "reference", "EMPTY", "--index", "INDEX"],
+            "the corpus must hold at least a few contexts of text",
+        ),
+        bad(
+            ["prefill", "reference", "DOC", "--index", "none"],
+            "none: must be a file that `saap train` wrote; got no such file",
+        ),
         bad(
             ["generate", "reference", "--index", "INDEX", "--prompt-file", "none.txt"],
-            "none.txt: no such file or folder",
+            "none.txt: must be a text file, a folder",
         ),
     ],
 )
@@ -84,10 +99,22 @@ def test_bad_input(context, monkeypatch, capsys, tmp_path, arguments, message):
              "CONTEXT": "context.safetensors", "OTHER": "other.safetensors",
              "DOC": "document.txt"}  # fmt: skip
     arguments = [context / names[a] if a in names else a for a in arguments]
-    if arguments[0] == "index":
+    if arguments[0] == "prefill":
         arguments += ["--out", tmp_path / "out"]
     code, _, err = run_cli(monkeypatch, capsys, *arguments)
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_old_name_of_prefill_warns(context, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out.saap"
+    code, told, err = run_cli(
+        monkeypatch, capsys, "index", "reference", context / "document.txt",
+        "--index", context / "index.safetensors", "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    assert err.strip() == "saap: `saap index` is now `saap prefill`; the old name goes in 0.2"
+    assert out.read_bytes() == (context / "context.safetensors").read_bytes()
+    assert "901 tokens" in told

@@ -26,13 +26,13 @@ def attention_records(method, recall, rng, *, error=0.1, selectivity=0.05, budge
     }  # fmt: skip
 
 
-def write_folder(path, arms, n_texts=8, **run):
-    """`arms`: name -> options of `attention_records`."""
+def write_folder(path, variants, n_texts=8, **run):
+    """`variants`: name -> options of `attention_records`."""
     file = RecordFile(path, {**RUN, **run})
     for number in range(n_texts):
         rows = [
             attention_records(name, rng=np.random.default_rng(number), **options)
-            for name, options in arms.items()
+            for name, options in variants.items()
         ]
         file.write(f"attention/1024/{number}", rows, f"text{number}")
     return path
@@ -68,7 +68,7 @@ def test_two_texts_are_too_few(tmp_path):
 
 
 def test_noise_is_seldom_called_a_change():
-    """At the 95 % level about one pair of equal arms in twenty; 0.03 of 400 were measured."""
+    """At the 95 % level about one pair of equal variants in twenty; 0.03 of 400 were measured."""
     rng = np.random.default_rng(0)
     ones = np.ones(8)
     called = [
@@ -122,10 +122,10 @@ def other_text(path):
         ("A", "A", 0, "without change beyond noise"),
         ("A", "WORSE", 1, "worse"),
         ("WORSE", "A", 0, "better"),
-        ("A", "NONE", 2, "holds no run.json"),
-        ("A", "SEED", 2, "judged different texts: seed is 0 in the first and 1"),
-        ("A", "TEXT", 2, "attention/1024/3 is another text in the second"),
-        ("A", "OTHER", 2, "share no task, context, method and budget"),
+        ("A", "NONE", 2, "got one without run.json"),
+        ("A", "SEED", 2, "must judge the same texts and prompts; got seed 0 in the first and 1"),
+        ("A", "TEXT", 2, "got another text for attention/1024/3 in the second"),
+        ("A", "OTHER", 2, "must share at least one result"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, tmp_path, a, b, code, message):
@@ -146,37 +146,37 @@ def test_the_table_names_variants(monkeypatch, capsys, tmp_path):
 
 def test_level_is_checked(tmp_path):
     a = write_folder(tmp_path / "a", {"saap": {"recall": 0.7}})
-    with pytest.raises(ValueError, match=r"level=1\.5: accepted are 0\.5 <= level < 1"):
+    with pytest.raises(ValueError, match=r"level must be at least 0\.5 and below 1; got 1\.5"):
         compare(a, a, level=1.5)
 
 
 @pytest.mark.parametrize(
-    ("arms", "message"),
+    ("variants", "message"),
     [
-        ({"oracle": {"recall": 0.7}, "saap": {"recall": 0.75}}, "more of the middle than oracle"),
+        ({"oracle": {"recall": 0.7}, "blend": {"recall": 0.75}}, "more of the middle than oracle"),
         ({"oracle-tokens": {"recall": 0.7}, "quest": {"recall": 0.8}}, "than oracle-tokens"),
         ({"quest": {"recall": 0.9, "error": 0.0}}, "same output as dense"),
         ({"quest": {"recall": 0.5, "selectivity": 0.3}}, "visits 30.0% of the cache at a budget"),
         ({"dense": {"recall": 1.0, "error": 0.1, "selectivity": 1.0}}, "differs from itself"),
     ],
 )
-def test_results_that_cannot_be(tmp_path, arms, message):
-    (line,) = check_folder(write_folder(tmp_path / "a", arms))
+def test_results_that_cannot_be(tmp_path, variants, message):
+    (line,) = check_folder(write_folder(tmp_path / "a", variants))
     assert message in line
 
 
 @pytest.mark.parametrize(
-    "arms",
+    "variants",
     [
         # quest has lists of its own: the oracle over the trained partition is not its ceiling.
         {"oracle": {"recall": 0.7}, "quest": {"recall": 0.8}},
-        {"oracle": {"recall": 0.7}, "saap": {"recall": 0.705}},
+        {"oracle": {"recall": 0.7}, "blend": {"recall": 0.705}},
         {"oracle": {"recall": 0.7, "error": 0.01}, "dense": {"recall": 1, "error": 0,
                                                              "selectivity": 1.0}},
     ],
 )  # fmt: skip
-def test_results_that_can_be(tmp_path, arms):
-    assert check_folder(write_folder(tmp_path / "a", arms)) == []
+def test_results_that_can_be(tmp_path, variants):
+    assert check_folder(write_folder(tmp_path / "a", variants)) == []
 
 
 def test_equal_predictions_below_full_budget():
@@ -191,14 +191,14 @@ def test_equal_predictions_below_full_budget():
 
 
 def test_strict_report_fails(monkeypatch, capsys, tmp_path):
-    arms = {"oracle": {"recall": 0.7}, "saap": {"recall": 0.9}}
+    variants = {"oracle": {"recall": 0.7}, "blend": {"recall": 0.9}}
     folder = write_folder(
-        tmp_path / "a", arms, config={"contexts": [1024]},
+        tmp_path / "a", variants, config={"contexts": [1024]},
         environment={"device": "x", "cores": 1, "threads": 1, "python": "3", "packages": {}},
     )  # fmt: skip
     code, _, err = run_cli(monkeypatch, capsys, "report", folder, "--strict")
     assert code == 1
-    assert "suspicious: saap finds" in err
+    assert "suspicious: blend finds" in err
     assert "suspicious" in (folder / "report.html").read_text()
     assert run_cli(monkeypatch, capsys, "report", folder)[0] == 0
 
@@ -208,7 +208,9 @@ def test_a_damaged_line_is_told(tmp_path):
     path = folder / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1][:20] + "\n", *lines[2:]]))
-    with pytest.raises(ValueError, match=r"line 2 of 16 is not JSON: the file was damaged"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of 16 must be JSON; got another text: the file was damaged"
+    ):
         RecordFile(folder, RUN)
     assert len(path.read_text().splitlines()) == 16
 
@@ -216,7 +218,9 @@ def test_a_damaged_line_is_told(tmp_path):
 def test_results_of_two_versions_are_not_mixed(tmp_path):
     folder = write_folder(tmp_path / "a", {"saap": {"recall": 0.7}})
     before = (folder / "records.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"holds results of version 1, this is 2"):
+    with pytest.raises(
+        ValueError, match=r"must hold results of version 2, .*; got results of version 1"
+    ):
         RecordFile(folder, {**RUN, "version": "2"})
     assert (folder / "records.jsonl").read_bytes() == before
     assert json.loads((folder / "run.json").read_text())["version"] == "1"

@@ -28,7 +28,7 @@ def saved(tmp_path_factory):
     model = make("llama")
     index = random_index(model)
     path = tmp_path_factory.mktemp("contexts") / "document.safetensors"
-    with saap.attached(model, index, SMALL) as saap_model:
+    with saap.attached(model, index, SMALL, method="blend") as saap_model:
         read(saap_model, prompt(1, 100), path)
     return model, index, path
 
@@ -55,11 +55,11 @@ def test_answer_is_that_without_the_round_trip(case, budget, tmp_path):
     model, index = case
     tokens, question = prompt(1, 100), prompt(1, 7, seed=4)
     path = tmp_path / "document.safetensors"
-    with saap.attached(model, index, budget) as saap_model:
+    with saap.attached(model, index, budget, method="blend") as saap_model:
         kept = read(saap_model, tokens, path)
         expected = answer(saap_model, kept, tokens, question)
     before = path.read_bytes()
-    with saap.attached(model, index, budget) as saap_model:
+    with saap.attached(model, index, budget, method="blend") as saap_model:
         for _ in range(2):  # the first answer leaves the file as it was
             cache, held = saap_model.open_context(path)
             assert torch.equal(held, tokens[0])
@@ -76,7 +76,7 @@ def test_answer_is_that_without_the_round_trip(case, budget, tmp_path):
 
 def test_long_answer_outgrows_the_file(saved):
     model, index, path = saved
-    with saap.attached(model, index, SMALL) as saap_model:
+    with saap.attached(model, index, SMALL, method="blend") as saap_model:
         cache, tokens = saap_model.open_context(path)
         with torch.no_grad():
             for part in prompt(1, 1500, seed=6).split(300, 1):
@@ -95,10 +95,10 @@ def altered(path, change):
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + size])
-    header = json.loads(head["__metadata__"][context_file.FORMAT])
+    header = json.loads(head["__metadata__"][context_file.FORMAT.kind])
     change(header)
     header["sha256"] = tensor_files.header_digest(header)
-    head["__metadata__"][context_file.FORMAT] = json.dumps(header, sort_keys=True)
+    head["__metadata__"][context_file.FORMAT.kind] = json.dumps(header, sort_keys=True)
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
@@ -111,15 +111,15 @@ def flipped(path):
 
 
 BAD_FILES = {
-    "cut short": (lambda p: p.read_bytes()[:-100], "truncated or not a safetensors file"),
-    "empty": (lambda p: b"", "truncated or not a safetensors file"),
+    "cut short": (lambda p: p.read_bytes()[:-100], "must be a whole safetensors file"),
+    "empty": (lambda p: b"", "must be a whole safetensors file"),
     "version": (
         lambda p: altered(p, lambda h: h.update(format_version=99)),
-        "format version 99: accepted is 1",
+        "format version must be 2; got 99: make it again with `saap prefill`",
     ),
     "header": (
         lambda p: p.read_bytes().replace(b'\\"window\\": 8', b'\\"window\\": 9'),
-        "its header does not fit its checksum",
+        "its header must fit its checksum",
     ),
     "index": (
         lambda p: altered(p, lambda h: h.update(index="0" * 16)),
@@ -127,11 +127,31 @@ BAD_FILES = {
     ),
     "rows": (
         lambda p: altered(p, lambda h: h["layers"][0].update(middles=[5000])),
-        "layer 0: 5000 of 100 rows",
+        "layer 0: rows must be at most .* got 5000 of 100 rows in lists",
+    ),
+    "no layers": (
+        lambda p: altered(p, lambda h: h.pop("layers")),
+        "its header must hold layers; got none",
+    ),
+    "no batch": (
+        lambda p: altered(p, lambda h: h["layers"][0].update(lengths=[], middles=[])),
+        "layer 0 must hold middles as one number for each of at least one length",
+    ),
+    "a batch that its tensors have not": (
+        lambda p: altered(p, lambda h: h["layers"][0].update(lengths=[1, 1], middles=[0, 0])),
+        r"layers.0.k must be float32 \[2, .*by its header; got float32 \[1, ",
+    ),
+    "text for lengths": (
+        lambda p: altered(p, lambda h: h["layers"][1].update(lengths="9")),
+        "layer 1 must hold lengths as a list of integers from 0; got '9'",
+    ),
+    "layers of another kind": (
+        lambda p: altered(p, lambda h: h["layers"][0].update(cumulative_length=3)),
+        "layers.0.* must",
     ),
     "lengths": (
         lambda p: altered(p, lambda h: [x.update(lengths=[99]) for x in h["layers"]]),
-        r"100 tokens for \[99\] rows: it was altered",
+        r"must hold a row per token; got 100 tokens for \[99\] rows",
     ),
 }
 
@@ -143,7 +163,29 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path, wrong):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(make_bytes(path))
     with (
-        saap.attached(model, index, SMALL) as saap_model,
+        saap.attached(model, index, SMALL, method="blend") as saap_model,
+        pytest.raises(ValueError, match=message),
+    ):
+        saap_model.open_context(bad)
+
+
+CHANGES = {
+    "lists": (lambda t: t.fill_(12345), r"rows must be in lists 0\.\.\d+; got 12345\.\.12345"),
+    "tokens": (lambda t: t.fill_(3), r"rows must be the tokens 0\.\.99, each once"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_rows_that_somebody_made_up_are_refused(saved, tmp_path, name):
+    """Every checksum fits."""
+    model, index, path = saved
+    change, message = CHANGES[name]
+    header, tensors = context_file.read(path)
+    change(tensors[f"layers.0.{name}"])
+    bad = tmp_path / "bad.safetensors"
+    context_file.write(bad, header, tensors)
+    with (
+        saap.attached(model, index, SMALL, method="blend") as saap_model,
         pytest.raises(ValueError, match=message),
     ):
         saap_model.open_context(bad)
@@ -152,7 +194,9 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path, wrong):
 def test_verify_finds_altered_keys(saved, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(flipped(saved[2]))
-    with pytest.raises(ValueError, match="does not fit its checksum: the file was altered"):
+    with pytest.raises(
+        ValueError, match="must fit its checksum; got another: the file was altered"
+    ):
         context_file.verify(bad)
 
 
@@ -160,26 +204,32 @@ def test_other_model_index_or_layout_is_refused(saved, tmp_path):
     model, index, path = saved
     other = make("qwen2")
     with (
-        saap.attached(other, random_index(other), SMALL) as saap_model,
+        saap.attached(other, random_index(other), SMALL, method="blend") as saap_model,
         pytest.raises(ValueError, match=r"made with another model \(model_type is llama"),
     ):
         saap_model.open_context(path)
     with (
-        saap.attached(model, index, dataclasses.replace(SMALL, window=9)) as saap_model,
+        saap.attached(
+            model, index, dataclasses.replace(SMALL, window=9), method="blend"
+        ) as saap_model,
         pytest.raises(ValueError, match=r"made with another budget \(window is 8, not 9\)"),
     ):
         saap_model.open_context(path)
-    with saap.attached(model, index, SMALL) as saap_model:
-        with pytest.raises(ValueError, match="no such file; accepted is one that `saap index`"):
+    with saap.attached(model, index, SMALL, method="blend") as saap_model:
+        with pytest.raises(
+            ValueError, match="must be a file that `saap prefill` wrote; got no such file"
+        ):
             saap_model.open_context(tmp_path / "none")
         cache = read(saap_model, prompt(1, 20))
-        with pytest.raises(ValueError, match=r"holds sequences of \[20\] tokens: accepted is one"):
+        with pytest.raises(
+            ValueError, match=r"must hold one sequence of .*; got sequences of \[20\]"
+        ):
             saap_model.save_context(cache, prompt(1, 19)[0], tmp_path / "x")
         with pytest.raises(ValueError, match="cannot be written"):
             saap_model.save_context(cache, prompt(1, 20)[0], tmp_path / "no" / "x")
     with (
-        saap.attached(model, index, SMALL) as saap_model,
-        pytest.raises(ValueError, match="another model or an earlier block"),
+        saap.attached(model, index, SMALL, method="blend") as saap_model,
+        pytest.raises(ValueError, match="must belong to this model and block; got one of another"),
     ):
         saap_model.save_context(cache, prompt(1, 20)[0], tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import torch
 
-from saap import KVStore, LayerRouting
 from saap.budget import Budget
-
-from .test_generate import random_index
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -20,15 +17,15 @@ def example(name):
     return module
 
 
-def test_custom_decoder_is_the_model(reference_model):
+def test_custom_decoder_is_the_model(reference_model, reference_index, tmp_path):
     custom = example("custom_decoder")
     config = custom.Config.read(custom.FOLDER)
     weights = {
         n: w.float() for n, w in custom.load_file(custom.FOLDER / "model.safetensors").items()
     }
-    index = random_index(reference_model)
-    budget = Budget(nprobe=8, n_sink=4, window=16, flush_every=16)
-    stores = [KVStore(LayerRouting.of(x, index.default_router), budget) for x in index.layers]
+    reference_index.save(tmp_path / "index")
+    budget = Budget(max_tokens=120, n_sink=4, window=16, flush_every=16)
+    stores = custom.make_stores(config, tmp_path / "index", budget)
     text = custom.default_prompt()[-120:]
     tokens = [custom.BEGIN, *text]
     for caches in (stores, custom.make_stores(config, None, budget)):
@@ -41,7 +38,7 @@ def test_custom_decoder_is_the_model(reference_model):
         assert (logits - true).abs().max() < 1e-4 * float(true.abs().max())
     assert stores[0].middles[0] > 0
     lines = (EXAMPLES / "custom_decoder.py").read_text().splitlines()
-    assert len(lines) < 200
+    assert len(lines) <= 200
 
 
 def test_an_indexed_cache_is_found_again(monkeypatch, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn import cluster, linear_model
 
 from saap.index import fitting, kmeans
 from saap.index.routers import CentroidRouter
@@ -35,9 +36,7 @@ def test_kmeans_in_torch_is_as_good_as_that_of_faiss():
     """By the mean product of points with their centroids; no bucket is empty."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(2, 20, 16, generator=generator)
-    points = centers.repeat_interleave(60, 1) + 0.5 * torch.randn(
-        2, 1200, 16, generator=generator
-    )
+    points = centers.repeat_interleave(60, 1) + 0.5 * torch.randn(2, 1200, 16, generator=generator)
     directions = torch.nn.functional.normalize(points, dim=-1)
 
     def quality(centroids):
@@ -56,6 +55,44 @@ def test_kmeans_in_torch_is_as_good_as_that_of_faiss():
     assert not torch.equal(own, kmeans.lloyd(points, 32, seed=2))
 
 
+@pytest.mark.parametrize("n_distinct", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("nlist", [1, 4, 16])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_kmeans_of_few_distinct_keys(n_distinct, nlist, seed):
+    """A prompt that repeats itself: each distinct key ends in a bucket, others stay empty."""
+    distinct = torch.randn(2, n_distinct, 16, generator=torch.Generator().manual_seed(seed))
+    points = distinct.repeat(1, 80, 1)
+    centroids = kmeans.lloyd(points, nlist, seed=seed)
+    assert centroids.isfinite().all()
+    assert torch.allclose(centroids.norm(dim=-1), torch.ones(2, nlist), atol=1e-5)
+    buckets = kmeans.assign(points, centroids)
+    assert len(buckets[0].unique()) <= min(nlist, n_distinct)
+    assert torch.equal(buckets[:, :n_distinct], buckets[:, -n_distinct:])
+    assert kmeans.mean_products(points, centroids).isfinite().all()
+
+
+def test_kmeans_is_as_good_as_that_of_scikit_learn():
+    """By inertia of the directions, on blobs easy to tell apart; the best of 20 starts."""
+    _, points = blobs(n_blobs=3)
+    for head in torch.nn.functional.normalize(points, dim=-1):
+        theirs = cluster.KMeans(3, n_init=20, random_state=0).fit(head.numpy()).inertia_
+        for train in (kmeans.lloyd, kmeans.train_centroids):
+            found = [train(head[None], 3, seed=seed)[0] for seed in range(20)]
+            ours = min(float(torch.cdist(head, c).amin(-1).square().sum()) for c in found)
+            assert ours < 1.02 * theirs, train.__name__
+
+
+def test_the_linear_router_is_ridge_regression():
+    q, mass = synthetic_masses()
+    ours = fitting.fit_linear(q, mass, ridge=1e-2)
+    for head in range(len(q)):
+        x, y = q[head].numpy(), mass[head, :, :-1].numpy()
+        alpha = 1e-2 * float((x.astype("float64") ** 2).sum(0).mean())
+        theirs = linear_model.Ridge(alpha=alpha).fit(x, y)
+        assert torch.allclose(ours.weight[head], torch.tensor(theirs.coef_), atol=1e-5)
+        assert torch.allclose(ours.bias[head], torch.tensor(theirs.intercept_), atol=1e-5)
+
+
 def test_assignment_ignores_length_and_chunks():
     _, points = blobs()
     centroids = kmeans.train_centroids(points, 8)
@@ -66,7 +103,7 @@ def test_assignment_ignores_length_and_chunks():
 
 @pytest.mark.parametrize("nlist", [0, 481])
 def test_too_few_points(nlist):
-    with pytest.raises(ValueError, match=f"nlist={nlist} with 480 points"):
+    with pytest.raises(ValueError, match=rf"nlist must be in 1\.\.480, .*; got {nlist}"):
         kmeans.train_centroids(blobs()[1], nlist)
 
 
@@ -116,7 +153,7 @@ def test_fits_are_seeded_and_predict_probabilities():
 def test_non_finite_loss_stops():
     q, mass = synthetic_masses(n=200)
     q[0, :] = torch.inf
-    with pytest.raises(FloatingPointError, match="router loss is nan"):
+    with pytest.raises(FloatingPointError, match="router loss must be finite; got nan"):
         fitting.fit_mlp(q, mass, steps=2, progress=lambda *_: None)
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from saap.eval.info import check_router, print_index, print_map, weighted
-from saap.eval.quality_map import quality_map
+from saap.eval.report.quality_map import quality_map
 
 
 def recall_of(layers: int, heads: int) -> dict:
@@ -71,7 +71,7 @@ def test_layers_weigh_heads_by_their_mass():
 
 def test_an_unknown_router(tiny_index):
     assert check_router(tiny_index, None) == "mlp"
-    with pytest.raises(ValueError, match="--router tree: accepted are oracle, centroid, linear"):
+    with pytest.raises(ValueError, match="--router must be one of oracle, centroid, linear"):
         check_router(tiny_index, "tree")
 
 

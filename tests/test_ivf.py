@@ -149,7 +149,9 @@ def test_spill_visits_both_buckets_of_a_key():
             few = visited_rows(starts, lengths, 0, head)
             many = visited_rows(more_starts, more_lengths, 0, head)
             assert torch.isin(few, many).all()
-            chosen = bucket_ranges(spilled._shared_scores(q, share), plain.offsets[None], nprobe=3)
+            chosen = bucket_ranges(
+                spilled._list_scores(q, q, share), plain.offsets[None], nprobe=3
+            )
             assert len(many) > len(few) == chosen[1][0, head].sum()
 
 
@@ -205,11 +207,11 @@ def test_remove_and_truncate_forget_positions(monkeypatch, spill):
 def test_rows_stay_with_their_bucket_after_removal():
     index = filled(300, flush_every=1)
     buckets = {
-        int(p): int(b) for p, b in zip(index.positions[0], index._rows.buckets[0], strict=True)
+        int(p): int(b) for p, b in zip(index.positions[0], index._rows.lists[0], strict=True)
     }
     index.remove(torch.arange(0, 300, 3))
     assert len(index.positions[0]) == 200
-    for position, bucket in zip(index.positions[0], index._rows.buckets[0], strict=True):
+    for position, bucket in zip(index.positions[0], index._rows.lists[0], strict=True):
         assert buckets[int(position)] == int(bucket)
 
 

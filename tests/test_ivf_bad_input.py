@@ -6,6 +6,8 @@ import torch
 from saap.index.ivf import AsymmetricIVF
 from saap.index.routers import CentroidRouter, LinearRouter
 
+pytestmark = pytest.mark.bad_input
+
 N_KV, N_HEADS, DIM, NLIST = 2, 4, 16, 8
 
 
@@ -29,65 +31,86 @@ def with_value(value):
 
 
 BAD_KEYS = [
-    (with_value(torch.nan), "xb holds NaN or inf: accepted are finite vectors"),
-    (with_value(-torch.inf), "xb holds NaN or inf"),
-    (random(N_KV, 5, DIM + 1), r"xb has shape \(2, 5, 17\): accepted is \[2, n, 16\]"),
-    (random(1, 5, DIM), r"xb has shape \(1, 5, 16\): accepted is \[2, n, 16\]"),
-    (random(N_KV, 0, DIM), r"xb has shape \(2, 0, 16\): .* with n from 1"),
-    (random(5, DIM), r"xb has shape \(5, 16\)"),
-    (random(N_KV, 5, DIM).double(), "xb has dtype torch.float64: accepted is torch.float32"),
-    (torch.ones(N_KV, 5, DIM, dtype=torch.int32), "xb has dtype torch.int32"),
-    (random(N_KV, 5, DIM).half(), "xb has dtype torch.float16: accepted is torch.float32"),
+    (with_value(torch.nan), "xb must be finite; got NaN or inf"),
+    (with_value(-torch.inf), "xb must be finite"),
+    (random(N_KV, 5, DIM + 1), r"xb must be \[2, n, 16\] .*; got \(2, 5, 17\)"),
+    (random(1, 5, DIM), r"xb must be \[2, n, 16\] .*; got \(1, 5, 16\)"),
+    (random(N_KV, 0, DIM), r"xb must be .* with n of at least 1; got \(2, 0, 16\)"),
+    (random(5, DIM), r"xb must be .*; got \(5, 16\)"),
+    (random(N_KV, 5, DIM).double(), "xb must have dtype torch.float32; got torch.float64"),
+    (
+        torch.ones(N_KV, 5, DIM, dtype=torch.int32),
+        "xb must have dtype torch.float32; got torch.int32",
+    ),
+    (random(N_KV, 5, DIM).half(), "xb must have dtype torch.float32; got torch.float16"),
 ]
 BAD_POSITIONS = [
-    (torch.tensor([200, 201, 202, 203, 200]), "position 200 occurs twice: accepted is each once"),
-    (torch.tensor([200, 201, 3, 203, 204]), "position 3 occurs twice"),
-    (torch.tensor([200, 201, 105, 203, 204]), "position 105 occurs twice"),  # a pending one
-    (torch.arange(4) + 200, r"positions has shape \(4,\).*: accepted is \[5\] of integers"),
-    (torch.rand(5), "dtype torch.float32: accepted is .* of integers"),
-    (torch.arange(5) - 1, "position -1: accepted are 0 and more"),
+    (torch.tensor([200, 201, 202, 203, 200]), "positions must occur once each; got 200 twice"),
+    (torch.tensor([200, 201, 3, 203, 204]), "got 3 twice"),
+    (torch.tensor([200, 201, 105, 203, 204]), "got 105 twice"),  # a pending one
+    (torch.arange(4) + 200, r"positions must be integers \[5\]; got shape \(4,\) and"),
+    (torch.rand(5), "positions must be integers .* and dtype torch.float32"),
+    (torch.arange(5) - 1, "positions must be at least 0; got -1"),
 ]
 BAD_CALLS = [
     *[(lambda i, xb=xb: i.add(xb), message) for xb, message in BAD_KEYS],
     *[(lambda i, p=p: i.add(random(N_KV, 5, DIM), p), message) for p, message in BAD_POSITIONS],
     (
         lambda i: i.add(random(N_KV, 5, DIM), route_by=random(N_KV, 4, DIM)),
-        r"route_by has shape \(2, 4, 16\): accepted is that of xb, \(2, 5, 16\)",
+        r"route_by must have the shape of xb, \(2, 5, 16\); got \(2, 4, 16\)",
     ),
     (
         lambda i: i.add(random(N_KV, 5, DIM), route_by=with_value(torch.nan)),
-        "route_by holds NaN or inf",
+        "route_by must be finite; got NaN or inf",
     ),
-    (lambda i: i.train(random(N_KV, 99, DIM)), "ntotal=110: an index is trained before"),
-    (lambda i: i.refine(random(N_KV, 99, DIM)), "ntotal=110: centroids are refined before"),
+    (
+        lambda i: i.train(random(N_KV, 99, DIM)),
+        "train must come before keys are added; got ntotal=110",
+    ),
+    (
+        lambda i: i.refine(random(N_KV, 99, DIM)),
+        "refine must come before keys are added; got ntotal=110",
+    ),
     (
         lambda i: i.add(random(N_KV, 5, DIM), route_by=torch.ones(N_KV, 5, DIM, dtype=torch.int8)),
-        "route_by has dtype torch.int8: accepted is torch.float32",
+        "route_by must have dtype torch.float32 .*; got torch.int8",
     ),
     (
         lambda i: i.remove(torch.tensor([1.0])),
-        r"positions has shape \(1,\) and dtype torch.float32",
+        r"positions must be integers \[m\]; got shape \(1,\) and dtype torch.float32",
     ),
-    (lambda i: i.remove(torch.tensor(3)), r"positions has shape \(\)"),
-    (lambda i: i.truncate(-1), "length=-1: accepted are integers from 0"),
-    (lambda i: i.route(random(3, 5, DIM)), r"xq has shape \(3, 5, 16\): accepted is \[n, a mult"),
-    (lambda i: i.route(random(3, 4, 9)), r"xq has shape \(3, 4, 9\)"),
-    (lambda i: i.route(random(4, DIM)), r"xq has shape \(4, 16\)"),
-    (lambda i: i.route(with_value(torch.nan)[:, :4]), "xq holds NaN or inf"),
-    (lambda i: i.select(random(1, 4, DIM)), "nprobe, max_tokens and top_p are all None"),
-    (lambda i: i.select(random(1, 4, DIM), nprobe=9), "nprobe=9: accepted are 1 to nlist=8"),
-    (lambda i: i.select(random(1, 4, DIM), max_tokens=-1), "max_tokens=-1: accepted are 0"),
-    (lambda i: i.select(random(1, 4, DIM), nprobe=1, share="all"), "share='all': accepted are"),
+    (lambda i: i.remove(torch.tensor(3)), r"positions must be integers \[m\]; got shape \(\)"),
+    (lambda i: i.truncate(-1), "length must be an integer of at least 0; got -1"),
+    (lambda i: i.route(random(3, 5, DIM)), r"xq must be \[n, a multiple of 2, 16\]; got \(3, 5"),
+    (lambda i: i.route(random(3, 4, 9)), r"xq must be .*; got \(3, 4, 9\)"),
+    (lambda i: i.route(random(4, DIM)), r"xq must be .*; got \(4, 16\)"),
+    (lambda i: i.route(with_value(torch.nan)[:, :4]), "xq must be finite"),
+    (
+        lambda i: i.select(random(1, 4, DIM)),
+        "one of nprobe, max_tokens and top_p must be set; got none",
+    ),
+    (lambda i: i.select(random(1, 4, DIM), nprobe=9), r"nprobe must be in 1\.\.8; got 9"),
+    (
+        lambda i: i.select(random(1, 4, DIM), max_tokens=-1),
+        "max_tokens must be at least 0; got -1",
+    ),
+    (
+        lambda i: i.select(random(1, 4, DIM), nprobe=1, share="all"),
+        "share must be 'group' or 'head'; got 'all'",
+    ),
     (
         lambda i: i.select(random(1, 4, DIM), top_p=0.5),
-        "top_p=0.5: accepted with a router that predicts mass",
+        "top_p must be None with a centroid router, .*; got 0.5",
     ),
-    (lambda i: i.select(random(1, 4, DIM), top_p=1.5), "top_p=1.5: accepted are 0 < top_p <= 1"),
-    (lambda i: i.search(random(1, 4, DIM), 0, 2), "k=0: accepted are integers from 1"),
-    (lambda i: i.search(random(1, 4, DIM), 5, 0), "nprobe=0: accepted are 1 to nlist=8"),
+    (
+        lambda i: i.select(random(1, 4, DIM), top_p=1.5),
+        "top_p must be above 0 and at most 1; got 1.5",
+    ),
+    (lambda i: i.search(random(1, 4, DIM), 0, 2), "k must be an integer of at least 1; got 0"),
+    (lambda i: i.search(random(1, 4, DIM), 5, 0), r"nprobe must be in 1\.\.8; got 0"),
     (
         lambda i: i.search(random(1, 4, DIM), 5, 2, route_by=random(2, 4, DIM)),
-        r"route_by has shape \(2, 4, 16\): accepted is that of xq",
+        r"route_by must have the shape of xq, .*; got \(2, 4, 16\)",
     ),
 ]
 
@@ -114,17 +137,29 @@ def zero_vector():
 @pytest.mark.parametrize(
     ("xt", "options", "message"),
     [
-        (random(N_KV, 7, DIM), {}, "nlist=8 with 7 points a head: accepted are 1 to that number"),
-        (zero_vector(), {}, "points holds 1 zero vectors, which have no direction"),
-        (with_value(torch.nan), {}, "xt holds NaN or inf"),
-        (random(N_KV, 50, DIM + 1), {}, r"xt has shape \(2, 50, 17\)"),
-        (random(N_KV, 50, DIM).double(), {}, "xt has dtype torch.float64"),
-        (random(N_KV, 50, DIM), {"router": "mlp"}, "router='mlp': "),
-        (random(N_KV, 50, DIM), {"router": "tree"}, "router='tree': accepted are mlp, linear"),
+        (
+            random(N_KV, 7, DIM),
+            {},
+            r"nlist must be in 1\.\.7, the number of points per head; got 8",
+        ),
+        (zero_vector(), {}, "points must be non-zero; got 1 zero vectors"),
+        (with_value(torch.nan), {}, "xt must be finite"),
+        (random(N_KV, 50, DIM + 1), {}, r"xt must be .*; got \(2, 50, 17\)"),
+        (random(N_KV, 50, DIM).double(), {}, "xt must have dtype .*; got torch.float64"),
+        (
+            random(N_KV, 50, DIM),
+            {"router": "mlp"},
+            "router must be centroid without training queries; got 'mlp'",
+        ),
+        (
+            random(N_KV, 50, DIM),
+            {"router": "tree"},
+            "router must be one of mlp, linear, centroid; got 'tree'",
+        ),
         (
             random(N_KV, 50, DIM),
             {"xq_train": random(N_HEADS, 9, DIM), "xq_score": random(N_HEADS, 8, DIM)},
-            r"xq_score has shape \(4, 8, 16\): accepted is that of xq_train",
+            r"xq_score must have the shape of xq_train, .*; got \(4, 8, 16\)",
         ),
         (
             random(N_KV, 50, DIM),
@@ -132,12 +167,12 @@ def zero_vector():
                 "xq_train": random(N_HEADS, 9, DIM),
                 "xt_score": random(N_KV, 50, DIM) * torch.inf,
             },
-            "xt_score holds NaN or inf",
+            "xt_score must be finite",
         ),
         (
             random(N_KV, 50, DIM),
             {"xq_train": random(3, 9, DIM)},
-            r"xq_train has shape \(9, 3, 16\): accepted is \[n, a multiple of 2, 16\]",
+            r"xq_train must be \[n, a multiple of 2, 16\]; got \(9, 3, 16\)",
         ),
     ],
 )
@@ -153,10 +188,13 @@ def test_bad_training_leaves_the_index_untrained(xt, options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda i: i.add(random(N_KV, 5, DIM)), "add before training: call train, or use from_tr"),
-        (lambda i: i.search(random(1, 4, DIM), 5, 2), "route before training"),
-        (lambda i: i.select(random(1, 4, DIM), nprobe=2), "route before training"),
-        (lambda i: i.refine(random(N_KV, 50, DIM)), "refine before training"),
+        (
+            lambda i: i.add(random(N_KV, 5, DIM)),
+            "add must come after training; got an untrained index: call tr",
+        ),
+        (lambda i: i.search(random(1, 4, DIM), 5, 2), "route must come after training"),
+        (lambda i: i.select(random(1, 4, DIM), nprobe=2), "route must come after training"),
+        (lambda i: i.refine(random(N_KV, 50, DIM)), "refine must come after training"),
     ],
 )
 def test_use_before_training(call, message):
@@ -167,11 +205,11 @@ def test_use_before_training(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d": 0}, "d=0: accepted are integers from 1"),
-        ({"nlist": 2.5}, r"nlist=2\.5: accepted are integers from 1"),
-        ({"flush_every": 0}, "flush_every=0"),
-        ({"dtype": torch.float64}, "dtype=torch.float64: accepted are torch.float32"),
-        ({"nlist": 1, "spill": True}, "nlist=1: accepted with spill are 2 and more"),
+        ({"d": 0}, "d must be an integer of at least 1; got 0"),
+        ({"nlist": 2.5}, r"nlist must be an integer of at least 1; got 2\.5"),
+        ({"flush_every": 0}, "flush_every must be .*; got 0"),
+        ({"dtype": torch.float64}, "dtype must be torch.float32 or .*; got torch.float64"),
+        ({"nlist": 1, "spill": True}, "nlist must be at least 2 with spill; got 1"),
     ],
 )
 def test_bad_options(options, message):
@@ -181,15 +219,15 @@ def test_bad_options(options, message):
 
 def test_bad_trained_parts():
     centroids = random(N_KV, NLIST, DIM)
-    with pytest.raises(ValueError, match=r"centroids has shape \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"centroids must be \[Hkv, nlist, D\]; got \(8, 16\)"):
         AsymmetricIVF.from_trained(centroids[0])
-    with pytest.raises(ValueError, match="router has nlist=7: accepted is 8"):
+    with pytest.raises(ValueError, match="nlist of the router must be 8; got 7"):
         AsymmetricIVF.from_trained(centroids, CentroidRouter(centroids[:, :7]))
     router = LinearRouter(random(N_HEADS, NLIST, DIM), random(N_HEADS, NLIST))
     index = AsymmetricIVF.from_trained(centroids, router)
-    with pytest.raises(ValueError, match=r"xq has shape \(1, 2, 16\): accepted is \[n, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"xq must be \[n, 4, 16\]; got \(1, 2, 16\)"):
         index.route(random(1, 2, DIM))
-    with pytest.raises(ValueError, match="centroids holds NaN or inf"):
+    with pytest.raises(ValueError, match="centroids must be finite"):
         AsymmetricIVF.from_trained(centroids * torch.nan)
 
 
@@ -218,6 +256,6 @@ def test_zero_keys_are_held():
 def test_gpu_limits_are_named():
     from saap.index.faiss_backend import check_gpu_limits
 
-    with pytest.raises(ValueError, match="k=2049: accepted by FAISS on a GPU are at most 2048"):
+    with pytest.raises(ValueError, match="k must be at most 2048 for FAISS on a GPU; got 2049"):
         check_gpu_limits(torch.device("cuda"), k=2049)
     check_gpu_limits(torch.device("cpu"), k=10**6)

@@ -57,7 +57,7 @@ def test_selection_stays_on_the_device():
 
 def test_limits_are_named():
     _, on_gpu = pair()
-    with pytest.raises(ValueError, match="k=2049: accepted by FAISS on a GPU are at most 2048"):
+    with pytest.raises(ValueError, match="k must be at most 2048 for FAISS on a GPU; got 2049"):
         on_gpu.search(random(1, N_HEADS, DIM).cuda(), 2049, 4)
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from saap.budget import Budget
-from saap.chunks import attend_chunk
 from saap.index.routers import CentroidRouter, MLPRouter
 from saap.kernels.attention import reference
-from saap.kv_store import KVStore
+from saap.kv import KVStore, attend_chunk
+from saap.methods.learned import RoutedSelector
 from saap.routing import LayerRouting
 
 HKV, HQ, DIM, NLIST = 2, 4, 16, 8
@@ -36,9 +36,13 @@ def part(tensors, start, stop):
     return tuple(t[:, :, start:stop] for t in tensors)
 
 
+def store_of(routing, budget, **options):
+    return KVStore(None if routing is None else RoutedSelector(routing), budget, **options)
+
+
 def fed(routing, budget, keys, cuts, queries=None):
     """A store that got tokens up to each cut in one append, and the last `(out, lse)`."""
-    store, found, start = KVStore(routing, budget), None, 0
+    store, found, start = store_of(routing, budget), None, 0
     for stop in cuts:
         store.append(*part(keys, start, stop))
         if queries is not None:
@@ -204,7 +208,7 @@ def test_budget_of_a_step(routing):
 def test_batch_with_left_padding_is_each_alone(routing, budget):
     lengths = [60, 33, 3, 57]
     each = [tokens(n + 30, seed=10 * n) for n in lengths]
-    batch = KVStore(routing, budget)
+    batch = store_of(routing, budget)
     n = max(lengths)
 
     def padded(position, which):
@@ -277,7 +281,7 @@ def test_cells(router, nlist):
     assert (outs[0][0] - found[0]).abs().max() > 1e-3
     # Beside a shorter sequence, which has no lists yet, and a longer one.
     longer, more = tokens(90, seed=5)
-    batch = KVStore(cells, few)
+    batch = store_of(cells, few)
     given = [
         torch.cat([pad(a, 19), pad(b[:, :, :9], 80), b[:, :, :89]])
         for a, b in zip(part((*keys, *queries), 0, 70), (*longer, *more), strict=True)
@@ -288,7 +292,7 @@ def test_cells(router, nlist):
         (*keys, *queries), (*longer, *more), strict=True)]  # fmt: skip
     batch.append(*ends[:3])
     together = batch.attend(*ends[3:])
-    alone = KVStore(cells, few)
+    alone = store_of(cells, few)
     alone.append(*keys)
     alone.append(*(t[:, :, -1:] for t in keys))
     assert_close(alone.attend(*(t[:, :, -1:] for t in queries)), [t[:1] for t in together])
@@ -326,8 +330,10 @@ def test_min_weight_visits_what_is_predicted_to_weigh_as_much(router, nlist, sha
 
 
 def test_min_weight_needs_a_router_that_predicts_weights(routing):
-    with pytest.raises(ValueError, match=r"min_weight=0\.1: accepted with routers that predict"):
-        KVStore(routing, Budget(min_weight=0.1))
+    with pytest.raises(
+        ValueError, match=r"min_weight needs a router that predicts.*got min_weight=0\.1"
+    ):
+        store_of(routing, Budget(min_weight=0.1))
 
 
 def pad(x, n):
@@ -343,7 +349,7 @@ def test_truncate_is_never_having_been_longer(routing, left, budget):
     store, _ = fed(routing, budget, mixed, [left + 1, *range(left + 2, 71)])
     store.truncate(store.lengths[0] - left)
     assert store.lengths == [left]
-    plain = KVStore(routing, budget)
+    plain = store_of(routing, budget)
     if left:
         plain.append(*part(keys, 0, left))
     for t in range(left, 70):
@@ -408,7 +414,7 @@ def test_memory(routing):
     before = store.k.data_ptr()
     store.reserve(3000)
     assert store.k.data_ptr() == before
-    roomy = KVStore(routing, SMALL, capacity=4000)
+    roomy = store_of(routing, SMALL, capacity=4000)
     roomy.append(*part(keys, 0, 10))
     before = roomy.k.data_ptr()
     roomy.append(*part(keys, 10, 4000))
@@ -418,7 +424,7 @@ def test_memory(routing):
 def test_no_memory_loses_nothing(routing):
     keys, queries = tokens(60)
     store, _ = fed(routing, FULL, keys, [59])
-    with pytest.raises(MemoryError, match="no memory to grow a layer's KV store from 123 to"):
+    with pytest.raises(MemoryError, match="no memory to grow a layer's rows from 123 to"):
         store.reserve(10**13)
     store.append(*part(keys, 59, 60))
     assert_close(store.attend(*part(queries, 59, 60)), expected(keys, queries[0], 60))
@@ -438,34 +444,53 @@ def attend(n):
     return lambda store: store.attend(*tokens(n)[1])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (append(k_rope=lambda: torch.zeros(1, HKV, DIM)), r"k_rope has shape \(1, 2, 16\)"),
-        (append(v=lambda: torch.zeros(1, HKV, 3, DIM)), r"v is \(1, 2, 3, 16\)"),
-        (append(mask=lambda: torch.tensor([[True, False]])), "accepted is padding on the left"),
-        (append(mask=lambda: torch.tensor([[False, True]])), "accepted is padding on the left"),
-        (append(mask=lambda: torch.ones(1, 3).bool()), r"mask has shape \(1, 3\)"),
+        (
+            append(k_rope=lambda: torch.zeros(1, HKV, DIM)),
+            r"k_rope must be .*; got \(1, 2, 16\)",
+        ),
+        (
+            append(v=lambda: torch.zeros(1, HKV, 3, DIM)),
+            r"v must be .*got \(1, 2, 3, 16\)",
+        ),
+        (
+            append(mask=lambda: torch.tensor([[True, False]])),
+            "padding must be on the left; got a mask",
+        ),
+        (
+            append(mask=lambda: torch.tensor([[False, True]])),
+            "padding must be on the left; got a mask",
+        ),
+        (
+            append(mask=lambda: torch.ones(1, 3).bool()),
+            r"mask must be .*; got \(1, 3\)",
+        ),
         (
             lambda s: s.append(*tokens(2, batch=2)[0]),
-            r"\(2, 2, 16, .*: the store holds \(1, 2, 16",
+            r"those of the store, \(1, 2, 16.*; got \(2, 2, 16, ",
         ),
-        (lambda s: s.append(*(t.half() for t in tokens(2)[0])), "torch.float16.*the store holds"),
+        (
+            lambda s: s.append(*(t.half() for t in tokens(2)[0])),
+            "must be those of the store, .*; got .*torch.float16",
+        ),
         (
             append(k_rope=lambda: torch.zeros(1, HKV, 2, DIM, requires_grad=True)),
-            "requires a gradient: call the model in torch.no_grad",
+            "k_rope and v must require no gradient; got one",
         ),
-        (attend(2), "2 tokens: accepted are those appended last, 1 and 30"),
-        (lambda s: s.truncate(28), "2 tokens of 30 would be left: accepted are 0 and 4 to 30"),
-        (lambda s: s.truncate(31), "-1 tokens of 30 would be left"),
-        (lambda s: s.truncate(-1), "31 tokens of 30 would be left"),
-        (lambda s: s.select_sequences([0, 1]), "sequence 1: accepted are 0 to 0"),
+        (attend(2), "must be of the 30 tokens appended last .*; got 2 tokens"),
+        (lambda s: s.truncate(28), "must leave 0 or 4 to 30 tokens.*; got 2 of 30"),
+        (lambda s: s.truncate(31), "got -1 of 30"),
+        (lambda s: s.truncate(-1), "got 31 of 30"),
+        (lambda s: s.select_sequences([0, 1]), r"a sequence must be in 0\.\.0; got 1"),
         (
             lambda s: (s.flush(), s.attend(*tokens(30)[1])),
-            "accepted are those appended last, 1 an",
+            "must follow the append of its tokens at once",
         ),
-        (lambda s: KVStore(s.routing, Budget(nprobe=9)), "nprobe=9: accepted are 1 to nlist=8"),
-        (lambda s: KVStore(s.routing, FULL).reserve(5), "reserve before the first append"),
+        (lambda s: KVStore(s.selector, Budget(nprobe=9)), r"nprobe must be in 1\.\.8; got 9"),
+        (lambda s: KVStore(s.selector, FULL).reserve(5), "before the first append; got none"),
     ],
 )
 def test_bad_input_changes_nothing(routing, call, message):
@@ -478,21 +503,44 @@ def test_bad_input_changes_nothing(routing, call, message):
     assert_close(store.attend(*part(queries, 30, 31)), expected(keys, queries[0], 31))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nprobe": 4, "top_p": 0}, "top_p=0: accepted are 0 < top_p <= 1"),
-        ({"top_p": "1"}, "top_p='1': accepted"),
-        ({"nprobe": 4, "flush_every": 0}, "flush_every=0: accepted are integers from 1"),
-        ({"nprobe": 4, "dense_below": -1}, "dense_below=-1: accepted are integers from 0"),
-        ({"nprobe": True}, "nprobe=True: accepted are integers from 1"),
-        ({"nprobe": 4, "dense_layers": (0, -1)}, r"dense_layers=\(0, -1\): accepted is a tuple"),
-        ({"nprobe": 4, "dense_layers": "01"}, "dense_layers='01': accepted is a tuple"),
-        ({"min_weight": 0}, "min_weight=0: accepted are numbers above 0"),
-        ({}, "nprobe, max_tokens, top_p, min_weight are all None"),
+        ({"nprobe": 4, "top_p": 0}, "top_p must be above 0 and at most 1; got 0"),
+        ({"top_p": "1"}, "top_p must be .*; got '1'"),
+        ({"nprobe": 4, "flush_every": 0}, "flush_every must be an integer of at least 1; got 0"),
+        ({"nprobe": 4, "dense_below": -1}, "dense_below must be an integer of at least 0; got -1"),
+        ({"nprobe": True}, "nprobe must be an integer of at least 1; got True"),
+        (
+            {"nprobe": 4, "dense_layers": (0, -1)},
+            r"dense_layers must be a tuple of .*; got \(0, -1\)",
+        ),
+        ({"nprobe": 4, "dense_layers": "01"}, "dense_layers must be a tuple of .*; got '01'"),
+        ({"min_weight": 0}, "min_weight must be a number above 0; got 0"),
+        ({}, "one of nprobe, max_tokens, top_p, min_weight must be set; got none"),
     ],
 )
 def test_budget_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         Budget(**options)
     assert Budget(nprobe=4, dense_layers=[0, 1]).dense_layers == (0, 1)
+
+
+@pytest.mark.parametrize("every", [None, 1, 8, 512])
+def test_rows_in_lists_never_fall_and_the_tail_is_short(every):
+    budget = Budget(nprobe=4, n_sink=16, window=256, flush_every=every)
+    before = 0
+    for length in range(70_000):
+        rows, spare = budget.rows_in_lists(length), length - 16 - 256
+        assert before <= rows <= max(0, spare)
+        # By default 8 tokens at most wait beside the window, or 1/128 of a long context.
+        assert spare - rows < (every or max(8, spare / 128))
+        before = rows
+    assert Budget(nprobe=4).rows_in_lists(16 + 256 + 5 * 8 + 7) == 5 * 8
+
+
+def test_the_tail_of_the_default_leaves_room_in_a_small_share():
+    """5.4 % of 8,192 tokens can be visited: sinks and tail alone are less."""
+    budget = Budget(max_tokens=0)
+    assert 8192 - budget.rows_in_lists(8192) < 0.037 * 8192

@@ -5,7 +5,7 @@ import torch
 
 from saap import hf
 from saap.hf.layerwise import LayerStream, StopLayer, decoder_layers
-from saap.prefill import DensePrefill
+from saap.training.capture import DenseAttention
 
 from .conftest import random_model
 from .test_hf import FAMILIES
@@ -14,18 +14,23 @@ from .test_hf import FAMILIES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_at_a_time_is_the_whole_model(family):
     chunk = 50
-    model = random_model(family, **FAMILIES[family], num_hidden_layers=3)
+    model = random_model(family, **{"num_hidden_layers": 3, **FAMILIES[family]})
     tokens = torch.randint(1, 96, (130,), generator=torch.Generator().manual_seed(3))
-    whole = DensePrefill(130)
-    hf.run_chunks(model, tokens[None], whole, chunk=chunk)
+    whole: dict[int, DenseAttention] = {}
+    with (
+        torch.no_grad(),
+        hf.routed(model, lambda call: whole.setdefault(call.layer, DenseAttention(130))(call)),
+    ):
+        for part in torch.arange(130).split(chunk):
+            model(tokens[None, part], position_ids=part[None], use_cache=False)
     stream, hidden = LayerStream(model, chunk=chunk), None
-    for layer in range(3):
-        alone = DensePrefill(130)
+    for layer in range(len(whole)):
+        alone = DenseAttention(130)
         hidden = stream.run(layer, tokens, hidden, alone)
-        assert list(alone.caches) == [layer]
-        for ours, expected in zip(
-            alone.caches[layer].views(), whole.caches[layer].views(), strict=True
-        ):
+        for name in ("k", "v"):
+            ours, expected = (
+                getattr(own.store, name)[:, :, :130] for own in (alone, whole[layer])
+            )
             assert torch.equal(ours, expected), layer
     assert hidden.shape == (1, 130, 64)
 
@@ -35,7 +40,7 @@ def test_the_model_is_as_before():
     tokens = torch.arange(1, 40)
     expected = model(tokens[None]).logits
     before = model.config._attn_implementation
-    LayerStream(model).run(1, tokens, torch.zeros(1, 39, 64), DensePrefill(39))
+    LayerStream(model).run(1, tokens, torch.zeros(1, 39, 64), DenseAttention(39))
     assert not any("forward" in vars(m) for m in model.modules())
     assert model.config._attn_implementation == before
     assert torch.equal(model(tokens[None]).logits, expected)

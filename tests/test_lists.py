@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap.index.lists import bucket_ranges, invert
+from saap.kernels.routing import select_lists
 
 
 def random_lists(seed, n=60, nlist=7, heads=2):
@@ -77,7 +78,7 @@ def test_a_cut_bucket_keeps_its_newest_rows():
 @pytest.mark.parametrize("nprobe", [0, 8, -1])
 def test_nprobe_out_of_range(nprobe):
     _, lists = random_lists(0)
-    with pytest.raises(ValueError, match=rf"nprobe={nprobe}: accepted are 1 to nlist=7"):
+    with pytest.raises(ValueError, match=rf"nprobe must be in 1\.\.7; got {nprobe}"):
         bucket_ranges(torch.rand(1, 2, 7), lists.offsets, nprobe=nprobe)
 
 
@@ -104,3 +105,22 @@ def test_a_few_lists_that_fill_the_budget_are_found_as_all_are(uneven):
             ends = lists.offsets[0, head][order[query, head, :n].long() + 1]
             used = lengths[query, head] > 0
             assert (starts + lengths)[query, head][used].tolist() == ends.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    nprobe=st.none() | st.integers(1, 7),
+    max_tokens=st.none() | st.integers(0, 80),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    per_row=st.booleans(),
+)
+def test_rows_are_those_that_a_decode_step_visits(seed, nprobe, max_tokens, top_p, per_row):
+    """`select_lists`, which the KV store uses and this package may not import."""
+    if nprobe is max_tokens is top_p is None:
+        nprobe = 3
+    lists = random_lists(seed)[1]
+    scores = torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(seed))
+    bounds = {"nprobe": nprobe, "max_tokens": max_tokens, "top_p": top_p, "per_row": per_row}
+    expected = select_lists(scores, lists.offsets, impl="reference", **bounds)
+    assert rows_of(*bucket_ranges(scores, lists.offsets, **bounds)) == rows_of(*expected)

@@ -62,9 +62,9 @@ def test_the_dense_part_is_read_once(reference_model, prompt, monkeypatch):
     from saap.eval import reader as module
 
     reads = []
-    run = module.hf.run_chunks
+    read = module.hf.read_context
     monkeypatch.setattr(
-        module.hf, "run_chunks", lambda *a, **k: reads.append(a[1].shape[1]) or run(*a, **k)
+        module.hf, "read_context", lambda *a, **k: reads.append(len(a[1])) or read(*a, **k)
     )
     own = reader(reference_model, "streaming", NARROW, question_tokens=40)
     ids, answer = prompt
@@ -82,9 +82,9 @@ def test_generation_stops(reference_model, prompt):
 
 
 def test_bad_prompts(reference_model):
-    with pytest.raises(ValueError, match="question_tokens=0"):
+    with pytest.raises(ValueError, match="question_tokens must be at least 1; got 0"):
         reader(reference_model, question_tokens=0)
-    with pytest.raises(ValueError, match="a prompt of 1 tokens"):
+    with pytest.raises(ValueError, match="a prompt must have at least 2 tokens; got 1"):
         reader(reference_model).log_likelihood([3], [4])
     assert shortened([1, 2, 3], 2) == [2, 3]
     assert shortened([1, 2, 3], 0) == []

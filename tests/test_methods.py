@@ -1,31 +1,39 @@
 """Every method: exact at full budget, different below it, monotone in the budget."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from saap import hf
 from saap.budget import Budget
 from saap.eval.tasks.attention import LayerProblem
-from saap.kernels.attention.api import merge_states
 from saap.methods import METHODS, find_method
 
 LAYER = 2
+LAYOUT = Budget(max_tokens=0, n_sink=16, window=32, flush_every=1)
 # Methods that visit whole buckets, of which there are `index.nlist`, and those that visit cells.
 BUCKETED = ["random", "kmeans-rope", "kmeans", "linear", "mlp", "moments"]
-CELLED = ["oracle", "kmeans-cells", "saap"]
+CELLED = ["oracle", "kmeans-cells", "blend"]
+
+
+def problem_of(model, captured):
+    """1016 tokens of context, of which 968 are in the middle, and 8 queries."""
+    return LayerProblem(captured, hf.model_layers(model)[LAYER].info, LAYOUT)
 
 
 @pytest.fixture(scope="module")
-def problem(captured):
-    return LayerProblem(captured, LAYER, n_sink=16, window=32)
+def problem(reference_model, captured):
+    own = problem_of(reference_model, captured)
+    assert own.stop - own.first == own.n_context - 16 - 32 == 968
+    return own
 
 
 def answer(problem, method, budget):
     """`out, lse` of the method, and the rows of the middle it visits `[n, H]`."""
-    selector = method.build(problem.keys)
-    store = problem.store_for(selector)
-    starts, lengths = selector.select(problem.q_rope, problem.q_derope, budget)
-    chosen = problem._attend(store.k, store.v, starts + problem.first, lengths)
-    return *merge_states(*chosen, *problem.local), lengths.sum(-1)
+    budget = dataclasses.replace(budget, n_sink=16, window=32, flush_every=1)
+    out, lse, _, lengths = problem.attend(problem.store_for(method, budget), budget)
+    return out, lse, lengths.sum(-1)
 
 
 @pytest.mark.parametrize("share", ["group", "head"])
@@ -84,7 +92,7 @@ def test_nothing_beats_the_oracle(problem, reference_index, share):
         return mass
 
     best = caught("oracle", Budget(nprobe=4, share=share))
-    for name in ("saap", "kmeans-cells"):
+    for name in ("blend", "kmeans-cells"):
         assert (caught(name, Budget(nprobe=4, share=share)) <= best + 1e-5).all(), name
     for name in ("random", "kmeans", "linear", "mlp"):
         mass = caught(name, Budget(nprobe=4, share=share))
@@ -93,23 +101,25 @@ def test_nothing_beats_the_oracle(problem, reference_index, share):
 
 
 def test_unknown_method_names_the_nearest():
-    with pytest.raises(ValueError, match=r"'sap' is unknown .did you mean 'saap'.*accepted are"):
+    with pytest.raises(
+        ValueError, match=r"method must be one of .*; got 'sap' .did you mean 'saap'"
+    ):
         find_method("sap")
 
 
 def test_method_without_index():
-    with pytest.raises(ValueError, match="'saap' needs a trained index"):
-        find_method("saap")(None)
+    with pytest.raises(ValueError, match="'mlp' needs a trained index"):
+        find_method("mlp")(None)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nprobe, max_tokens, top_p, min_weight are all None"),
-        ({"nprobe": 0}, "nprobe=0: accepted are integers from 1"),
-        ({"max_tokens": -1}, "max_tokens=-1"),
-        ({"nprobe": 1, "window": 0}, "window=0"),
-        ({"nprobe": 1, "share": "all"}, "share='all': accepted are 'group' and 'head'"),
+        ({}, "one of nprobe, max_tokens, top_p, min_weight must be set; got none"),
+        ({"nprobe": 0}, "nprobe must be an integer of at least 1; got 0"),
+        ({"max_tokens": -1}, "max_tokens must be .*; got -1"),
+        ({"nprobe": 1, "window": 0}, "window must be .*; got 0"),
+        ({"nprobe": 1, "share": "all"}, "share must be 'group' or 'head'; got 'all'"),
     ],
 )
 def test_bad_budgets(options, message):
@@ -119,14 +129,15 @@ def test_bad_budgets(options, message):
 
 def test_budget_for_selectivity_counts_sinks_and_window():
     budget = Budget.for_selectivity(0.05, 8000, n_sink=16, window=250)
-    assert budget.max_tokens == 400 - 16 - 250
-    with pytest.raises(ValueError, match=r"sinks and window take 266: accepted is above 0\.0333"):
+    # What has left the window since the last flush is visited in any case.
+    assert budget.max_tokens == 400 - 16 - 250 - (8000 - 16 - 250) % 16
+    with pytest.raises(ValueError, match=r"above 0\.0340, .* take 272 rows of 8000"):
         Budget.for_selectivity(0.03, 8000, n_sink=16, window=250)
 
 
 def test_nprobe_above_nlist(problem, reference_index):
     assert reference_index.nlist * reference_index.layers[0].n_segments == 512
-    with pytest.raises(ValueError, match="nprobe=513: accepted are 1 to nlist=512"):
-        answer(problem, find_method("saap")(reference_index), Budget(nprobe=513))
-    with pytest.raises(ValueError, match="nprobe=33: accepted are 1 to nlist=32"):
+    with pytest.raises(ValueError, match=r"nprobe must be in 1\.\.512; got 513"):
+        answer(problem, find_method("blend")(reference_index), Budget(nprobe=513))
+    with pytest.raises(ValueError, match=r"nprobe must be in 1\.\.32; got 33"):
         answer(problem, find_method("mlp")(reference_index), Budget(nprobe=33))

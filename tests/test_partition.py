@@ -1,4 +1,4 @@
-"""`saap.attached(model)` without a trained index: each layer clusters the prompt's own keys."""
+"""The `blend` without a trained index: each layer clusters the keys of the prompt itself."""
 
 import pytest
 import torch
@@ -6,8 +6,11 @@ import torch
 import saap
 from saap import hf
 from saap.budget import Budget
-from saap.kv_store import KVStore
+from saap.kv import KVStore
+from saap.methods import find_method
+from saap.methods.learned import PromptSelector
 from saap.partition import partition_keys
+from saap.selector import LayerInfo
 
 from .test_generate import generated, make, prompt
 
@@ -29,17 +32,17 @@ def test_with_the_full_budget_tokens_are_those_of_dense(family):
     model = make(family)
     given = inputs(LENGTH, SHORTER)
     expected = generated(model, given)
-    with saap.attached(model, budget=WHOLE) as saap_model:
+    with saap.attached(model, budget=WHOLE, method="blend") as saap_model:
         cache = saap_model.cache(capacity=LENGTH + 40)
         assert torch.equal(generated(model, given, past_key_values=cache), expected)
         if family != "phi3":  # longrope drops the cache where its tables switch
-            assert all(layer.store.routing is not None for layer in cache.saap_layers)
+            assert all(layer.store.selector.ready for layer in cache.saap_layers)
             assert all(min(layer.store.middles) > 0 for layer in cache.saap_layers)
 
 
 def test_few_rows_are_visited():
     model = make("llama")
-    with saap.attached(model, budget=FEW) as saap_model:
+    with saap.attached(model, budget=FEW, method="blend") as saap_model:
         cache = saap_model.cache()
         generated(model, inputs(LENGTH), past_key_values=cache)
         assert cache.visited_share < 0.1
@@ -53,32 +56,32 @@ def test_short_prompts_and_what_follows_stay_dense():
     model = make("llama")
     given = {"input_ids": prompt(1, 200), "attention_mask": torch.ones(1, 200)}
     expected = generated(model, given)
-    with saap.attached(model, budget=FEW) as saap_model:
+    with saap.attached(model, budget=FEW, method="blend") as saap_model:
         cache = saap_model.cache()
         assert torch.equal(generated(model, given, past_key_values=cache), expected)
         assert cache.visited_share == 1.0
-        assert cache.saap_layers[0].store.routing is None
+        assert not cache.saap_layers[0].store.selector.ready
 
 
 def test_dense_layers_stay_dense():
     model = make("llama")
     budget = Budget(max_tokens=50, dense_layers=(1,), **PLACES)
-    with saap.attached(model, budget=budget) as saap_model:
+    with saap.attached(model, budget=budget, method="blend") as saap_model:
         cache = saap_model.cache()
         generated(model, inputs(LENGTH), past_key_values=cache)
-        assert cache.saap_layers[0].store.routing is not None
-        assert cache.saap_layers[1].store.routing is None
+        assert cache.saap_layers[0].store.selector.ready
+        assert cache.saap_layers[1].store.selector is None
 
 
 def test_what_needs_a_trained_index_says_so(tmp_path):
     model = make("llama")
-    with pytest.raises(ValueError, match="router='mlp' without an index: accepted is 'centroid'"):
-        saap.attached(model, router="mlp").__enter__()
-    with saap.attached(model, budget=FEW) as saap_model:
+    with pytest.raises(ValueError, match=r"method 'mlp' needs a trained index .*; got none"):
+        saap.attached(model, method="mlp").__enter__()
+    with saap.attached(model, budget=FEW, method="blend") as saap_model:
         cache = saap_model.cache()
-        with pytest.raises(ValueError, match="attached without an index: accepted for contexts"):
+        with pytest.raises(ValueError, match="a context of method 'blend' needs a trained index"):
             saap_model.save_context(cache, prompt()[0], tmp_path / "c.saap")
-        with pytest.raises(ValueError, match="attached without an index: accepted for contexts"):
+        with pytest.raises(ValueError, match="a context of method 'blend' needs a trained index"):
             saap_model.open_context(tmp_path / "c.saap")
     assert not list(tmp_path.iterdir())
 
@@ -93,15 +96,48 @@ def test_padding_has_no_part_in_the_partition():
     assert torch.equal(*found)
 
 
-def test_a_store_that_holds_tokens_keeps_its_routing():
+def test_more_frequencies_than_the_head_has_pairs_are_refused():
     keys = torch.randn(1, 2, 1200, 16, generator=torch.Generator().manual_seed(0))
-    routing = partition_keys(keys, None, sm_scale=0.25, nlist=8)
-    store = KVStore(None, FEW)
-    store.append(keys, keys, keys)
-    with pytest.raises(ValueError, match="route_by with 1200 tokens: accepted is an empty store"):
-        store.route_by(routing)
-    with pytest.raises(ValueError, match="nprobe=1000: accepted are 1 to nlist=128"):
-        KVStore(None, Budget(nprobe=1000)).route_by(routing)
+    with pytest.raises(ValueError, match=r"head_dim / 2 = 8 frequencies; got \[64\]"):
+        partition_keys(keys, torch.ones(64), sm_scale=0.25)
+
+
+def test_a_prompt_that_repeats_itself_has_a_partition():
+    sentence = torch.randn(1, 2, 15, 16, generator=torch.Generator().manual_seed(0))
+    for keys in (sentence.repeat(1, 1, 80, 1), sentence[:, :, :1].repeat(1, 1, 1200, 1)):
+        routing = partition_keys(keys, torch.ones(8), sm_scale=0.25)
+        assert routing.centroids.isfinite().all()
+        assert routing.key_scale.isfinite().all()
+
+
+def test_a_store_that_holds_tokens_keeps_its_partition():
+    """It is that of the first tokens: a short prompt has none, and later ones do not give one."""
+    keys = torch.randn(1, 2, 2400, 16, generator=torch.Generator().manual_seed(0))
+    store = KVStore(PromptSelector(LayerInfo(0.25), 0), FEW)
+    store.append(*[keys[:, :, :1200]] * 3)
+    before = store.selector.routing
+    store.append(*[keys[:, :, 1200:]] * 3)
+    assert store.selector.routing is before is not None
+    short = KVStore(PromptSelector(LayerInfo(0.25), 0), FEW)
+    for part in (keys[:, :, :300], keys[:, :, 300:]):
+        short.append(part, part, part)
+    assert short.selector.routing is None
+
+
+def test_the_first_append_makes_the_partition_and_later_ones_keep_it():
+    keys = torch.randn(1, 2, 1200, 16, generator=torch.Generator().manual_seed(0))
+    method = find_method("blend")()
+    stores = [KVStore(method.selector(LayerInfo(0.25)), FEW) for _ in range(2)]
+    for store, n in zip(stores, (1200, 900), strict=True):
+        store.append(*[keys[:, :, :n]] * 3)
+    first = stores[0].selector.routing
+    for store in stores:
+        store.append(*[keys[:, :, -300:]] * 3)
+        store.flush()
+    assert stores[0].selector.routing is first
+    assert stores[0].middles == [1472]  # all but 4 sinks and a window of 16: 1480, in sixteens
+    assert not stores[1].selector.ready  # its first tokens were too few
+    assert stores[1].middles == [0]
 
 
 def test_the_reference_model_finds_far_keys_with_it():
@@ -114,7 +150,7 @@ def test_the_reference_model_finds_far_keys_with_it():
     found = []
     with torch.no_grad():
         for budget in (WHOLE, FEW, Budget(max_tokens=0, **PLACES)):
-            with saap.attached(model, budget=budget) as saap_model:
+            with saap.attached(model, budget=budget, method="blend") as saap_model:
                 cache = saap_model.cache()
                 model(tokens[:, :-40], past_key_values=cache)
                 logits = [

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from saap.eval.reference import held_out_text, retrieval, text
-from saap.eval.reference.recipe import CPU, GPU
+from reference_training.recipe import CPU, GPU
+from saap.eval import source_text as text
+from saap.eval.reference import held_out_text, retrieval
 from saap.eval.reference.retrieval import ITEMS, Draw
 from saap.eval.reference.sequences import Mix, SequenceMaker
 from saap.eval.reference.weaving import ANSWER_WEIGHT, line, weave
@@ -182,5 +183,5 @@ def test_missing_packages_are_told(monkeypatch):
     assert all(s.version and s.licence and s.root.is_dir() for s in found)
     monkeypatch.setattr(text.importlib.metadata, "distribution", absent)
     assert text.find_sources(("stdlib", "numpy"))[1] == ["numpy"]
-    with pytest.raises(ValueError, match="source 'pandas': accepted are stdlib, numpy"):
+    with pytest.raises(ValueError, match="source must be one of stdlib, numpy"):
         text.find_sources(("pandas",))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reference_training import checkpoint, export, gpu, judge, plan, recipe, train
+from reference_training.batches import Batches, batches_from
+from reference_training.decoder import Decoder, DecoderConfig
 from saap import hf
-from saap.eval.reference import FOLDER, checkpoint, export, gpu, judge, plan, recipe, train
-from saap.eval.reference.batches import Batches, batches_from
-from saap.eval.reference.decoder import Decoder, DecoderConfig
+from saap.eval.reference import FOLDER
 from saap.eval.reference.sequences import Mix
 from saap.eval.tasks import passkey
 
@@ -121,11 +122,13 @@ def test_checkpoints_come_in_small_parts(tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
     parts[1].write_bytes(parts[1].read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=f"{parts[1].name}: missing or altered"):
+    with pytest.raises(
+        ValueError, match=f"{parts[1].name}: must be as .*; got a missing or altered file"
+    ):
         checkpoint.load_parts(tmp_path)
-    with pytest.raises(ValueError, match="takes 8512 bytes: accepted are at most 5000"):
+    with pytest.raises(ValueError, match="must take at most 5000 bytes; got 8512"):
         checkpoint.save_parts(tmp_path, {"large": torch.zeros(2000)}, {"step": 3})
-    with pytest.raises(ValueError, match="large holds NaN or inf as"):
+    with pytest.raises(ValueError, match="large must be finite in"):
         checkpoint.save_parts(tmp_path, {"large": torch.tensor([1e6]).half()}, {"step": 3})
 
 
@@ -197,10 +200,13 @@ def test_plan_and_bad_options(capsys, monkeypatch):
     assert "128k" in printed
     assert "(given)" in printed
     for arguments, message in [
-        (["--recipe", "TPU"], "recipe 'TPU': accepted are CPU, GPU"),
-        (["--recipe", "GPU", "--plan", "--rates", "1,2"], "--rates '1,2'"),
-        (["--recipe", "TINY", "--scale", "0", "--out", "x"], "scale=0.0"),
-        (["--recipe", "TINY"], "--out is not given"),
+        (["--recipe", "TPU"], "recipe must be one of CPU, GPU"),
+        (
+            ["--recipe", "GPU", "--plan", "--rates", "1,2"],
+            "--rates must be three positive",
+        ),
+        (["--recipe", "TINY", "--scale", "0", "--out", "x"], "scale must be above 0"),
+        (["--recipe", "TINY"], "--out must be the folder of the run"),
     ]:
         with pytest.raises(SystemExit) as ended:
             run(*arguments)
@@ -265,9 +271,9 @@ def test_comparison_of_a_run(tmp_path, monkeypatch):
 def test_judged_by_one_pass_as_by_greedy_answers(reference_model, reference_tokenizer):
     """On the shipped model: the decoder's verdicts are those of generation with a cache."""
     from saap.budget import Budget
-    from saap.eval.tasks.answering import encode, greedy_answer
+    from saap.eval.decoding import decoder
+    from saap.eval.tasks.answering import encode
     from saap.methods import find_method
-    from saap.prefill import DensePrefill
 
     judged = judge.Judge(judge.load_decoder(FOLDER, "cpu"), b"", "cpu")
     text = judge.read_held_out(FOLDER)
@@ -280,12 +286,11 @@ def test_judged_by_one_pass_as_by_greedy_answers(reference_model, reference_toke
         )  # fmt: skip
         verdict = judged.is_right(context + prompt.question, prompt.answer.encode())
         tokens = encode(reference_tokenizer, context)
-        prefill = DensePrefill(len(tokens))
-        hf.run_chunks(reference_model, tokens[None], prefill)
+        read = hf.read_context(reference_model, tokens)
         question = encode(reference_tokenizer, prompt.question, special=False)
-        generated, _ = greedy_answer(
-            reference_model, prefill, question, find_method("dense")(), Budget(max_tokens=1), 7
-        )
+        dense, any_budget = find_method("dense")(), Budget(max_tokens=1)
+        with decoder(reference_model, read, dense, any_budget, 64) as own:
+            generated = own.greedy(question, 7)
         assert verdict == (bytes(generated) == prompt.answer.encode())
         verdicts.append(verdict)
     assert set(verdicts) == {True, False}

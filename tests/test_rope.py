@@ -60,5 +60,5 @@ def test_families_of_transformers(family, variant):
 
 def test_unknown_rotation_is_refused():
     cos, sin = tables(16)
-    with pytest.raises(ValueError, match="none of half, half-width"):
+    with pytest.raises(ValueError, match="must be one of half, half-width"):
         identify_variant(lambda q, k, c, s: (q.flip(-1) * c[:, None], k), cos, sin, 16)

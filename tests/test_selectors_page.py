@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from benchmarks import refinement, selectors, selectors_page
+from saap import hf
+from saap.eval import reference
+from saap.eval.tasks.answering import encode
+from saap.kv.ranges import LOCAL
 from saap.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,8 +18,10 @@ SHARE = 0.2
 
 
 @pytest.fixture(scope="module")
-def question(captured):
-    return selectors.Question(captured, 2, [SHARE])
+def question(reference_model, reference_tokenizer):
+    tokens = encode(reference_tokenizer, reference.split_held_out()[1][:1200])[:1024]
+    read = hf.read_context(reference_model, tokens, n_queries=8)
+    return selectors.Question(read, hf.model_layers(reference_model)[2].info, [SHARE])
 
 
 def test_visited_rows_are_those_of_the_ranges():
@@ -26,16 +32,16 @@ def test_visited_rows_are_those_of_the_ranges():
 @pytest.mark.parametrize("name", ["kmeans", "saap", "quest", "oracle-tokens"])
 def test_recall_is_that_of_a_plain_count(question, reference_index, name):
     problem, budget = question.problem, question.budgets[SHARE]
-    selector = METHODS[name](reference_index).build(problem.keys)
-    found = selectors.top_k_found(problem, selector, budget, question.true)
-    starts, lengths = selector.select(problem.q_rope, problem.q_derope, budget)
+    store = problem.store_for(METHODS[name](reference_index), budget)
+    found = selectors.top_k_found(problem, store, budget, question.true)
+    positions = problem.n_context + torch.arange(problem.n_queries)
+    starts, lengths = store.select(problem.q_rope, problem.q_derope, budget, positions=positions)
     for query in range(problem.n_queries):
         for head in range(found.shape[1]):
             kv = head * problem.n_kv // found.shape[1]
-            ranges = zip(starts[query, kv].tolist(), lengths[query, kv].tolist(), strict=True)
-            rows = [r for s, n in ranges for r in range(s, s + n)]
-            if selector.order is not None:
-                rows = selector.order[0, kv, rows].tolist()
+            chosen = (t[query, kv, LOCAL:].tolist() for t in (starts, lengths))
+            rows = [r for s, n in zip(*chosen, strict=True) for r in range(s, s + n)]
+            rows = (store.rows.tokens[0, kv, rows] - problem.first).tolist()
             true = question.true[query, head].tolist()
             assert found[query, head] == pytest.approx(len(set(rows) & set(true)) / len(true))
 

@@ -1,11 +1,13 @@
-"""Sweeps: build and search parameters apart, one build for many points; what no one reads."""
+"""Sweeps: build and search parameters apart, one build for many points; what nothing uses."""
 
 import pytest
 
-from saap.eval.arms import make_arms
+from saap import hf
+from saap.budget import Budget
+from saap.eval.decoding import decoders
 from saap.eval.run import EvalConfig
 from saap.eval.sweep import read_sweep, with_parameters
-from saap.eval.tasks.answering import decoders
+from saap.eval.variants import Point, make_variants
 from saap.methods import METHODS
 
 from .test_cli import run_cli
@@ -34,37 +36,37 @@ def test_a_sweep_is_all_combinations(tmp_path):
     config = EvalConfig(**read_sweep(write(tmp_path, SWEEP)))
     assert config.contexts == (1024, 2048)
     assert config.budgets == (0.1,)
-    arms = make_arms(config.methods, None, 0)
-    assert [a.label for a in arms] == [
+    variants = make_variants(config.methods, None, 0)
+    assert [a.label for a in variants] == [
         "dense", "quest", "kmeans-online[rows_per_cluster=8,n_iter=2]",
         "kmeans-online[rows_per_cluster=16,n_iter=2]",
     ]  # fmt: skip
-    labels = [[p.label for p in a.points((0.2,), 1000, "group")] for a in arms]
+    labels = [[p.label for p in a.points((0.2,), 1000, "group")] for a in variants]
     clusters = ["nprobe=4", "nprobe=8"]
     assert labels == [["0.2"], ["0.2 share=group", "0.2 share=head"], clusters, clusters]
-    assert arms[2].method.build_options.rows_per_cluster == 8
-    assert arms[2].points((0.2,), 1000, "group")[1].budget.nprobe == 8
+    assert variants[2].method.build_options.rows_per_cluster == 8
+    assert variants[2].points((0.2,), 1000, "group")[1].budget.nprobe == 8
 
 
-def test_one_build_serves_many_points(captured, monkeypatch):
-    (arm,) = make_arms(({"name": "hnsw", "search": {"ef": [16, 32, 64]}},), None, 0)
+def test_one_build_serves_many_points(tiny_model, tiny_tokens, monkeypatch):
+    (variant,) = make_variants(({"name": "hnsw", "search": {"ef": [16, 32, 64]}},), None, 0)
     builds = []
     build = METHODS["hnsw"].build
     monkeypatch.setattr(
         METHODS["hnsw"], "build", lambda self, keys: builds.append(keys.layer) or build(self, keys)
     )
-    points = arm.points((0.2, 0.3), 1024, "group")
+    tokens = tiny_tokens[0]
+    read = hf.read_context(tiny_model, tokens)
+    budgets = [Budget(max_tokens=n, n_sink=4, window=32) for n in (20, 60)]
+    points = [Point("", budget, search) for search in variant.search for budget in budgets]
     seen = []
-    for point, decode in decoders(captured, arm, points, 4):
-        decode(captured.calls[0].__class__(**{
-            **captured.calls[0].__dict__,
-            **{n: getattr(captured.calls[0], n)[:, :, -1:]
-               for n in ("q_rope", "q_derope", "k_rope", "k_derope", "v")},
-        }))  # fmt: skip
-        seen.append((decode.layers[0].selector.search.ef, decode.layers[0].store.length))
-        assert decode.layers[0].budget == point.budget
-    assert builds == [0]
-    assert seen == [(ef, 1025) for ef in (16, 16, 32, 32, 64, 64)]
+    for point, decoder in decoders(tiny_model, read, variant, points, 4):
+        decoder.logits([5, 6])
+        store = decoder.cache.saap_layers[0].store
+        seen.append((store.selector.method.search_options.ef, store.length))
+        assert store.budget == point.budget
+    assert [layer.number for layer in builds] == [0, 1]
+    assert seen == [(ef, 302) for ef in (16, 16, 32, 32, 64, 64)]
 
 
 def test_parameters_of_the_command_line():
@@ -72,7 +74,7 @@ def test_parameters_of_the_command_line():
     assert found == (
         "dense", {"name": "quest", "build": {"page_size": [8, 32]}, "search": {"share": ["head"]}},
     )  # fmt: skip
-    assert [a.method.page_size for a in make_arms(found[1:], None, 0)] == [8, 32]
+    assert [a.method.page_size for a in make_variants(found[1:], None, 0)] == [8, 32]
 
 
 def bad(text, message):
@@ -82,20 +84,19 @@ def bad(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        bad("", "the sweep is empty"),
-        bad("- dense", "holds list: accepted is a mapping"),
-        bad("methods: [dense]\nbudget: 0.1", "no one reads 'budget' (did you mean 'budgets'?)"),
-        bad("methods: []", "methods is empty"),
+        bad("", "a sweep must hold at least 'methods'"),
+        bad("- dense", "must be a mapping of keys; got list"),
+        bad("methods: [dense]\nbudget: 0.1", "got 'budget' (did you mean 'budgets'?)"),
+        bad("methods: []", "methods must hold at least one value; got none"),
         bad("methods: [dens]", "did you mean 'dense'"),
-        bad("methods: [{search: {ef: 3}}]", "has no name"),
-        bad("methods: [{name: hnsw, search: {eff: 3}}]", "search of hnsw: no one reads 'eff' "
-            "(did you mean 'ef'?)"),
-        bad("methods: [{name: hnsw, build: {ef: 3}}]", "build of hnsw: no one reads 'ef'"),
-        bad("methods: [{name: hnsw, search: {ef: []}}]", "ef is empty"),
-        bad("methods: [dense]\ncontexts: [8k]", "contexts: '8k': accepted is int"),
-        bad("methods: [dense]\nbudgets: [x]", "budgets: 'x': accepted is int or float"),
+        bad("methods: [{search: {ef: 3}}]", "a method must be a mapping with 'name'"),
+        bad("methods: [{name: hnsw, search: {eff: 3}}]", "got 'eff' (did you mean 'ef'?)"),
+        bad("methods: [{name: hnsw, build: {ef: 3}}]", "build of hnsw: a key must be one of"),
+        bad("methods: [{name: hnsw, search: {ef: []}}]", "ef must be a value or a list"),
+        bad("methods: [dense]\ncontexts: [8k]", "contexts must be int; got '8k'"),
+        bad("methods: [dense]\nbudgets: [x]", "budgets must be int or float; got 'x'"),
         bad("methods: [dense]\ntasks: [pass-key]", "did you mean 'passkey'"),
-        bad("methods: [dense", "is not YAML"),
+        bad("methods: [dense", "must be YAML"),
     ],
 )  # fmt: skip
 def test_bad_sweeps(monkeypatch, capsys, tmp_path, text, message):
@@ -112,9 +113,9 @@ def test_bad_sweeps(monkeypatch, capsys, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("quest.page_size", "accepted is METHOD.KEY=VALUE"),
-        ("saap.page_size=3", "'saap' is not among those of --methods"),
-        ("quest.pages=3", "build of quest: no one reads 'pages'"),
+        ("quest.page_size", "must be METHOD.KEY=VALUE"),
+        ("saap.page_size=3", "must name a method of --methods, quest; got 'saap.page_size=3'"),
+        ("quest.pages=3", "build of quest: a key must be one of"),
     ],
 )
 def test_bad_parameters(monkeypatch, capsys, tmp_path, option, message):

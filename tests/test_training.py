@@ -67,13 +67,13 @@ def test_truncated_altered_and_foreign_files(tiny_index, tmp_path):
     tiny_index.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
         TrainedIndex.load(path)
     path.write_bytes(whole[:-4] + b"\x01\x02\x03\x04")
-    with pytest.raises(ValueError, match="checksum does not fit"):
+    with pytest.raises(ValueError, match="must fit its checksum; got another"):
         TrainedIndex.load(path)
     save_file(load_file(path) if False else {"x": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not one that `saap train` wrote"):
+    with pytest.raises(ValueError, match="must be a file that `saap train` wrote; got another"):
         TrainedIndex.load(path)
     with pytest.raises(ValueError, match="no such file"):
         TrainedIndex.load(tmp_path / "none")
@@ -86,7 +86,7 @@ def test_failed_save_leaves_the_old_file(tiny_index, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saap.index.tensor_files.os.fsync", full_disk)
+    monkeypatch.setattr("saap.index.atomic_files.os.fsync", full_disk)
     with pytest.raises(ValueError, match="No space left on device"):
         tiny_index.save(path)
     assert path.read_bytes() == b"old"
@@ -95,22 +95,34 @@ def test_failed_save_leaves_the_old_file(tiny_index, tmp_path, monkeypatch):
 
 def test_index_of_another_model(tiny_index, tiny_model):
     tiny_index.check_model(hf.describe(tiny_model))
-    with pytest.raises(ValueError, match="its num_kv_heads is 2, the model's is 4"):
+    with pytest.raises(ValueError, match="with num_kv_heads 4; got an index with num_kv_heads 2"):
         tiny_index.check_model(hf.describe(random_model("llama", num_key_value_heads=4)))
     other = random_model("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
-    with pytest.raises(ValueError, match="trained for another model: its attention_norms"):
+    with pytest.raises(ValueError, match="trained for this model, with attention_norms"):
         tiny_index.check_model(hf.describe(other))
 
 
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        (torch.zeros(0, 300, dtype=torch.long), {}, "accepted are .n, T. or 1-D ones, none empty"),
+        (
+            torch.zeros(0, 300, dtype=torch.long),
+            {},
+            "token_ids must be .n, T. or 1-D sequences, none empty; got",
+        ),
         (torch.ones(4, 30, dtype=torch.long), {"nlist": 16}, "lower nlist or bring more text"),
-        (torch.ones(4, 600, dtype=torch.long), {}, "600 tokens: accepted are at most the model's"),
-        (torch.ones(4, 300, dtype=torch.long), {"router": "tree"}, "router='tree'"),
+        (
+            torch.ones(4, 600, dtype=torch.long),
+            {},
+            "at most the model's max_position_embeddings=.* tokens; got 600",
+        ),
+        (
+            torch.ones(4, 300, dtype=torch.long),
+            {"router": "tree"},
+            "router must be one of .*; got 'tree'",
+        ),
     ],
 )
 def test_bad_training_input(tiny_model, tokens, options, message):

@@ -10,6 +10,8 @@ from saap.training.plan import MAX_QUERIES, PIECE, check_variety, make_plan
 
 from .conftest import random_model
 
+pytestmark = pytest.mark.bad_input
+
 SHORT = {"nlist": 8, "steps": 4, "hidden": 8, "window": 32}
 
 
@@ -20,7 +22,7 @@ def text(n: int, length: int, seed: int = 1) -> torch.Tensor:
 def test_a_repeated_line():
     line = text(1, 50)[0]
     sequences = list(line.repeat(4, 40)[:, :1000])
-    with pytest.raises(ValueError, match=r"the corpus repeats itself: 50 distinct pieces of 16"):
+    with pytest.raises(ValueError, match=r"the corpus must have .*; got 50 distinct pieces of 16"):
         check_variety(sequences, 64)
     # Enough pieces for the buckets, and still one line again and again.
     with pytest.raises(ValueError, match="2% of the pieces have to be different"):
@@ -29,7 +31,9 @@ def test_a_repeated_line():
 
 
 def test_a_repeated_line_is_told_before_the_model_runs(tiny_model):
-    with pytest.raises(ValueError, match=r"accepted are at least 22 \(nlist=16 buckets need"):
+    with pytest.raises(
+        ValueError, match=r"at least 22 distinct pieces of 16 tokens \(nlist=16 buckets need"
+    ):
         train(tiny_model, torch.ones(4, 300, dtype=torch.long), nlist=16, window=32)
 
 
@@ -54,7 +58,9 @@ def test_a_loss_that_is_not_finite_names_the_layer(tiny_model, tiny_tokens, monk
         return fit(q * torch.inf if calls == 2 else q, *arguments, **options)
 
     monkeypatch.setattr("saap.training.layer.fitting.fit_mlp", broken)
-    with pytest.raises(FloatingPointError, match="layer 1: router loss is nan at step 0"):
+    with pytest.raises(
+        FloatingPointError, match="layer 1: the router loss must be finite; got nan at step 0"
+    ):
         train(tiny_model, tiny_tokens, **SHORT)
 
 
@@ -62,16 +68,16 @@ def test_keys_that_are_not_finite_name_the_layer(tiny_tokens):
     model = random_model("llama", num_hidden_layers=3)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match="layer 2: points holds NaN or inf"):
+    with pytest.raises(ValueError, match="layer 2: points must be finite; got NaN or inf"):
         train(model, tiny_tokens, **SHORT)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nlist": 0}, "nlist=0: accepted are 1 and more"),
-        ({"steps": 0}, "steps=0: accepted are 1 and more"),
-        ({"window": -1}, "window=-1: accepted are 0 and more"),
+        ({"nlist": 0}, "nlist must be at least 1; got 0"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"window": -1}, "window must be at least 0; got -1"),
     ],
 )
 def test_bad_options(options, message):

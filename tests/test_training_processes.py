@@ -108,12 +108,12 @@ def test_a_folder_that_is_not_shared(model, training, tmp_path):  # noqa: F811
             train_file(model, training, tmp_path / str(processes.rank) / "x", processes=processes)
 
     found = together(*(lambda p=p: work(p) for p in pair()))
-    assert "accepted is a folder that all processes share" in str(found[1])
+    assert "must be a folder that all processes share" in str(found[1])
     assert isinstance(found[0], ProcessLost)
 
 
 def test_processes_without_a_folder(model, tokens):  # noqa: F811
-    with pytest.raises(ValueError, match="they meet in one; pass `work`"):
+    with pytest.raises(ValueError, match="must share a work folder; got none: pass `work`"):
         train(model, tokens, nlist=8, processes=pair()[0])
 
 

@@ -41,7 +41,7 @@ def test_a_worker_that_dies_is_told():
 
 
 def test_errors_of_users_stay_errors_of_users():
-    with pytest.raises(ValueError, match=r"^7: accepted is nothing$"):
+    with pytest.raises(ValueError, match=r"^7: must be no unit; got one$"):
         list(results(nothing, bad_value, [7], Crew(1, 1)))
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*TypeError"):
         list(results(nothing, bad_type, [7], Crew(1, 1)))
@@ -97,7 +97,7 @@ def test_threads_follow_from_the_machine_alone():
     assert crew_for(1, jobs=1).threads == crew_for(1, jobs=7).threads == 1
     assert crew_for(total_memory()) == Crew(1, cores)
     assert crew_for(1, threads=cores) == Crew(1, cores)
-    with pytest.raises(ValueError, match="jobs=0: accepted are 1 and more"):
+    with pytest.raises(ValueError, match="jobs must be at least 1; got 0"):
         crew_for(1, jobs=0)
 
 
@@ -147,13 +147,15 @@ def test_a_finished_run_has_nothing_left_to_do(by_two):
 
 def test_a_run_keeps_its_threads(by_two):
     assert json.loads((by_two / "run.json").read_text())["environment"]["threads"] == 1
-    with pytest.raises(ValueError, match="holds results of another run: its threads is 1, now 2"):
+    with pytest.raises(
+        ValueError, match="results of this run, with threads 2; got results with threads 1"
+    ):
         run_with_workers(source(), CONFIG, by_two, threads=2)
 
 
 def test_another_text_is_another_run(by_two):
     other = Source(reference.FOLDER, None, b"other words " * 4000, "reference")
-    with pytest.raises(ValueError, match="holds results of another run: its text is"):
+    with pytest.raises(ValueError, match="must hold results of this run, with text"):
         run_with_workers(other, CONFIG, by_two)
 
 
@@ -162,7 +164,7 @@ def test_another_version_is_another_run(by_two, tmp_path):
     run = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**run, "version": "0.0.1+00000000"}))
     before = contents(copied)
-    with pytest.raises(ValueError, match=r"results of version 0\.0\.1.00000000, this is"):
+    with pytest.raises(ValueError, match=r"got results of version 0\.0\.1.00000000"):
         run_with_workers(source(), CONFIG, copied)
     assert contents(copied) == before
 
@@ -174,7 +176,7 @@ def test_a_half_written_line(monkeypatch, capsys, by_two, tmp_path):
     before = contents(copied)
     code, _, err = run_cli(monkeypatch, capsys, "report", copied)
     assert code == 2
-    assert "the run was cut short; run `saap eval` again" in err
+    assert "the run was cut short, run `saap eval` again" in err
     assert contents(copied) == before
     run_with_workers(source(), CONFIG, copied, jobs=1)
     assert (copied / "records.jsonl").read_bytes() == whole
@@ -185,7 +187,9 @@ def test_a_damaged_line(by_two, tmp_path):
     lines = (copied / "records.jsonl").read_text().splitlines(keepends=True)
     (copied / "records.jsonl").write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
     before = contents(copied)
-    with pytest.raises(ValueError, match=r"line 2 of .* is not JSON: the file was damaged"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of .* must be JSON; got another text: the file was damaged"
+    ):
         run_with_workers(source(), CONFIG, copied)
     assert contents(copied) == before
 
@@ -197,9 +201,9 @@ def contents(folder) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--jobs", "0"], "jobs=0: accepted are 1 and more"),
-        (["--threads", "-1"], "threads=-1: accepted are 1 and more"),
-        (["--contexts", "512,512"], "contexts: 512 is there twice"),
+        (["--jobs", "0"], "jobs must be at least 1; got 0"),
+        (["--threads", "-1"], "threads must be at least 1; got -1"),
+        (["--contexts", "512,512"], "contexts must hold each value once; got 512 twice"),
     ],
 )
 def test_bad_crews(monkeypatch, capsys, tmp_path, options, message):

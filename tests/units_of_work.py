@@ -25,7 +25,7 @@ def kill_itself(_bench, unit):
 
 
 def bad_value(_bench, unit):
-    raise ValueError(f"{unit}: accepted is nothing")
+    raise ValueError(f"{unit}: must be no unit; got one")
 
 
 def bad_type(_bench, unit):

@@ -1,4 +1,4 @@
-"""The reference model: how its text is chosen, how it is trained, and where its files lie."""
+"""The reference model: where its files lie, its held-out text, sequences to train an index on."""
 
 import json
 import lzma

@@ -38,7 +38,7 @@ class Mix:
 
     def __post_init__(self):
         if abs(sum(astuple(self)) - 1) > 1e-9 or min(astuple(self)) < 0:
-            raise ValueError(f"{self}: accepted are shares of 0 to 1 that sum to 1")
+            raise ValueError(f"shares must be in 0..1 and sum to 1; got {self}")
 
     def shares(self) -> dict[str, float]:
         """The shares that are not 0, by name."""

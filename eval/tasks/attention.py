@@ -1,8 +1,11 @@
 """Attention-level quality: captured queries against an indexed context, every layer and head.
 
-The first N - Q tokens of a text are the context: prefilled densely, indexed. The last Q tokens are
-the queries, as in decoding: query j sees the context and the j tokens before it.
+The first N - Q tokens of a text are the context: prefilled densely, indexed in the store that
+decoding uses. The last Q tokens are the queries, as in decoding: query j sees the context and the
+j tokens before it.
 """
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -10,80 +13,45 @@ from torch import Tensor
 from saap import hf
 from saap.budget import Budget
 from saap.kernels.attention.api import attend_ranges, merge_states
-from saap.methods.base import LayerKeys
-from saap.prefill import DensePrefill, LayerCall
-from saap.store import LayerStore, middle_bounds
+from saap.kv import KVStore
+from saap.kv.ranges import LOCAL
+from saap.methods import Method
+from saap.selector import LayerInfo
 
-from ..arms import Arm, Point
+from ..variants import Point, Variant
 from .base import Task, text_tokens
 
 
-class QueryCapture(DensePrefill):
-    """Dense prefill that also keeps the last `n_queries` queries of each layer."""
-
-    def __init__(self, capacity: int, n_queries: int):
-        super().__init__(capacity)
-        self.n_queries = n_queries
-        self.calls: dict[int, LayerCall] = {}
-
-    def __call__(self, call):
-        self.calls[call.layer] = call
-        return super().__call__(call)
-
-    def queries(self, layer: int) -> tuple[Tensor, Tensor]:
-        """`q_rope, q_derope [n, Hq, D]`."""
-        call = self.calls[layer]
-        return tuple(
-            q[0, :, -self.n_queries :].transpose(0, 1).contiguous()
-            for q in (call.q_rope, call.q_derope)
-        )
-
-
-def capture(model, tokens: Tensor, n_queries: int) -> QueryCapture:
-    taken = QueryCapture(len(tokens), n_queries)
-    hf.run_chunks(model, tokens[None], taken, chunk=max(n_queries, 8192))
-    return taken
-
-
 class LayerProblem:
-    """One layer's context and queries, with the exact answer, for any number of methods."""
+    """One layer's context and queries, with the exact answer, for any number of methods.
 
-    def __init__(self, taken: QueryCapture, layer: int, n_sink: int, window: int):
-        self.call = taken.calls[layer]
-        self.q_rope, self.q_derope = taken.queries(layer)
-        self.k_rope, self.v, self.k_derope = taken.caches[layer].views()
-        self.n_queries = taken.n_queries
+    `layout`: a budget whose sinks, window and flushes say which rows are the middle.
+    """
+
+    def __init__(self, read: hf.ReadContext, info: LayerInfo, layout: Budget):
+        self.info, self.layout = info, layout
+        self.q_rope, self.q_derope = read.queries[info.number]
+        self.k_rope, self.v, self.k_derope = read.keys(info.number)
+        self.n_queries = len(self.q_rope)
         self.n_context = self.k_rope.shape[2] - self.n_queries
-        self.n_sink, self.window = n_sink, window
-        self.first, self.stop = middle_bounds(self.n_context, n_sink, window)
+        self.first = min(layout.n_sink, self.n_context)
+        self.stop = self.first + layout.rows_in_lists(self.n_context)
         self.n_kv = self.k_rope.shape[1]
-        self.keys = LayerKeys(
-            layer,
-            self.k_rope[:, :, self.first : self.stop],
-            self.k_derope[:, :, self.first : self.stop],
-            self.q_rope.shape[1],
-            self.call.sm_scale,
-            self.call.softcap,
-            self.n_context - self.stop,
-        )
         device = self.k_rope.device
-        everything = torch.tensor(
-            [[[self.first, self.stop - self.first]]], dtype=torch.int32, device=device
-        )
-        everything = everything.expand(self.n_queries, self.n_kv, 2)
-        self.local = self._attend(self.k_rope, self.v, *self._local_ranges())
-        self.middle = self._attend(
-            self.k_rope, self.v, everything[..., :1].contiguous(), everything[..., 1:].contiguous()
-        )
+        own = 1 + torch.arange(self.n_queries, device=device)
+        zero = torch.zeros_like(own)
+        local = [(zero, zero + self.first), (zero + self.stop, self.n_context - self.stop + own)]
+        self.local = self._attend(self.k_rope, self.v, *self._ranges(local))
+        middle = [(zero + self.first, zero + self.stop - self.first)]
+        self.middle = self._attend(self.k_rope, self.v, *self._ranges(middle))
         self.exact = merge_states(*self.middle, *self.local)
 
-    def _local_ranges(self) -> tuple[Tensor, Tensor]:
-        device = self.k_rope.device
-        tail = self.n_context - self.stop + 1 + torch.arange(self.n_queries, device=device)
-        starts = torch.tensor([0, self.stop], device=device).expand(self.n_queries, 2)
-        lengths = torch.stack([torch.full_like(tail, self.first), tail], -1)
-        shape = (self.n_queries, self.n_kv, 2)
-        return tuple(t.int()[:, None].expand(shape).contiguous() for t in (starts, lengths))
+    def _ranges(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        shape = (self.n_queries, self.n_kv, len(pairs))
+        return tuple(
+            torch.stack(parts, -1).int()[:, None].expand(shape).contiguous()
+            for parts in zip(*pairs, strict=True)
+        )
 
     def _attend(self, k, v, starts, lengths):
         shape = (self.n_queries, -1, -1, -1)
@@ -93,48 +61,60 @@ class LayerProblem:
             v.expand(shape),
             starts,
             lengths,
-            sm_scale=self.call.sm_scale,
-            softcap=self.call.softcap,
+            sm_scale=self.info.sm_scale,
+            softcap=self.info.softcap,
         )
 
-    def store_for(self, selector) -> LayerStore:
-        context = (t[:, :, : self.n_context] for t in (self.k_rope, self.v))
-        return LayerStore(
-            *context, n_sink=self.n_sink, window=self.window, order=selector.order, spare=0
-        )
+    def store_for(self, method: Method, budget: Budget | None = None) -> KVStore:
+        """The store of a decoder that has read the context."""
+        store = KVStore(method.selector(self.info), budget or self.layout)
+        store.append(*(t[:, :, : self.n_context] for t in self.keys))
+        return store
 
-    def attend(self, selector, store: LayerStore, budget: Budget):
+    @property
+    def keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k_rope, self.v, self.k_derope
+
+    def attend(self, store: KVStore, budget: Budget):
         """`out, lse` of all that is visited, `lse` of the chosen rows, `lengths [n, H, R]`."""
-        selector.ahead = 1 + torch.arange(self.n_queries, device=self.k_rope.device)
-        starts, lengths = selector.select(self.q_rope, self.q_derope, budget)
-        chosen = self._attend(store.k, store.v, starts + self.first, lengths)
+        positions = self.n_context + torch.arange(self.n_queries, device=self.k_rope.device)
+        starts, lengths = store.select(self.q_rope, self.q_derope, budget, positions=positions)
+        if starts.shape[-1] < LOCAL:  # nothing was chosen: everything is visited
+            rows = torch.full_like(lengths, self.stop - self.first)
+            return *self.exact, self.middle[1], rows
+        starts, lengths = starts[..., LOCAL:], lengths[..., LOCAL:]
+        chosen = self._attend(store.k, store.v, starts, lengths)
         return *merge_states(*chosen, *self.local), chosen[1], lengths
+
+    @property
+    def local_rows(self) -> float:
+        """Rows that a query visits in any case, the mean over the queries."""
+        return self.first + self.n_context - self.stop + (self.n_queries + 1) / 2
 
     def output_errors(self, out: Tensor) -> Tensor:
         """`|out - exact| / |exact|` over all heads, `[n]`."""
         exact = self.exact[0].flatten(1)
         return (out.flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
 
-    def measure(self, selector, store: LayerStore, budget: Budget) -> dict:
-        """Sums over the queries, a value a query head; lists are `[Hq]`."""
-        out, lse, chosen_lse, lengths = self.attend(selector, store, budget)
+    def measure(self, store: KVStore, budget: Budget) -> dict:
+        """Sums over the queries, a value for each query head; lists are `[Hq]`."""
+        out, lse, chosen_lse, lengths = self.attend(store, budget)
         exact_lse = self.exact[1]
         middle = (self.middle[1] - exact_lse).exp()
         caught = (chosen_lse - exact_lse).exp()
-        local_rows = self._local_ranges()[1].sum(-1).float().mean()
         rows = lengths.sum(-1).float()
         row_bytes = 2 * self.k_rope.shape[-1] * self.k_rope.element_size()
-        visited_rows = rows.mean() + local_rows
-        heads_reading = lengths.shape[1]
+        visited_rows = float(rows.mean()) + self.local_rows
+        choosing = store.selector.nbytes
         return {
             "queries": self.n_queries,
             "middle_mass": rounded(middle.sum(0)),
             "middle_caught": rounded(caught.sum(0)),
             "all_caught": rounded((lse - exact_lse).exp().sum(0)),
             "output_error": float(self.output_errors(out).sum()),
-            "selectivity": float(visited_rows) / (self.n_context + (self.n_queries + 1) / 2),
-            "bytes_read": float(visited_rows) * heads_reading * row_bytes + selector.nbytes,
-            "router_bytes": selector.nbytes,
+            "selectivity": visited_rows / (self.n_context + (self.n_queries + 1) / 2),
+            "bytes_read": visited_rows * lengths.shape[1] * row_bytes + choosing,
+            "router_bytes": choosing,
         }
 
 
@@ -159,26 +139,36 @@ class Attention(Task):
 
 
 def evaluate(
-    model, tokens: Tensor, arms_points: list[tuple[Arm, list[Point]]], n_queries: int
+    model, tokens: Tensor, variants_points: list[tuple[Variant, list[Point]]], n_queries: int
 ) -> list[dict]:
-    """Records of every layer, arm and point for one text of token ids `[N]`."""
-    taken = capture(model, tokens, n_queries)
+    """Records of every layer, variant and point for one text of token ids `[N]`."""
+    read = hf.read_context(model, tokens, n_queries=n_queries)
     records = []
-    for layer in sorted(taken.caches):
-        problems: dict[tuple[int, int], LayerProblem] = {}
-        for arm, points in arms_points:
-            built = {}
+    for layer in hf.model_layers(model):
+        if not layer.is_full:  # never searched
+            continue
+        problems: dict[Budget, LayerProblem] = {}
+        for variant, points in variants_points:
+            stores: dict[Budget, KVStore] = {}
             for point in points:
-                layout = point.budget.n_sink, point.budget.window
+                layout = layout_of(point.budget)
                 if layout not in problems:
-                    problems[layout] = LayerProblem(taken, layer, *layout)
+                    problems[layout] = LayerProblem(read, layer.info, layout)
                 problem = problems[layout]
-                if layout not in built:
-                    selector = arm.method.build(problem.keys)
-                    built[layout] = selector, problem.store_for(selector)
-                selector, store = built[layout]
-                point.prepare(selector)
-                measured = problem.measure(selector, store, point.budget)
-                place = {"method": arm.label, "budget": point.label, "layer": layer}
-                records.append({**place, **measured})
+                point.prepare(variant.method)
+                if layout not in stores:
+                    stores[layout] = problem.store_for(variant.method, point.budget)
+                measured = problem.measure(stores[layout], point.budget)
+                place = {"method": variant.label, "budget": point.label}
+                records.append({**place, "layer": layer.info.number, **measured})
     return records
+
+
+def layout_of(budget: Budget) -> Budget:
+    """What of a budget lays out rows, as a budget."""
+    return dataclasses.replace(
+        Budget(max_tokens=0),
+        n_sink=budget.n_sink,
+        window=budget.window,
+        flush_every=budget.flush_every,
+    )

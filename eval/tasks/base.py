@@ -1,4 +1,4 @@
-"""The interface of a task: so many units a context, each judged once for every arm and point."""
+"""The interface of a task: so many units a context, each judged for every variant and point."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,22 +7,25 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..arms import Arm, Point
+from ..variants import Point, Variant
 from .answering import encode, evaluate
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every unit needs: the model, text that it has not seen, the arms, the settings."""
+    """What every unit needs: the model, text that it has not seen, the variants, the settings."""
 
     model: Any
     tokenizer: Any
     text: bytes
-    arms: list[Arm]
+    variants: list[Variant]
     config: Any
 
-    def points(self, n_context: int, shares: tuple[float, ...]) -> list[tuple[Arm, list[Point]]]:
-        return [(arm, arm.points(shares, n_context, self.config.share)) for arm in self.arms]
+    def points(
+        self, n_context: int, shares: tuple[float, ...]
+    ) -> list[tuple[Variant, list[Point]]]:
+        share = self.config.share
+        return [(v, v.points(shares, n_context, share)) for v in self.variants]
 
     def rng(self, *place: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *place])
@@ -49,7 +52,9 @@ def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) ->
     start = int(number * max(0, len(text) - min(n_bytes, len(text))) / max(1, count - 1))
     tokens = encode(tokenizer, text[start : start + n_bytes])[:length]
     if len(tokens) < length:
-        raise ValueError(f"the text gives {len(tokens)} tokens: context {length} needs as many")
+        raise ValueError(
+            f"the text must have at least {length} tokens for this context; got {len(tokens)}"
+        )
     return tokens
 
 

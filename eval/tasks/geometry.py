@@ -7,9 +7,11 @@ the trained partition makes of this context.
 
 import torch
 
+from saap import hf
+from saap.budget import Budget
 from saap.index.kmeans import assign
 
-from .attention import LayerProblem, capture
+from .attention import LayerProblem
 from .base import Task, text_tokens
 
 N_POINTS, N_HEADS, N_SINK, WINDOW = 300, 3, 16, 256
@@ -26,14 +28,15 @@ class Geometry(Task):
         config = bench.config
         n_queries = min(N_POINTS, context // 8)
         tokens = text_tokens(bench.tokenizer, bench.text, context, 0, config.n_texts)
-        taken = capture(bench.model, tokens, n_queries)
-        index = next((a.method.index for a in bench.arms if a.method.index is not None), None)
+        read = hf.read_context(bench.model, tokens, n_queries=n_queries)
+        layout = Budget(max_tokens=0, n_sink=N_SINK, window=min(WINDOW, context // 8))
+        index = next((a.method.index for a in bench.variants if a.method.index is not None), None)
         found = []
-        for layer in sorted(taken.caches):
-            problem = LayerProblem(taken, layer, N_SINK, min(WINDOW, context // 8))
+        for layer in (own.info for own in hf.model_layers(bench.model) if own.is_full):
+            problem = LayerProblem(read, layer, layout)
             mass = (problem.middle[1] - problem.exact[1]).exp().mean(0)
             for head, share in enumerate(mass.tolist()):
-                found.append((share, layer, head, problem))
+                found.append((share, layer.number, head, problem))
         found.sort(key=lambda f: -f[0])
         records = [head_record(*f, index) for f in found[:N_HEADS]]
         return records, bytes(tokens.to(torch.int32).numpy())
@@ -41,7 +44,7 @@ class Geometry(Task):
 
 def head_record(share, layer, head, problem: LayerProblem, index) -> dict:
     kv_head = head * problem.n_kv // problem.q_rope.shape[1]
-    middle = problem.keys.k_derope[0, kv_head].float()
+    middle = problem.k_derope[0, kv_head, problem.first : problem.stop].float()
     keys = middle[torch.linspace(0, len(middle) - 1, min(N_POINTS, len(middle))).long()]
     queries = problem.q_derope[:, head].float()
     both = torch.cat([keys, queries])
@@ -58,7 +61,7 @@ def head_record(share, layer, head, problem: LayerProblem, index) -> dict:
     }
     if index is not None:
         centroids = index.layers[layer].centroids
-        buckets = assign(problem.keys.k_derope, centroids)[0, kv_head].long()
+        buckets = assign(middle[None], centroids[kv_head : kv_head + 1])[0].long()
         sizes = torch.bincount(buckets, minlength=centroids.shape[1])
         record["bucket_sizes"] = sorted(sizes.tolist(), reverse=True)
     return record

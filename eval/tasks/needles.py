@@ -3,7 +3,7 @@
 Single needles saturate; here names have to be matched among many, or several places found.
 """
 
-from .passkey import NAMES, question, random_key, statement
+from .passkey import NAMES, Wording
 from .prompts import Prompt, PromptTask, hide, random_depths
 
 N_MANY_KEYS = 32
@@ -14,8 +14,8 @@ def draw_names(rng, count):
     return [NAMES[i] for i in rng.permutation(len(NAMES))[:count]]
 
 
-def as_lines(depths, pairs):
-    return [(d, statement(n, k).encode()) for d, (n, k) in zip(depths, pairs, strict=True)]
+def as_lines(wording: Wording, depths, pairs):
+    return [(d, wording.statement(n, k).encode()) for d, (n, k) in zip(depths, pairs, strict=True)]
 
 
 class MultiKey(PromptTask):
@@ -26,9 +26,9 @@ class MultiKey(PromptTask):
     def make(self, haystack, n_bytes, rng, depth, config):
         # Short prompts hold fewer: at most a third of the bytes are keys.
         count = max(2, min(N_MANY_KEYS, n_bytes // 90))
-        pairs = [(n, random_key(rng)) for n in draw_names(rng, count)]
-        lines = as_lines([depth, *random_depths(rng, count - 1)], pairs)
-        ask = question(pairs[0][0]).encode()
+        pairs = [(n, self.wording.random_key(rng)) for n in draw_names(rng, count)]
+        lines = as_lines(self.wording, [depth, *random_depths(rng, count - 1)], pairs)
+        ask = self.wording.question(pairs[0][0]).encode()
         context = hide(haystack, lines, n_bytes - len(ask), rng)
         return Prompt(context, (ask,), ((pairs[0][1],),), depth)
 
@@ -41,9 +41,9 @@ class MultiValue(PromptTask):
 
     def make(self, haystack, n_bytes, rng, depth, config):
         name, *others = draw_names(rng, 1 + N_VALUES)
-        values = [random_key(rng) for _ in range(N_VALUES)]
-        pairs = [(name, v) for v in values] + [(n, random_key(rng)) for n in others]
-        lines = as_lines([depth, *random_depths(rng, len(pairs) - 1)], pairs)
+        values = [self.wording.random_key(rng) for _ in range(N_VALUES)]
+        pairs = [(name, v) for v in values] + [(n, self.wording.random_key(rng)) for n in others]
+        lines = as_lines(self.wording, [depth, *random_depths(rng, len(pairs) - 1)], pairs)
         ask = f"# All {N_VALUES} pass keys of {name} above: ".encode()
         context = hide(haystack, lines, n_bytes - len(ask), rng)
         return Prompt(context, (ask,), (tuple(values),), depth)
@@ -55,10 +55,13 @@ class MultiQuery(PromptTask):
     name = "multi-query"
 
     def make(self, haystack, n_bytes, rng, depth, config):
-        pairs = [(n, random_key(rng)) for n in draw_names(rng, 3 * N_QUERIES)]
-        lines = as_lines([depth, *random_depths(rng, len(pairs) - 1)], pairs)
+        pairs = [(n, self.wording.random_key(rng)) for n in draw_names(rng, 3 * N_QUERIES)]
+        lines = as_lines(self.wording, [depth, *random_depths(rng, len(pairs) - 1)], pairs)
         asked = pairs[:N_QUERIES]
         breaks = ["", *["\n"] * (N_QUERIES - 1)]
-        asks = tuple(f"{b}{question(n)}".encode() for b, (n, _) in zip(breaks, asked, strict=True))
+        asks = tuple(
+            f"{b}{self.wording.question(n)}".encode()
+            for b, (n, _) in zip(breaks, asked, strict=True)
+        )
         context = hide(haystack, lines, n_bytes - sum(map(len, asks)), rng)
         return Prompt(context, asks, tuple((k,) for _, k in asked), depth)

@@ -1,8 +1,8 @@
-"""Named pass keys hidden in real text: `# The pass key amber4821733`
+"""Named pass keys hidden in real text.
 
 The last line of a prompt states the beginning of one of those sentences again; the answer is
-right when all seven digits follow. Every other key in the text is a distractor, so finding *a*
-key does not help: the name has to be matched.
+right when all digits follow. Every other key in the text is a distractor, so finding *a* key does
+not help: the name has to be matched.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,53 @@ robin ruby sage spruce summit topaz tulip tundra valley walnut zinc
 KEY_DIGITS = 7
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How a pass key is stated and asked for. `answer_tokens`: room for an answer's digits."""
+
+    sentence: str
+    asked: str
+    digits: int
+    answer_tokens: int
+
+    def statement(self, name: str, key: str) -> str:
+        return self.sentence.format(name=name, key=key)
+
+    def question(self, name: str) -> str:
+        return self.asked.format(name=name)
+
+    def random_key(self, rng: np.random.Generator) -> str:
+        return "".join(str(d) for d in rng.integers(0, 10, self.digits))
+
+
+IN_CODE = Wording(
+    "# The pass key {name}{key}\n", "# The pass key {name}", KEY_DIGITS, KEY_DIGITS + 1
+)
+"""For the reference model, which reads bytes of source text."""
+
+IN_WORDS = Wording(
+    "The pass key {name}-{key} is to be remembered.\n", "The pass key {name}-", 6, 8
+)
+"""For models of language. The name stands before its key, which even small models match."""
+
+BYTES_VOCABULARY = 512
+
+
+def wording_of(tokenizer) -> Wording:
+    """What a model with this tokenizer can be asked: one of bytes knows the code's form alone."""
+    return IN_CODE if len(tokenizer) <= BYTES_VOCABULARY else IN_WORDS
+
+
 def statement(name: str, key: str) -> str:
-    return f"# The pass key {name}{key}\n"
+    return IN_CODE.statement(name, key)
 
 
 def question(name: str) -> str:
-    return f"# The pass key {name}"
+    return IN_CODE.question(name)
 
 
 def random_key(rng: np.random.Generator) -> str:
-    return "".join(str(d) for d in rng.integers(0, 10, KEY_DIGITS))
+    return IN_CODE.random_key(rng)
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,7 @@ def make_prompt(
     *,
     n_distractors: int = 8,
     depth: float | None = None,
+    wording: Wording = IN_CODE,
 ) -> PassKeyPrompt:
     """A prompt of about `length` bytes (never more) whose context is cut from `haystack`.
 
@@ -86,18 +124,18 @@ def make_prompt(
     Raises ValueError when `haystack` is too short or there are more distractors than names.
     """
     if not 0 <= n_distractors < len(NAMES):
-        raise ValueError(f"n_distractors={n_distractors}: accepted are 0 to {len(NAMES) - 1}")
+        raise ValueError(f"n_distractors must be in 0..{len(NAMES) - 1}; got {n_distractors}")
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[: n_distractors + 1]]
-    keys = [random_key(rng) for _ in names]
+    keys = [wording.random_key(rng) for _ in names]
     depth = float(rng.uniform(0.0, 0.95)) if depth is None else depth
     depths = [depth, *rng.uniform(0.0, 0.95, n_distractors)]
-    lines = [statement(n, k).encode() for n, k in zip(names, keys, strict=True)]
-    asked = question(names[0]).encode()
-    room = length - sum(map(len, lines)) - len(asked) - 1 - KEY_DIGITS
+    lines = [wording.statement(n, k).encode() for n, k in zip(names, keys, strict=True)]
+    asked = wording.question(names[0]).encode()
+    room = length - sum(map(len, lines)) - len(asked) - 1 - wording.digits
     if room <= 0 or len(haystack) < room:
         raise ValueError(
-            f"length={length} with {n_distractors} distractors needs 1 to {len(haystack)} bytes "
-            f"of haystack, not {room}"
+            f"length={length} with {n_distractors} distractors must leave 1 to {len(haystack)} "
+            f"bytes of haystack; got {room}"
         )
     start = int(rng.integers(0, len(haystack) - room + 1))
     text = haystack[start : start + room]
@@ -109,7 +147,7 @@ def make_prompt(
 
 def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
     """All digits right, as the first thing after the question."""
-    return generated.startswith(prompt.answer.encode())
+    return generated.lstrip().startswith(prompt.answer.encode())
 
 
 class PassKey(Task):
@@ -121,17 +159,22 @@ class PassKey(Task):
         return config.n_prompts
 
     def run_unit(self, bench, context, number):
-        config = bench.config
+        config, wording = bench.config, wording_of(bench.tokenizer)
         # Depths are spread evenly over the prompts, so that every run covers beginning to end.
         depth = (number + 0.5) / config.n_prompts * 0.95
 
         def make(n_bytes: int) -> PassKeyPrompt:
             rng = bench.rng(context, number)
             return make_prompt(
-                bench.text, n_bytes, rng, n_distractors=config.n_distractors, depth=depth
+                bench.text,
+                n_bytes,
+                rng,
+                n_distractors=config.n_distractors,
+                depth=depth,
+                wording=wording,
             )
 
         def score(prompt: PassKeyPrompt, answers: list[bytes]) -> bool:
             return is_right(prompt, answers[0])
 
-        return ask(bench, make, context - KEY_DIGITS - 8, score, KEY_DIGITS + 1)
+        return ask(bench, make, context - wording.digits - 8, score, wording.answer_tokens)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .answering import encode
 from .base import Bench, Task, ask
-from .passkey import insert_lines
+from .passkey import IN_CODE, Wording, insert_lines, wording_of
 
 DEEPEST = 0.95
 
@@ -45,6 +45,8 @@ class PromptTask(Task):
     """Subclasses make prompts; `slack` tokens are left for the line ends of an answer."""
 
     slack = 2
+    wording: Wording = IN_CODE
+    """How pass keys are stated, for the tokenizer of the model that is judged."""
 
     def n_units(self, config):
         return config.n_prompts
@@ -59,6 +61,7 @@ class PromptTask(Task):
         return share_found(prompt, generated)
 
     def run_unit(self, bench: Bench, context, number):
+        self.wording = wording_of(bench.tokenizer)
         # Depths are spread evenly over the prompts, so that every run covers beginning to end.
         depth = (number + 0.5) / bench.config.n_prompts * DEEPEST
 
@@ -82,8 +85,8 @@ def hide(
     size = room - sum(len(line) for _, line in lines) - 1
     if not 0 < size <= len(haystack):
         raise ValueError(
-            f"{room} bytes of prompt with {len(lines)} lines hidden in it need 1 to "
-            f"{len(haystack)} bytes of text around them, not {size}"
+            f"{room} bytes of prompt with {len(lines)} lines hidden in it must leave 1 to "
+            f"{len(haystack)} bytes of text around them; got {size}"
         )
     start = int(rng.integers(0, len(haystack) - size + 1))
     context = insert_lines(haystack[start : start + size], lines)

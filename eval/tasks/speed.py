@@ -1,12 +1,12 @@
 """Time of one decode step of each layer, over the very path whose answers are judged.
 
-`saap.decode.LayerDecoder.attend` is what the tasks that ask decode with; here it is called with
-captured queries and its parts are timed where it calls them:
+`KVStore.append` and `KVStore.attend` are what decoding calls; here they are called with captured
+tokens and their parts are timed where they are called:
 
 - route: scoring lists, pages or rows (what a router or summary costs);
 - select: from scores to ranges of rows, sinks and window put in front;
 - attend: exact attention over the ranges;
-- other: what is left of the step.
+- other: what is left of the step, the new token's append with it.
 
 Partial results of threads are merged inside attend, which has no separate merge here.
 
@@ -22,10 +22,11 @@ from unittest import mock
 
 import torch
 
-from saap import decode as decode_module
-from saap.decode import LayerDecoder
+from saap import hf
+from saap.kv import KVStore
+from saap.kv import store as store_module
 
-from .attention import capture
+from ..decoding import layout
 from .base import Task, text_tokens
 
 N_ROUNDS, N_WARM = 15, 2
@@ -45,57 +46,51 @@ class Speed(Task):
         # The last tokens of the text ask; what is cached before them is the context.
         tokens = text_tokens(bench.tokenizer, bench.text, context, number, 1)
         n_context = context - n_queries
-        taken = capture(bench.model, tokens, n_queries)
+        read = hf.read_context(bench.model, tokens, n_queries=n_queries)
         records = []
-        for layer in sorted(taken.caches):
-            cache = [t[:, :, :n_context].contiguous() for t in taken.caches[layer].views()]
-            for arm, points in bench.points(n_context, bench.config.budgets):
-                for record in time_arm(taken, layer, cache, arm, points):
-                    records.append({"method": arm.label, "layer": layer, **record})
+        for layer in (own.info for own in hf.model_layers(bench.model) if own.is_full):
+            for variant, points in bench.points(n_context, bench.config.budgets):
+                for record in time_variant(read, layer, n_context, variant, points):
+                    found = {"method": variant.label, "layer": layer.number, **record}
+                    records.append(found)
         return records, bytes(tokens.to(torch.int32).numpy())
 
 
-def time_arm(taken, layer, cache, arm, points) -> list[dict]:
-    call = taken.calls[layer]
+def time_variant(read, layer, n_context, variant, points) -> list[dict]:
+    keys = read.keys(layer.number)
     built = {}
     records = []
     for point in points:
-        layout = point.budget.n_sink, point.budget.window
-        if layout not in built:
+        point.prepare(variant.method)
+        if layout(point) not in built:
             start = time.perf_counter()
-            decoder = LayerDecoder.from_cache(
-                layer, *cache, arm.method, point.budget, n_heads=call.q_rope.shape[1],
-                sm_scale=call.sm_scale, softcap=call.softcap, spare=1,
-            )  # fmt: skip
-            built[layout] = decoder, 1e3 * (time.perf_counter() - start)
-            k, v = (t[:, :, -1:] for t in cache[:2])
-            decoder.store.append(k, v)
-        decoder, build_ms = built[layout]
-        decoder.budget = point.budget
-        point.prepare(decoder.selector)
-        records.append(
-            {
-                "budget": point.label,
-                "build_ms": build_ms,
-                **time_point(taken, layer, decoder, cache),
-            }
-        )
+            store = KVStore(variant.method.selector(layer), point.budget)
+            store.append(*(t[:, :, :n_context] for t in keys))
+            store.flush()
+            built[layout(point)] = store, 1e3 * (time.perf_counter() - start)
+        store, build_ms = built[layout(point)]
+        store.truncate(store.length - n_context)
+        store.budget = point.budget
+        timed = time_point(read, layer, store, keys)
+        records.append({"budget": point.label, "build_ms": build_ms, **timed})
     return records
 
 
-def time_point(taken, layer, decoder, cache) -> dict:
-    call = taken.calls[layer]
-    q_rope, q_derope = taken.queries(layer)
+def time_point(read, layer, store, keys) -> dict:
+    q_rope, q_derope = read.queries[layer.number]
     spent = {f"{part}_us": [] for part in (*PARTS, "step", "dense")}
-    share = 0.0
+    share, options = 0.0, {"sm_scale": layer.sm_scale, "softcap": layer.softcap}
     for number in range(len(q_rope)):
-        queries = q_rope[number, None], q_derope[number, None]
+        n = store.length + 1
+        new = [t[:, :, n - 1 : n] for t in keys]
+        queries = q_rope[number, None, :, None], q_derope[number, None, :, None]
         start = time.perf_counter()
-        packed_dense(queries[0], *cache[:2], call.sm_scale)
+        packed_dense(queries[0][:, :, 0], *(t[:, :, :n] for t in keys[:2]), layer.sm_scale)
         dense = time.perf_counter() - start
-        with stopwatch(decoder.selector) as parts:
+        with stopwatch(store.selector) as parts:
             start = time.perf_counter()
-            rows = decoder.attend(*queries, sm_scale=call.sm_scale, softcap=call.softcap)[2]
+            store.append(*new)
+            store.attend(*queries, **options)
             parts["step"] = time.perf_counter() - start
         if number < N_WARM:
             continue
@@ -104,12 +99,11 @@ def time_point(taken, layer, decoder, cache) -> dict:
         parts["dense"] = dense
         for name, values in spent.items():
             values.append(round(1e6 * parts[name.removesuffix("_us")], 2))
-        share += float(rows.float().mean()) / decoder.store.length / N_ROUNDS
-    row_bytes = 2 * cache[0].shape[-1] * cache[0].element_size()
+        share += store.visited_share / N_ROUNDS
     return {
         "selectivity": share,
-        "bytes_read": float(rows.sum()) * row_bytes + decoder.selector.nbytes,
-        "router_bytes": decoder.selector.nbytes,
+        "bytes_read": store.bytes_read,
+        "router_bytes": store.selector.nbytes,
         "load": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),
         **spent,
@@ -135,10 +129,10 @@ def stopwatch(selector):
 
         return call
 
-    attend, ranges = decode_module.attend_ranges, LayerDecoder.ranges
+    attend, ranges = store_module.attend_ranges, KVStore.select
     with (
-        mock.patch.object(decode_module, "attend_ranges", timed("attend", attend)),
-        mock.patch.object(LayerDecoder, "ranges", timed("ranges", ranges)),
+        mock.patch.object(store_module, "attend_ranges", timed("attend", attend)),
+        mock.patch.object(KVStore, "select", timed("ranges", ranges)),
     ):
         if hasattr(selector, "scores"):
             selector.scores = timed("route", selector.scores)

@@ -100,11 +100,10 @@ def attend_dense(
     validate.check_tensors(q, k, v)
     if cache_seqlens.shape != q.shape[:1]:
         raise ValueError(
-            f"cache_seqlens has shape {tuple(cache_seqlens.shape)}: it must be [B] with "
-            f"B = {q.shape[0]}"
+            f"cache_seqlens must be [B] with B = {q.shape[0]}; got {tuple(cache_seqlens.shape)}"
         )
     if cache_seqlens.dtype != torch.int32:
-        raise ValueError(f"cache_seqlens has dtype {cache_seqlens.dtype}: it must be int32")
+        raise ValueError(f"cache_seqlens must have dtype int32; got {cache_seqlens.dtype}")
     lengths = cache_seqlens.view(-1, 1, 1).expand(-1, k.shape[1], 1)
     starts = torch.zeros_like(lengths)
     return attend_ranges(q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl)
@@ -161,7 +160,7 @@ def _backend(impl: str | None, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     if impl is None:
         return _best(q, k, v)
     if impl not in BACKENDS:
-        raise ValueError(f"impl is {impl!r}: it must be None or one of {', '.join(BACKENDS)}")
+        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
     backend = _module(impl)
     refusal = backend.limit(q, k, v) if hasattr(backend, "limit") else None
     if refusal is not None:

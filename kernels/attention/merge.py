@@ -45,22 +45,22 @@ def _weighted(out: Tensor, weight: Tensor) -> Tensor:
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     for name, out in (("out_a", out_a), ("out_b", out_b)):
         if not out.is_floating_point():
-            raise ValueError(f"{name} has dtype {out.dtype}: it must be a floating-point dtype")
+            raise ValueError(f"{name} must have a floating-point dtype; got {out.dtype}")
     if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
         raise ValueError(
-            f"out_b is {out_b.dtype} {tuple(out_b.shape)}: it must be like out_a, "
-            f"{out_a.dtype} {tuple(out_a.shape)}"
+            f"out_b must be like out_a, {out_a.dtype} {tuple(out_a.shape)}; got {out_b.dtype} "
+            f"{tuple(out_b.shape)}"
         )
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         if lse.shape != out_a.shape[:-1]:
             raise ValueError(
-                f"{name} has shape {tuple(lse.shape)}: it must be out_a's without D, "
-                f"{tuple(out_a.shape[:-1])}"
+                f"{name} must have the shape of out_a without D, {tuple(out_a.shape[:-1])}; got "
+                f"{tuple(lse.shape)}"
             )
         if lse.dtype not in (torch.float32, torch.float64) or lse.dtype != lse_a.dtype:
             raise ValueError(
-                f"{name} has dtype {lse.dtype}: lse_a and lse_b must both be float32 or float64"
+                f"lse_a and lse_b must both be float32 or both float64; got {name} of {lse.dtype}"
             )
     for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         if tensor.device != out_a.device:
-            raise ValueError(f"{name} is on {tensor.device}: out_a is on {out_a.device}")
+            raise ValueError(f"{name} must be on {out_a.device}, as out_a; got {tensor.device}")

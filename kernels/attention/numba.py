@@ -28,15 +28,18 @@ _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: n
 def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What of validated inputs this backend cannot do, or None."""
     if q.device.type != "cpu":
-        return f"q is on {q.device}: impl 'numba' needs the CPU"
+        return f"q must be on the CPU for impl 'numba'; got {q.device}"
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dtype not in _KINDS:
-            return f"{name} has dtype {tensor.dtype}: impl 'numba' does float32, bfloat16, float16"
+            return (
+                f"{name} must have dtype float32, bfloat16 or float16 for impl 'numba'; got "
+                f"{tensor.dtype}"
+            )
     if q.shape[-1] % DIM_STEP or q.shape[-1] == 0:
-        return f"q has head_dim {q.shape[-1]}: impl 'numba' does multiples of {DIM_STEP}"
+        return f"head_dim must be a multiple of {DIM_STEP} for impl 'numba'; got {q.shape[-1]}"
     for name, tensor in (("k", k), ("v", v)):
         if tensor.stride(-1) != 1:
-            return f"{name} has stride {tensor.stride(-1)} over D: impl 'numba' needs 1"
+            return f"{name} must have stride 1 over D for impl 'numba'; got {tensor.stride(-1)}"
     return None
 
 
@@ -60,7 +63,9 @@ def attend_ranges(
     lists, group = batch * list_heads, q_heads // list_heads
     threads = torch.get_num_threads()
 
-    queries = q.detach().to(torch.float32).contiguous()
+    # Addresses are passed on, and memory does not say that a sign is still to be changed.
+    q, k, v = (t.detach().resolve_neg() for t in (q, k, v))
+    queries = q.to(torch.float32).contiguous()
     starts, lengths = starts.contiguous(), lengths.contiguous()
     out, lse = torch.empty_like(queries), queries.new_empty(batch, q_heads)
     table = torch.empty(2 * lists + 1 + 2 * threads * kernel.SHARES, dtype=torch.int64)

@@ -186,7 +186,7 @@ def _merge(job, state, other):
     dim = job.dim
     for head in range(0, len(state), dim + LANES):
         maximum = other[head + dim]
-        if maximum == -np.inf:
+        if other[head + dim + 1] == 0:  # all scores -inf; of NaN alone, the sum is NaN
             continue
         if maximum > state[head + dim]:
             rescale(state, head, dim, maximum)

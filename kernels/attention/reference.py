@@ -59,7 +59,7 @@ def _selected(starts: Tensor, lengths: Tensor, where: str) -> Tensor:
     for (a, a_end), (b, b_end) in itertools.pairwise(ordered):
         if b < a_end:
             raise ValueError(
-                f"starts, lengths: ranges [{a}, {a_end}) and [{b}, {b_end}) of {where} overlap"
+                f"ranges must not overlap; got [{a}, {a_end}) and [{b}, {b_end}) in {where}"
             )
     pieces = [torch.arange(a, end, device=starts.device) for a, end in ranges]
     return torch.cat(pieces) if pieces else starts.new_empty(0, dtype=torch.int64)

@@ -113,7 +113,8 @@ def attend_ranges(
     else:
         if mode is not None or programs is not None:
             raise ValueError(
-                f"mode is {mode!r} and programs is {programs}: a workspace has its own"
+                f"mode and programs must be None with a workspace, which has its own; got "
+                f"{mode!r} and {programs}"
             )
         _check_workspace(workspace, q, k, starts)
     if k_scale is not None:
@@ -295,7 +296,7 @@ def _check_workspace(workspace: Workspace, q: Tensor, k: Tensor, starts: Tensor)
     need = (tuple(q.shape), q.dtype, q.device, q.shape[0] * starts.shape[1], starts.shape[2])
     if have != need or plan.element_bytes != k.element_size():
         raise ValueError(
-            f"workspace is for q {have[:3]}, {have[3]} groups of {have[4]} ranges and k of "
-            f"{plan.element_bytes} bytes an element: the call has {need[:3]}, {need[3]} groups of "
-            f"{need[4]} ranges and k of {k.element_size()}"
+            f"workspace must be for q {need[:3]}, {need[3]} groups of {need[4]} ranges and k of "
+            f"{k.element_size()} bytes per element; got one for {have[:3]}, {have[3]} groups of "
+            f"{have[4]} ranges and k of {plan.element_bytes}"
         )

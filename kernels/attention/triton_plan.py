@@ -161,11 +161,11 @@ def make_plan(
         blocks = blocks_for(device, k.element_size(), head_dim)
     resident = INTERPRETER_PROGRAMS if device == INTERPRETER else device.sms * blocks.per_sm
     if mode not in (None, "stream", "group"):
-        raise ValueError(f"mode is {mode!r}: it must be None, 'stream' or 'group'")
+        raise ValueError(f"mode must be None, 'stream' or 'group'; got {mode!r}")
     if programs is not None and (programs < 1 or mode == "group"):
         raise ValueError(
-            f"programs is {programs} with mode {mode!r}: it must be at least 1, and mode "
-            f"'group' takes none"
+            f"programs must be at least 1, and None with mode 'group'; got {programs} with mode "
+            f"{mode!r}"
         )
     longest = math.ceil(k.shape[2] / blocks.block_n)
     if mode is not None or programs is not None:

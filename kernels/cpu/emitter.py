@@ -19,6 +19,7 @@ _STRIDES = [1 << i for i in range(LANES.bit_length() - 1)]
 
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP_MIN = -87.33654
+_ONE_AS_BITS = 0x3F800000
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3)
 _EXP += (4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _TANH_MAX = 7.90531110763549805
@@ -109,7 +110,7 @@ class Emitter:
         return total
 
     def exp(self, x):
-        """e**x for x <= 0, to 1e-7 relative; 0 below the smallest normal number."""
+        """e**x for x <= 0, to 1e-7 relative; 0 below the smallest normal number; NaN for NaN."""
         builder = self.builder
         normal = self.larger(x, self.same(_EXP_MIN))
         power = self.vector("nearbyint", builder.fmul(normal, self.same(_LOG2_E)))
@@ -119,9 +120,11 @@ class Emitter:
         small = self.fma(self.polynomial(rest, _EXP), square, rest)
         small = builder.fadd(small, self.same(1.0))
         exponent = builder.shl(builder.fptosi(power, VECTOR_I32), self.same(23, VECTOR_I32))
-        bits = builder.add(builder.bitcast(small, VECTOR_I32), exponent)
+        # 2**power is multiplied by, not added to the exponent's bits: a NaN stays one.
+        two_to_power = builder.add(exponent, self.same(_ONE_AS_BITS, VECTOR_I32))
+        whole = builder.fmul(small, builder.bitcast(two_to_power, VECTOR))
         too_small = builder.fcmp_ordered("<", x, self.same(_EXP_MIN))
-        return builder.select(too_small, self.same(0.0), builder.bitcast(bits, VECTOR))
+        return builder.select(too_small, self.same(0.0), whole)
 
     def tanh(self, x):
         """To a few units in the last place, by a rational function (that of Eigen)."""

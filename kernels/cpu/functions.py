@@ -12,6 +12,8 @@ from pathlib import Path
 import numba
 import torch
 
+from . import disk_cache
+
 log = logging.getLogger(__name__)
 
 C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -19,16 +21,30 @@ _compiled = []  # keeps the machine code alive
 
 
 def compiled(what: str, signature, entries: Sequence[Callable]) -> list[Callable]:
-    """The entries, compiled or from Numba's disk cache; `what` names them in the log."""
+    """The entries, compiled or from the disk cache; `what` names them in the log."""
     begin = time.perf_counter()
-    done = [numba.cfunc(signature, cache=True)(entry) for entry in entries]
+    done, kept = _compile(signature, entries)
     _compiled.extend(done)
     seconds = time.perf_counter() - begin
     if all(c.cache_hits for c in done):
         log.info("CPU %s: loaded in %.1f s", what, seconds)
-    else:  # Shown by default: a first call that takes seconds should say why.
+    elif kept:  # Shown by default: a first call that takes seconds should say why.
         log.warning("CPU %s: compiled in %.1f s, now in the disk cache", what, seconds)
+    else:
+        log.warning(
+            "CPU %s: compiled in %.1f s, and again in the next process: no folder for the disk "
+            "cache can be written (NUMBA_CACHE_DIR names one)", what, seconds,
+        )  # fmt: skip
     return [C_FUNCTION(c.address) for c in done]
+
+
+def _compile(signature, entries: Sequence[Callable]) -> tuple[list, bool]:
+    """Numba's functions, and whether the disk cache holds them."""
+    try:
+        with disk_cache.in_user_folder() as found:
+            return [numba.cfunc(signature, cache=found)(entry) for entry in entries], found
+    except OSError:  # a disk that filled up, a folder that went: the kernel itself needs neither
+        return [numba.cfunc(signature)(entry) for entry in entries], False
 
 
 def stamp_of(folder: Path) -> int:

@@ -21,6 +21,7 @@ float32_pointer = _pointer_to(types.float32)
 float64_pointer = _pointer_to(types.float64)
 int32_pointer = _pointer_to(types.int32)
 int64_pointer = _pointer_to(types.int64)
+uint8_pointer = _pointer_to(types.uint8)
 
 
 @intrinsic

@@ -6,16 +6,70 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 
-from . import numba_selection, numba_weights
+from . import numba_selection, numba_weights, validate
 
-_F32 = torch.float32
-_NETWORK_DTYPES = ((_F32,) * 6, (_F32, _F32, _F32, _F32, torch.int8, _F32, _F32))
+_ROUNDED_TO_F32 = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weights_limit(
+    q: Tensor, keys: Tensor, inv_freq: Tensor, network: tuple[Tensor, ...] | None
+) -> str | None:
+    """What of validated arguments of `cell_weights` this backend cannot do, or None."""
+    if q.device.type != "cpu":
+        return f"impl 'numba' needs the CPU; got q on {q.device}"
+    if q.dtype not in _ROUNDED_TO_F32:
+        return f"q must have dtype float32, bfloat16 or float16 for impl 'numba'; got {q.dtype}"
+    tensors = {"keys": keys, "inv_freq": inv_freq}
+    tensors |= {f"network's {n}": t for n, t in zip(validate.NETWORK, network or (), strict=False)}
+    for name, tensor in tensors.items():
+        dtype = torch.int8 if name == "network's w2" and len(network) == 7 else torch.float32
+        if tensor.dtype != dtype:
+            return f"{name} must have dtype {dtype} for impl 'numba'; got {tensor.dtype}"
+    sizes = {"head_dim": q.shape[-1]} | ({"hidden": network[2].shape[1]} if network else {})
+    for name, n in sizes.items():
+        if n % LANES or n == 0:
+            return f"{name} must be a multiple of {LANES} for impl 'numba'; got {n}"
+    if network and keys.shape[1] + 1 < LANES:
+        return (
+            f"a network must have at least {LANES - 1} buckets for impl 'numba'; "
+            f"got {keys.shape[1]}"
+        )
+    return None
+
+
+def selection_limit(scores: Tensor, out: tuple[Tensor, Tensor] | None) -> str | None:
+    """What of validated arguments of `select_lists` this backend cannot do, or None."""
+    if scores.device.type != "cpu":
+        return f"impl 'numba' needs the CPU; got scores on {scores.device}"
+    if scores.dtype not in _ROUNDED_TO_F32:
+        return (
+            f"scores must have dtype float32, bfloat16 or float16 for impl 'numba'; "
+            f"got {scores.dtype}"
+        )
+    if out is None:
+        return None
+    batch, heads, capacity = out[0].shape
+    for name, tensor in zip(("starts", "lengths"), out, strict=True):
+        of_batch, of_head, of_range = tensor.stride()
+        if (
+            tensor.stride() != out[0].stride()
+            or tensor.is_neg()
+            or (capacity > 1 and of_range != 1)
+            or (batch > 1 and of_batch != heads * of_head)
+            or (batch * heads > 1 and of_head < capacity)
+        ):
+            return (
+                f"out's {name} must have rows evenly apart, like starts, for impl 'numba'; "
+                f"got strides {tensor.stride()}"
+            )
+    return None
 
 
 def cell_weights(
@@ -33,33 +87,20 @@ def cell_weights(
     share: str,
     by_size: bool,
 ) -> Tensor:
-    """Predicted attention weight of one key of each cell, `[B, H, nlist * n_segments]` float32.
+    """As `api.cell_weights`, whose validation, `weights_limit` included, is taken for granted.
 
-    See `saap.routing.LayerRouting`, whose torch code says the same; this reads centroids and
-    network once and nothing else that is large.
-
-    Args:
-        q: de-RoPEd queries `[B, Hq, D]`.
-        keys: typical de-RoPEd keys of the buckets, scaled as scores are, `[Hkv, nlist, D]`.
-        inv_freq: radians a token of the pairs that RoPE turns, `[pairs]`.
-        sizes: keys of each cell, int32 `[B or 1, Hkv, nlist * n_segments]`.
-        n_middle, distance: keys in the cells, and how far the oldest is from the query, `[B]` or
-            scalars.
-        network: the tensors of `MLPRouter`, whose logits count by `trained_share`; or None.
-            `mean, scale, w1, b1, w2, b2` float32; with `w2_scale` too, w2 is int8.
-        share: "group": one row for the query heads of a KV head, `H = Hkv`; "head": `H = Hq`.
-        by_size: weight of all keys of a cell.
-
-    What it takes `can_weigh` says.
+    Reads centroids and network once and nothing else that is large. Returns float32.
     """
     batch, n_heads, dim = q.shape
     heads, nlist = keys.shape[:2]
     group, hidden = n_heads // heads, network[2].shape[1] if network else 0
-    q, keys, inv_freq, sizes = (t.contiguous() for t in (q.float(), keys, inv_freq, sizes))
-    n_middle, distance = (t.expand(batch).double().contiguous() for t in (n_middle, distance))
-    network = tuple(t.contiguous() for t in network) if network else ()
     rows = n_heads if share == "head" else heads
     out = torch.empty(batch, rows, nlist * n_segments)
+    if out.numel() == 0:
+        return out
+    q, keys, inv_freq, sizes = (_plain(t) for t in (q.float(), keys, inv_freq, sizes))
+    n_middle, distance = (_plain(t.double()) for t in (n_middle, distance))
+    network = tuple(_plain(t) for t in network) if network else ()
     threads = min(torch.get_num_threads(), batch * heads)
     space = torch.empty(
         threads * numba_weights.workspace_floats(group, dim, nlist, n_segments, hidden)
@@ -78,42 +119,29 @@ def cell_weights(
     return out
 
 
-def can_weigh(q: Tensor, keys: Tensor, network: tuple[Tensor, ...] | None) -> bool:
-    """Whether `cell_weights` takes these."""
-    dims = (q.shape[-1], network[2].shape[1] if network else LANES)
-    return (
-        q.device.type == "cpu"
-        and keys.dtype == torch.float32
-        and (not network or tuple(t.dtype for t in network) in _NETWORK_DTYPES)
-        and all(n % LANES == 0 and n for n in dims)
-        and keys.shape[1] + 1 >= LANES
-    )
-
-
-def bucket_ranges(
+def select_lists(
     scores: Tensor,
     offsets: Tensor,
     *,
-    nprobe: int | None = None,
-    max_tokens: int | None = None,
-    top_p: float | None = None,
-    min_score: float | None = None,
-    per_row: bool = False,
-    first_row: int = 0,
-    out: tuple[Tensor, Tensor] | None = None,
+    nprobe: int | None,
+    max_tokens: int | None,
+    top_p: float | None,
+    min_score: float | None,
+    per_row: bool,
+    first_row: int,
+    out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """As `saap.index.lists.bucket_ranges`, on a CPU; lists that touch become one range.
+    """As `api.select_lists`, whose validation, `selection_limit` included, is taken for granted.
 
-    `scores [B, H, n]` float32, `offsets [B or 1, Hkv, n + 1]` int32. `out`: `starts, lengths
-    [B, H, capacity]` int32 to write to, strided alike, of at least as many ranges as the bounds
-    allow.
-    Returns views of the ranges in use, of the row that has most of them.
+    Ranges come in the order of the rows; lists that touch become one range. R is that of the row
+    with most ranges.
+
+    Raises:
+        ValueError: offsets that are not, or (never after that validation) too many ranges for
+            `out`, beyond which nothing is written.
     """
     batch, heads, n = scores.shape
-    scores, offsets = scores.float().contiguous(), offsets.contiguous()
-    if out is None:
-        capacity = min(n, *(bound for bound in (nprobe, max_tokens) if bound is not None), n)
-        out = tuple(torch.empty(batch, heads, capacity, dtype=torch.int32) for _ in range(2))
+    scores, offsets = _plain(scores.float()), _plain(offsets)
     starts, lengths = out
     threads = min(torch.get_num_threads(), batch * heads)
     counts = torch.zeros(batch * heads, dtype=torch.int64)
@@ -124,11 +152,21 @@ def bucket_ranges(
         0 if len(offsets) == 1 else 4 * offsets.stride(0), 4 * starts.stride(1), first_row,
         -1 if nprobe is None else nprobe, -1 if max_tokens is None else max_tokens, per_row,
         space.data_ptr(), 0, 0, 2.0 if top_p is None else top_p,
-        -math.inf if min_score is None else min_score,
+        # Compared with scores, which are float32.
+        -math.inf if min_score is None else float(np.float32(min_score)),
     )  # fmt: skip
     run(_select(), ctypes.addressof(job), threads)
-    most = int(counts.max())
+    found = counts.tolist()
+    if min(found) < 0:
+        validate.check_offset_values(offsets, first_row)
+        raise ValueError(f"out must have room for the selection; got {starts.shape[2]} ranges")
+    most = max(found)
     return starts[..., :most], lengths[..., :most]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as its memory says: without gaps, and with no sign still to be changed."""
+    return tensor.detach().resolve_neg().contiguous()
 
 
 @functools.cache

@@ -34,6 +34,8 @@ Job, SIGNATURE = job_type(_FIELDS, _SCALARS)
 BINS = 2048
 HISTOGRAM_BYTES = 8 * 3 * BINS
 _SHIFTS = (21, 10, 0)
+LARGEST_ROW = 2**31 - 1
+BAD_OFFSETS, NO_ROOM = -1, -2  # in place of a count of ranges
 
 _njit = numba.njit(error_model="numpy")
 
@@ -70,10 +72,13 @@ def _work(jobs):
 
 @_njit
 def _select(job, task, space):
+    """Writes the ranges of one row; returns how many, or `BAD_OFFSETS` or `NO_ROOM`."""
     b, kv_head = task // job.heads, task % job.heads * job.kv_heads // job.heads
     scores = carray(float32_pointer(job.scores + 4 * task * job.lists), job.lists)
     place = b * job.offsets_batch + 4 * kv_head * (job.lists + 1)
     offsets = carray(int32_pointer(job.offsets + place), job.lists + 1)
+    if offsets[0] < 0 or job.first_row + offsets[job.lists] > LARGEST_ROW:
+        return BAD_OFFSETS
     most_rows = job.max_tokens if job.max_tokens >= 0 else np.int64(2**62)
     most_lists = job.nprobe if job.nprobe >= 0 else np.int64(2**62)
     most_mass = np.inf
@@ -81,7 +86,7 @@ def _select(job, task, space):
         total = 0.0
         for i in range(job.lists):
             size = offsets[i + 1] - offsets[i]
-            if size > 0 and scores[i] >= job.min_score:
+            if _counts(job, scores[i], size):
                 total += _mass(job, scores[i], size)
         most_mass = job.top_p * total
     threshold, rows, lists, mass = np.int64(0), np.int64(0), np.int64(0), 0.0
@@ -91,14 +96,16 @@ def _select(job, task, space):
         )
     starts = carray(int32_pointer(job.starts + task * job.row_bytes), job.capacity)
     lengths = carray(int32_pointer(job.lengths + task * job.row_bytes), job.capacity)
-    found, end = 0, np.int64(-1)
+    found, end, smallest = 0, np.int64(-1), np.int64(0)
     for i in range(job.lists):
         size = np.int64(offsets[i + 1]) - offsets[i]
+        smallest = min(smallest, size)
         bits = ordered_bits(scores[i])
-        if size == 0 or bits < threshold or scores[i] < job.min_score:
+        if bits < threshold or not _counts(job, scores[i], size):
             continue
         if bits == threshold:
-            if rows >= most_rows or lists >= most_lists or (lists > 0 and mass >= most_mass):
+            full = job.top_p < 1.0 and lists > 0 and mass >= most_mass
+            if rows >= most_rows or lists >= most_lists or full:
                 continue
             mass += _mass(job, scores[i], size)
             size = min(size, most_rows - rows)
@@ -107,18 +114,28 @@ def _select(job, task, space):
         start = job.first_row + offsets[i + 1] - size
         if start == end:
             lengths[found - 1] += size
+        elif found == job.capacity:
+            return NO_ROOM
         else:
             starts[found], lengths[found] = start, size
             found += 1
         end = start + size
     for i in range(found, job.capacity):
         starts[i] = lengths[i] = 0
-    return found
+    return found if smallest >= 0 else BAD_OFFSETS
+
+
+@_njit
+def _counts(job, score, size):
+    """Whether a list can be chosen: it holds rows, and is not below the bound, as NaN is."""
+    return size > 0 and (score >= job.min_score or job.min_score == -np.inf)
 
 
 @_njit
 def _mass(job, score, size):
-    return max(score, np.float32(0.0)) * (size if job.per_row else 1)
+    if not score > 0:  # or NaN
+        return 0.0
+    return np.float64(score) * (size if job.per_row else 1)
 
 
 @_njit
@@ -137,11 +154,11 @@ def _threshold(job, scores, offsets, most_rows, most_lists, most_mass, space):
         if shift == _SHIFTS[0]:  # a loop of its own: one that lists candidates takes 30 % longer
             for i in range(len(scores)):
                 size = offsets[i + 1] - offsets[i]
-                if size > 0 and scores[i] >= job.min_score:
+                if _counts(job, scores[i], size):
                     at = ordered_bits(scores[i]) >> shift
                     rows_of[at] += size
                     lists_of[at] += 1
-                    if most_mass < np.inf:
+                    if job.top_p < 1.0:
                         mass_of[at] += _mass(job, scores[i], size)
         else:
             # Only the lists of the bin at which a bound was reached can be the last.
@@ -151,28 +168,35 @@ def _threshold(job, scores, offsets, most_rows, most_lists, most_mass, space):
                 bits = ordered_bits(scores[i])
                 if bits >> known_shift == known:
                     size = offsets[i + 1] - offsets[i]
-                    if size > 0 and scores[i] >= job.min_score:
+                    if _counts(job, scores[i], size):
                         left[n_left] = i
                         n_left += 1
                         at = (bits >> shift) & (BINS - 1 if shift else BINS // 2 - 1)
                         rows_of[at] += size
                         lists_of[at] += 1
                         mass_of[at] += _mass(job, scores[i], size)
-        at = np.int64(BINS - 1)
-        while at >= 0 and not (
-            lists_of[at] > 0
-            and (
-                rows + rows_of[at] >= most_rows
-                or lists + lists_of[at] >= most_lists
-                or mass + mass_of[at] >= most_mass
-            )
-        ):
+        at, lowest = np.int64(BINS - 1), np.int64(-1)
+        while at >= 0:
+            if lists_of[at] > 0:
+                lowest = at
+                if (
+                    rows + rows_of[at] >= most_rows
+                    or lists + lists_of[at] >= most_lists
+                    or (job.top_p < 1.0 and mass + mass_of[at] >= most_mass)
+                ):
+                    break
             rows += rows_of[at]
             lists += lists_of[at]
             mass += mass_of[at]
             at -= 1
-        if at < 0:  # all lists together reach no bound
-            return np.int64(0), rows, lists, mass
+        if at < 0:
+            if known_shift == 32:  # all lists together reach no bound
+                return np.int64(0), rows, lists, mass
+            # Sums of masses in another order may round to just below the bound they had reached.
+            at = lowest
+            rows -= rows_of[at]
+            lists -= lists_of[at]
+            mass -= mass_of[at]
         known = (known << (known_shift - shift)) | at
         known_shift = shift
     return known, rows, lists, mass

@@ -5,7 +5,6 @@ other, and of each the segments, filled up to whole vectors with cells that hold
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -193,12 +192,16 @@ def combine(typing_context, scores, stride, heads, factors, sizes, by_size, coun
 
 @intrinsic
 def ordered_bits(typing_context, number):
-    """The bits of a float32 as an int64 from 0 on that is larger where the number is."""
+    """An int64 above 0 that is larger where the float32 is larger: equal for 0 and -0, and 1,
+    below that of -inf, for NaN."""
 
     def codegen(context, builder, signature, args):
         bits = builder.bitcast(args[0], I32)
         negative = builder.icmp_signed("<", bits, I32(0))
-        flipped = builder.select(negative, builder.not_(bits), builder.or_(bits, I32(-(2**31))))
-        return builder.zext(flipped, ir.IntType(64))
+        sign = I32(-(2**31))
+        # Minus as integers turns the order around and leaves -0 where 0 comes to lie.
+        flipped = builder.select(negative, builder.neg(bits), builder.or_(bits, sign))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.select(is_nan, I64(1), builder.zext(flipped, I64))
 
     return _I64(_F32), codegen

@@ -117,7 +117,7 @@ def _weigh(job, b, head, space, width, buckets):
         if best == -np.inf:  # no keys
             best = np.float32(0.0)
         total = exponentials(own, 4 * columns, sizes, job.nlist, vectors, best)
-        factor[g] = middle / total if total > 0 else np.float32(0.0)
+        factor[g] = middle / total if total != 0 else np.float32(0.0)
     rows = job.group if job.per_head else 1
     summed = 1 if job.per_head else job.group
     n_lists = job.nlist * job.segments

@@ -1,11 +1,14 @@
 """The one package that knows transformers.
 
 `attached` decodes with `generate()` over a `SaapCache`; `routed` hands attention to a handler, for
-training an index and for evaluation.
+training an index.
 """
 
+from . import packaged
 from .attach import SaapModel, attached
+from .attention import Handler, LayerCall, routed
 from .cache import SaapCache
+from .families import ModelLayer, model_layers
 from .models import (
     attention_modules,
     describe,
@@ -16,21 +19,28 @@ from .models import (
     max_context,
     rope_variant,
 )
-from .routed import Handler, routed, run_chunks
+from .reading import ReadContext, cache_from, read_context, rewind
 
 __all__ = [
     "Handler",
+    "LayerCall",
+    "ModelLayer",
+    "ReadContext",
     "SaapCache",
     "SaapModel",
     "attached",
     "attention_modules",
+    "cache_from",
     "describe",
     "fingerprint",
     "first_line",
     "load_model",
     "load_tokenizer",
     "max_context",
+    "model_layers",
+    "packaged",
+    "read_context",
+    "rewind",
     "rope_variant",
     "routed",
-    "run_chunks",
 ]

@@ -1,66 +1,51 @@
-"""`attached`: a Hugging Face model decodes with Saap through its own `generate()`.
+"""`attached`: a Hugging Face model decodes with Saap through its own `generate()`."""
 
-Forwards over a `SaapCache` run with the attention below, all others are untouched: the model's
-own attention is set back after each. Hooks hand each layer the `cos, sin` of that very forward,
-because dynamic and longrope tables change as a sequence grows.
-"""
-
+import threading
+import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
-from transformers.masking_utils import flash_attention_mask
 
 from saap.budget import Budget
-from saap.chunks import attend_chunk
-from saap.kv_store import KVStore
-from saap.partition import partition_keys
-from saap.rope import INTERLEAVED, VARIANTS, frequencies
-from saap.routing import LayerRouting
+from saap.kv import KVStore
+from saap.methods import Method, find_method
 from saap.trained_index import TrainedIndex
 
+from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
-from .families import check_model, rope_variants
-from .models import attention_modules, describe
+from .families import model_layers
+from .models import describe
 
-NAME = "saap_cache"
-SHORTEST_PARTITIONED = 1024  # tokens of a prompt; shorter ones stay dense
+_attached: "weakref.WeakKeyDictionary[nn.Module, SaapModel]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 class SaapModel:
     """An attached model: makes caches for it. `budget` holds for the caches made from now on."""
 
-    def __init__(
-        self, model: nn.Module, index: TrainedIndex | None, budget: Budget, router: str | None
-    ):
-        if index is None and router not in (None, "centroid"):
-            raise ValueError(f"router={router!r} without an index: accepted is 'centroid'")
-        if index is not None:
-            index.check_model(describe(model))
-        self.model, self.index, self.budget = model, index, budget
-        self.config = model.config.get_text_config()
-        self.types, self.options = check_model(model)
-        self.variants = rope_variants(model, self.types)
-        self.routings: list[LayerRouting | None] = [None] * len(self.types)
-        if index is not None:
-            router = router or index.default_router
-            self.routings = [
-                LayerRouting.of(layer, router).to(model.device) for layer in index.layers
-            ]
-        wrong = [n for n in budget.dense_layers if n >= len(self.types)]
+    def __init__(self, model: nn.Module, method: Method, budget: Budget):
+        if method.index is not None:
+            method.index.check_model(describe(model))
+        self.model, self.method, self.budget = model, method, budget
+        self.layers = model_layers(model)
+        wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
             raise ValueError(
-                f"dense_layers={budget.dense_layers}: accepted are 0 to {len(self.types) - 1}"
+                f"dense_layers must be in 0..{len(self.layers) - 1}; got {budget.dense_layers}"
             )
-        self._layers()  # a budget that does not fit the index is refused here
+        self._cache_layers()  # a budget that does not fit the method is refused here
+
+    @property
+    def index(self) -> TrainedIndex | None:
+        return self.method.index
 
     def cache(self, capacity: int = 0) -> SaapCache:
-        """An empty cache. `capacity`: tokens a sequence to make room for at once."""
-        return SaapCache(self._layers(capacity), self)
+        """An empty cache. `capacity`: tokens per sequence to make room for at once."""
+        return SaapCache(self._cache_layers(capacity), self)
 
     def save_context(
         self, cache: SaapCache, tokens: Tensor, path: str | Path, note: dict | None = None
@@ -76,128 +61,55 @@ class SaapModel:
 
         return open_context(self, path)
 
-    def _layers(self, capacity: int = 0) -> list:
+    def _cache_layers(self, capacity: int = 0) -> list:
         layers = []
-        for number, (kind, options) in enumerate(zip(self.types, self.options, strict=True)):
-            if kind == "full_attention":
+        for number, layer in enumerate(self.layers):
+            if layer.is_full:
                 dense = number in self.budget.dense_layers
-                routing = None if dense else self.routings[number]
-                layers.append(SaapLayer(KVStore(routing, self.budget, capacity=capacity)))
+                selector = None if dense else self.method.selector(layer.info)
+                layers.append(SaapLayer(KVStore(selector, self.budget, capacity=capacity)))
             else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**layer.cache_options))
         return layers
 
-    def begin_forward(self, _, args: tuple, keywords: dict) -> None:
-        """Before the decoder runs: check what it is given, put Saap's attention in place."""
-        cache = keywords.get("past_key_values")
-        if not isinstance(cache, SaapCache):
-            return
+    @contextmanager
+    def forward_over(self, cache: SaapCache, arguments: tuple, keywords: dict) -> Iterator[None]:
+        """One forward of the decoder over `cache`: checked first, then handled by its layers."""
         if cache.owner is not self:
             raise ValueError(
-                "this SaapCache belongs to another model or an earlier block: make one with "
-                "cache() of this block"
+                "this SaapCache must belong to this model and block; got one of another: make one "
+                "with cache() of this block"
             )
-        tokens = keywords.get("input_ids", args[0] if args else None)
+        check_installed(self.model)
+        tokens = keywords.get("input_ids", arguments[0] if arguments else None)
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
-        batch, length = tokens.shape[:2]
-        mask = keywords.get("attention_mask")
-        positions = keywords.get("position_ids")
-        self.new_mask = cache.check_forward(batch, length, mask, positions)
-        self.running, cache.in_forward = cache, True
-        self.before = self.config._attn_implementation
-        self.config._attn_implementation = NAME
-
-    def end_forward(self, *_) -> None:
-        """After the decoder ran, or failed."""
-        if self.running is None:
-            return
-        self.config._attn_implementation = self.before
-        self.running.end_forward()
-        self.running = self.new_mask = None
-
-    running: SaapCache | None = None
-    new_mask: Tensor | None = None
-
-    def keep_tables(self, module, _, keywords: dict) -> None:
-        """Before an attention layer runs."""
-        if self.running is not None:
-            module._saap_step = (self, keywords.get("position_embeddings"))
-
-    def attend(self, module, q, k, v, *, tables, sm_scale, softcap, s_aux) -> Tensor:
-        """Attention of one layer, `[B, Hq, T, D]`, over the cache of the running forward."""
-        number = module.layer_idx
-        layer = self.running.layers[number]
-        if isinstance(layer, SaapLayer):
-            variant = self.variants[number]
-            q_derope, k_derope = (q, k) if variant is None else _derope(variant, q, k, tables)
-            if self.index is None and number not in self.budget.dense_layers:
-                self._partition(layer.store, variant, k_derope, tables, sm_scale)
-            layer.store.append(k, v, k_derope, self.new_mask)
-            layer.slots += q.shape[2]
-            out, lse = layer.store.attend(q, q_derope, sm_scale=sm_scale, softcap=softcap)
-        else:
-            out, lse = self._attend_sliding(layer, q, k, v, sm_scale, softcap)
-        if s_aux is not None:  # gpt-oss: one more logit in the denominator, worth nothing
-            out = out * torch.sigmoid(lse - s_aux.float()[:, None]).unsqueeze(-1).to(out.dtype)
-        return out
-
-    def _partition(self, store: KVStore, variant, k_derope, tables, sm_scale) -> None:
-        """Cluster the keys of a prompt, if this is the first of an empty cache and long enough."""
-        if store.length or k_derope.shape[2] < SHORTEST_PARTITIONED:
-            return
-        store.route_by(
-            partition_keys(
-                k_derope,
-                None if variant is None else frequencies(variant, *tables),
-                sm_scale=sm_scale,
-                interleaved=variant in INTERLEAVED,
-                mask=self.new_mask,
-            )
+        forward = cache.begin_forward(
+            *tokens.shape[:2], keywords.get("attention_mask"), keywords.get("position_ids")
         )
+        try:
+            with handled(self.model, forward, self.layers):
+                yield
+        finally:
+            cache.end_forward()
 
-    def _attend_sliding(self, layer, q, k, v, sm_scale, softcap) -> tuple[Tensor, Tensor]:
-        options = {"sm_scale": sm_scale, "softcap": softcap}
-        options["sliding_window"] = layer.sliding_window
-        # Padding is on the left: what is in reach of it is cut off, sequence by sequence.
-        padding = [max(0, k.shape[2] - n) for n in self.running.lengths_after]
-        if not any(padding):
-            return attend_chunk(q, k, v, **options)
-        out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
-        for b, n in enumerate(padding):
-            skipped = max(0, n - (k.shape[2] - q.shape[2]))
-            if skipped < q.shape[2]:
-                own = slice(b, b + 1)
-                out[own, :, skipped:], lse[own, :, skipped:] = attend_chunk(
-                    q[own, :, skipped:], k[own, :, n:], v[own, :, n:], **options
-                )
-        return out, lse
+    def __repr__(self) -> str:
+        return f"SaapModel({self.method.name!r}, {self.budget})"
 
 
-def _derope(variant: str, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]):
-    """Queries and keys at once: half as many small operations."""
-    both = VARIANTS[variant](torch.cat([q, k], 1), *tables)
-    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+def _forward(decoder, *arguments, **keywords):
+    """Stands in for the forward of an attached model's decoder.
 
-
-def _saap_attention(module, query, key, value, attention_mask, *, scaling, **options):
-    saap_model, tables = module._saap_step
-    out = saap_model.attend(
-        module,
-        query,
-        key,
-        value,
-        tables=tables,
-        sm_scale=scaling,
-        softcap=options.get("softcap"),
-        s_aux=options.get("s_aux"),
-    )
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(NAME, _saap_attention)
-# Any registered mask will do: padding is taken from the model's own argument, once a forward.
-AttentionMaskInterface.register(NAME, flash_attention_mask)
+    A copy of the decoder, which has this function too, is attached to nothing and computes what
+    its class does.
+    """
+    saap_model = _attached.get(decoder)
+    if saap_model is None:
+        return type(decoder).forward(decoder, *arguments, **keywords)
+    cache = keywords.get("past_key_values")
+    if not isinstance(cache, SaapCache):
+        return saap_model.own_forward(*arguments, **keywords)
+    with saap_model.forward_over(cache, arguments, keywords):
+        return saap_model.own_forward(*arguments, **keywords)
 
 
 @contextmanager
@@ -206,7 +118,7 @@ def attached(
     index: TrainedIndex | None = None,
     budget: Budget | None = None,
     *,
-    router: str | None = None,
+    method: str | Method = "saap",
 ) -> Iterator[SaapModel]:
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
@@ -216,30 +128,42 @@ def attached(
     Streaming, sampling, beams, assisted and prompt-lookup decoding, left-padded batches, chunked
     prefill and the next turn over the same cache all work; prefill and any forward of several
     tokens are exact. Layers with a sliding window keep their own cache and stay dense. Without our
-    cache the model computes what it always did. Without an `index` each layer clusters the keys of
-    a cache's first forward, if it has 1024 tokens or more, and nothing is trained; other caches
-    stay dense then. `budget`: `Budget.default()` if not given.
-    `router`: one of the index's, by default the one it was trained for.
+    cache the model computes what it always did, and other threads may use it, or caches of their
+    own, at the same time.
 
-    Raises ValueError for a model that is not supported or not the index's, by name.
+    `method`: a name in `saap.METHODS`, or a `Method` object, which brings its own index. "saap"
+    without an `index` clusters the keys of a cache's first forward in each layer, if it has 1024
+    tokens or more, and trains nothing; other caches stay dense then. `budget`: `Budget.default()`
+    if not given.
+
+    Raises ValueError for a model that is not supported or not the index's, for an unknown method,
+    one that needs an index and got none, and for a budget that it cannot follow.
     """
+    if isinstance(method, str):
+        method = find_method(method)(index)
+    elif index is not None and method.index is not index:
+        raise ValueError(
+            "index must be None beside a Method object, which brings its own; got another one"
+        )
     decoder = model.get_decoder()
-    if getattr(decoder, "_saap_attached", False):
-        raise ValueError("this model is attached already: leave that block first")
-    saap_model = SaapModel(model, index, budget or Budget.default(), router)
-    modules = attention_modules(model)
-    hooks = [
-        decoder.register_forward_pre_hook(saap_model.begin_forward, with_kwargs=True),
-        decoder.register_forward_hook(saap_model.end_forward, always_call=True),
-        *(m.register_forward_pre_hook(saap_model.keep_tables, with_kwargs=True) for m in modules),
-    ]
-    decoder._saap_attached = True
+    saap_model = SaapModel(model, method, budget or Budget.default())
+    before = vars(decoder).get("forward")  # accelerate puts one of its own there
+    if getattr(before, "__func__", None) is _forward:
+        before = None  # a copy of an attached model brings this along
+    saap_model.own_forward = before or types.MethodType(type(decoder).forward, decoder)
+    with _lock:
+        if decoder in _attached:
+            raise ValueError(
+                "a model must be attached once at a time; got a second block: leave the first one"
+            )
+        _attached[decoder] = saap_model
     try:
-        yield saap_model
+        with installed(model):
+            decoder.forward = types.MethodType(_forward, decoder)
+            yield saap_model
     finally:
-        for hook in hooks:
-            hook.remove()
-        decoder._saap_attached = False
-        for module in modules:
-            if hasattr(module, "_saap_step"):
-                del module._saap_step
+        if before is None:
+            vars(decoder).pop("forward", None)
+        else:
+            decoder.forward = before
+        del _attached[decoder]

@@ -1,12 +1,15 @@
-"""A cache for `generate()` whose layers of full attention are `saap.kv_store.KVStore`s."""
+"""A cache for `generate()` whose layers of full attention are KV stores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from saap.kv_store import KVStore
+from saap.kv import KVStore
+
+from .attention import LayerCall
+from .forward import Forward
 
 
 class SaapLayer(CacheLayerMixin):
@@ -48,7 +51,7 @@ class SaapLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): accepted are 0 and less, the tokens to remove"
+                f"crop takes 0 or less, minus the tokens to remove; got {tokens_to_remove}"
             )
         left = self.left_after(-tokens_to_remove)
         held = self.store.lengths
@@ -69,7 +72,7 @@ class SaapLayer(CacheLayerMixin):
         self.store.select_sequences(torch.arange(self.store.batch)[indices.cpu()])
 
     def offload(self) -> None:
-        raise ValueError("offloading=True: a SaapCache stays on the device of its model")
+        raise ValueError("a SaapCache must stay on the device of its model; got offloading=True")
 
 
 class SaapCache(Cache):
@@ -82,8 +85,11 @@ class SaapCache(Cache):
     def __init__(self, layers: list[CacheLayerMixin], owner):
         super().__init__(layers=layers)
         self.owner = owner
-        self.in_forward = False
         self.last_positions: list[int] = []
+        self._lengths: list[int] = []
+        self._forward: Forward | None = None
+        self.observer: Callable[[LayerCall], None] | None = None
+        """Called with every attention call over this cache: for measuring."""
 
     @property
     def saap_layers(self) -> list[SaapLayer]:
@@ -92,7 +98,8 @@ class SaapCache(Cache):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
-        return list(self.saap_layers[0].store.lengths)
+        stores = self.saap_layers
+        return list(stores[0].store.lengths if stores else self._lengths)
 
     @property
     def nbytes(self) -> int:
@@ -106,91 +113,44 @@ class SaapCache(Cache):
     def visited_share(self) -> float:
         """Rows that the last step visited, of all rows, averaged over layers of full attention."""
         shares = [layer.store.visited_share for layer in self.saap_layers]
-        return sum(shares) / len(shares)
+        return sum(shares) / len(shares) if shares else 1.0
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if not self.in_forward:
+        if self._forward is None:
             raise ValueError(
-                "this SaapCache is used by another model, or after its block: accepted is the "
-                "attached model inside `with saap.attached(...)`"
+                "this SaapCache must be used by its attached model inside `with "
+                "saap.attached(...)`; got a use by another model or after that block"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def check_forward(
+    def begin_forward(
         self, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
-    ) -> Tensor | None:
-        """What one forward may bring, and room for it; the mask `[B, T]` of new tokens, or None.
+    ) -> "Forward":
+        """Check what one forward brings, and make room for it.
 
-        Raises ValueError for a batch, mask or positions that do not continue what is stored.
+        Raises ValueError for a batch, mask or positions that do not continue what is stored, and
+        for a cache that another forward is using.
         """
-        stores = [layer.store for layer in self.saap_layers]
-        slots = {layer.get_seq_length() for layer in self.layers}
-        if len(slots) > 1 or any(store.lengths != stores[0].lengths for store in stores):
-            raise ValueError(
-                "a forward over this cache was broken off, its layers differ: start a new cache"
-            )
-        held = stores[0].lengths or [0] * batch
-        if batch != len(held):
-            raise ValueError(f"a batch of {batch}: this cache holds {len(held)} sequences")
-        new = None if mask is None else self._new_of_mask(mask, held, length)
-        n_new = [length] * batch if new is None else new.sum(1).tolist()
-        self.lengths_after = [n + m for n, m in zip(held, n_new, strict=True)]
-        self._slots_after = self.get_seq_length() + length
-        self._ends = self._check_positions(positions, new, n_new, length)
-        for store in stores:
-            if store.batch:
-                store.reserve(store.length + length)
-        return new
-
-    def _new_of_mask(self, mask: Tensor, held: list[int], length: int) -> Tensor | None:
-        slots = self.get_seq_length()
-        if mask.ndim != 2 or mask.shape != (len(held), slots + length):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}: accepted is [B, cached + new] = "
-                f"{(len(held), slots + length)}"
-            )
-        new = mask[:, -length:].bool()
-        whole = mask.bool().sum(1).tolist()
-        expected = [n + m for n, m in zip(held, new.sum(1).tolist(), strict=True)]
-        if whole != expected:
-            raise ValueError(
-                f"attention_mask shows {whole} tokens: with those cached it has to be {expected}"
-            )
-        return None if bool(new.all()) else new
-
-    def _check_positions(
-        self, positions: Tensor | None, new: Tensor | None, n_new: list[int], length: int
-    ) -> list[int]:
-        """The last position of each sequence after this forward."""
-        if positions is None:  # the model will count slots
-            positions = torch.arange(self._slots_after - length, self._slots_after)[None]
-        positions = positions.expand(len(n_new), -1)
-        before = self.last_positions or [-1] * len(n_new)
-        backwards = positions[:, 1:] <= positions[:, :-1]
-        if new is not None:
-            backwards = backwards & new[:, :-1].to(backwards.device)
-        rows = zip(positions.tolist() if length == 1 else positions, before, n_new, strict=True)
-        first = [(int(row[length - n]), last) for row, last, n in rows if n]
-        wrong = [pair for pair in first if pair[0] <= pair[1]]
-        if wrong or bool(backwards.any()):
-            detail = f" ({wrong[0][0]} after {wrong[0][1]})" if wrong else ""
-            raise ValueError(f"position_ids go backwards{detail}: accepted are ascending ones")
-        ends = positions[:, -1].tolist()
-        return [end if n else last for end, last, n in zip(ends, before, n_new, strict=True)]
+        if self._forward is not None:
+            raise ValueError("a cache must be used by one forward at a time; got a second one")
+        forward = Forward(self, batch, length, mask, positions)
+        self._forward = forward
+        return forward
 
     def end_forward(self) -> None:
-        self.in_forward = False
-        if all(layer.get_seq_length() == self._slots_after for layer in self.layers):
-            self.last_positions = self._ends
+        forward, self._forward = self._forward, None
+        if all(layer.get_seq_length() == forward.slots_after for layer in self.layers):
+            self.last_positions, self._lengths = forward.ends, forward.lengths_after
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
+            self._lengths = [max(0, n + tokens_to_remove) for n in self._lengths]
             self.last_positions = [n - 1 for n in self.lengths]
 
     def reset(self) -> None:
         super().reset()
-        self.last_positions = []
+        self.last_positions, self._lengths = [], []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -210,3 +170,4 @@ class SaapCache(Cache):
     def _select_positions(self, chosen: Sequence[int]) -> None:
         if self.last_positions:
             self.last_positions = [self.last_positions[b] for b in chosen]
+            self._lengths = [self._lengths[b] for b in chosen]

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap import context_file, kv_state
-from saap.trained_index import checksum
+from saap import context_file
+from saap.kv import state as kv_state
 
 from .attach import SaapModel
 from .cache import SaapCache, SaapLayer
@@ -26,11 +26,11 @@ def save_context(
     """
     check_has_index(saap_model)
     if cache.owner is not saap_model:
-        raise ValueError("this SaapCache belongs to another model or an earlier block")
+        raise ValueError("this SaapCache must belong to this model and block; got one of another")
     if cache.lengths != [len(tokens)] or cache.get_seq_length() != len(tokens):
         raise ValueError(
-            f"the cache holds sequences of {cache.lengths} tokens: accepted is one, of the "
-            f"{len(tokens)} tokens given"
+            f"the cache must hold one sequence of the {len(tokens)} tokens given; got sequences "
+            f"of {cache.lengths} tokens"
         )
     layers, tensors = [], {"token_ids": tokens.to(torch.int32).cpu()}
     for number, layer in enumerate(cache.layers):
@@ -69,17 +69,23 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
             keys = [k for k in own if theirs.get(k) != own[k]] if isinstance(theirs, dict) else []
             detail = f" ({keys[0]} is {theirs.get(keys[0])}, not {own[keys[0]]})" if keys else ""
             raise ValueError(
-                f"{path}: this context was made with another {name}{detail}: make it again with "
-                "`saap index`"
+                f"{path}: this context must be made with this {name}; got one made with another "
+                f"{name}{detail}: make it again with `saap prefill`"
             )
     cache = saap_model.cache()
     for number, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         prefix = f"layers.{number}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         own = {n: t.to(saap_model.model.device) for n, t in own.items()}
+        if isinstance(layer, SaapLayer) != ("lengths" in state):
+            raise ValueError(
+                f"{path}: layer {number} must be of the kind that the model has; got another"
+            )
         if isinstance(layer, SaapLayer):
             try:
-                layer.store = kv_state.restored(state, own, layer.store.routing, saap_model.budget)
+                layer.store = kv_state.restored(
+                    state, own, layer.store.selector, saap_model.budget
+                )
             except ValueError as error:
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
             layer.slots = layer.store.length
@@ -90,7 +96,9 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
         layer.is_initialized = True
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
-        raise ValueError(f"{path}: {len(tokens)} tokens for {cache.lengths} rows: it was altered")
+        raise ValueError(
+            f"{path}: must hold a row per token; got {len(tokens)} tokens for {cache.lengths} rows"
+        )
     cache.last_positions = [len(tokens) - 1]
     return cache, tokens
 
@@ -99,16 +107,20 @@ def layout(saap_model: SaapModel) -> dict:
     """What of a budget lays out rows, and so has to be the same when a context is opened."""
     budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
-    return {**fixed, "dense_layers": list(budget.dense_layers)}
+    return {
+        **fixed,
+        "dense_layers": list(budget.dense_layers),
+        "method": saap_model.method.name,
+    }
 
 
 def check_has_index(saap_model: SaapModel) -> None:
-    if saap_model.index is None:
+    if saap_model.index is None and not saap_model.method.saves_itself:
         raise ValueError(
-            "attached without an index: accepted for contexts on disk is a trained one, since "
-            "lists mean nothing without their partition"
+            f"a context of method {saap_model.method.name!r} needs a trained index, since lists "
+            "mean nothing without their partition; got none"
         )
 
 
 def index_id(saap_model: SaapModel) -> str:
-    return checksum(saap_model.index.tensors())[:16]
+    return "none" if saap_model.index is None else saap_model.index.fingerprint

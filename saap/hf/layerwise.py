@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .attention import Handler, routed
+from .families import model_layers
 from .models import attention_modules
-from .routed import Handler, routed
 
 
 class StopLayer(Exception):
@@ -35,6 +36,7 @@ class LayerStream:
     def __init__(self, model: nn.Module, *, chunk: int = 8192):
         self.model, self.chunk = model, chunk
         self.layers = decoder_layers(model)
+        self.attention_layers = model_layers(model)
         self._returns_tuple = [False] * len(self.layers)
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class LayerStream:
         """
         outputs = []
         device = self.model.device
-        with routed(self.model, handler):
+        with routed(self.model, handler, self.attention_layers):
             for start in range(0, len(token_ids), self.chunk):
                 part = slice(start, min(start + self.chunk, len(token_ids)))
                 own = None if hidden is None else hidden[..., part, :].to(device)
@@ -128,8 +130,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ]
         if not ends:
             raise ValueError(
-                f"model_type={model.config.model_type!r}: accepted are models with their decoder "
-                "layers in a ModuleList"
+                "the model must have its decoder layers in a ModuleList; got "
+                f"model_type={model.config.model_type!r}"
             )
         found.append(model.get_submodule(".".join(parts[: ends[0]])))
     return found

@@ -10,31 +10,61 @@ from torch import Tensor, nn
 
 from saap.rope import identify_variant
 
+from .gguf_header import is_gguf
+from .packaged import PACKAGED, find_packaged
+
 transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """A causal language model in evaluation mode, from a folder or a hub name."""
-    if _looks_like_path(source) and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source}: accepted is a folder with config.json, or a hub name")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no model could be loaded ({first_line(error)})") from error
+    """A causal language model in evaluation mode.
+
+    `source`: a folder, a `.gguf` file, a hub name, or a name in `packaged.PACKAGED`; a folder of
+    such a name is written `./NAME`.
+    """
+    source = resolved(source)
+    if is_gguf(source):
+        from .gguf import load_gguf
+
+        model = load_gguf(source, dtype)
+    elif _looks_like_path(source) and not (Path(source) / "config.json").is_file():
+        raise ValueError(
+            f"{source}: must be a folder with config.json, a .gguf file, a hub name, or one of "
+            f"{', '.join(PACKAGED)}; got none of them"
+        )
+    else:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source}: no model could be loaded ({first_line(error)})"
+            ) from error
     attention_modules(model)
     return model.to(device).eval()
 
 
 def load_tokenizer(source: str | Path):
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source}: no tokenizer could be loaded ({first_line(error)})"
-        ) from error
+    """The tokenizer of what `load_model` takes."""
+    source = resolved(source)
+    if is_gguf(source):
+        from .gguf import load_gguf_tokenizer
+
+        tokenizer = load_gguf_tokenizer(source)
+    else:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source}: no tokenizer could be loaded ({first_line(error)})"
+            ) from error
     # Corpora are tokenised whole and cut afterwards; lengths are checked where sequences are used.
     tokenizer.model_max_length = 10**9
     return tokenizer
+
+
+def resolved(source: str | Path) -> str | Path:
+    """Where the model of a name in PACKAGED lies; everything else as it is."""
+    return find_packaged(source) if isinstance(source, str) and source in PACKAGED else source
 
 
 def _looks_like_path(source: str | Path) -> bool:
@@ -58,9 +88,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if not rotary or len(found) != text_config.num_hidden_layers:
         raise ValueError(
-            f"model_type={model.config.model_type!r} has no rotary position embedding that saap "
-            "can take off: accepted are decoder-only models with RoPE, such as llama, qwen2, "
-            "qwen3, mistral, phi3"
+            "the model must be decoder-only with a rotary position embedding that saap can take "
+            "off, such as llama, qwen2, qwen3, mistral, phi3; got "
+            f"model_type={model.config.model_type!r}"
         )
     return [found[layer] for layer in sorted(found)]
 
@@ -97,8 +127,9 @@ def rope_variant(module: nn.Module, cos: Tensor, sin: Tensor) -> str:
     apply_rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply_rope is None:
         raise ValueError(
-            f"{type(module).__name__}: its model file has no apply_rotary_pos_emb, so saap cannot "
-            "find out how its keys are rotated"
+            f"the model file of {type(module).__name__} must have apply_rotary_pos_emb, from "
+            "which "
+            "saap finds out how keys are rotated; got none"
         )
     return identify_variant(apply_rope, cos[:1, :8], sin[:1, :8], module.head_dim)
 

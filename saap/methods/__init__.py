@@ -2,22 +2,24 @@
 
 from saap.names import find_named
 
-from .base import BucketSelector, LayerKeys, Method, Selector
-from .brackets import Oracle, Random
+from .base import Method
 from .dense import Dense
 from .exact_tokens import Flat, OracleTokens
 from .hnsw import HNSW
 from .ivf import KMeans, KMeansRope
 from .kmeans_online import KMeansOnline
-from .learned import MLP, KMeansCells, Linear, Saap
+from .learned import MLP, Blend, KMeansCells, Linear
 from .lsh import LSH
 from .mean_pages import MeanPages
 from .moments import Moments, MomentsPages
+from .oracle import Oracle
 from .pq import PQ
 from .quest import Quest
+from .random import Random
+from .saap import Saap
 from .streaming import Streaming
 
-__all__ = ["METHODS", "BucketSelector", "LayerKeys", "Method", "Selector", "find_method"]
+__all__ = ["METHODS", "Method", "find_method"]
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
@@ -29,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "linear": Linear,
     "mlp": MLP,
     "kmeans-cells": KMeansCells,
+    "blend": Blend,
     "saap": Saap,
     "moments": Moments,
     "kmeans-online": KMeansOnline,

@@ -2,22 +2,31 @@
 
 import torch
 
-from .base import Method, Selector
+from saap.budget import BOUNDS
+from saap.selector import Selector
+
+from .base import Method
 
 
 class DenseSelector(Selector):
-    def __init__(self, n_kv: int, n_middle: int):
-        self.n_kv, self.n_middle = n_kv, n_middle
+    bounds = BOUNDS
 
-    def select(self, q_rope, q_derope, budget):
-        shape = (q_rope.shape[0], self.n_kv, 1)
-        starts = torch.zeros(shape, dtype=torch.int32, device=q_rope.device)
-        return starts, torch.full_like(starts, self.n_middle)
+    def select(self, query, middle, budget, room):
+        return everything(query, middle)
+
+
+def everything(query, middle):
+    """One range for each query and KV head: the whole middle."""
+    shape = (len(query.q_rope), middle.n_kv, 1)
+    starts = torch.full(shape, middle.first_row, dtype=torch.int32, device=middle.device)
+    rows = torch.tensor(middle.n_rows, dtype=torch.int32, device=middle.device)
+    return starts, rows[:, None, None].expand(shape).contiguous()
 
 
 class Dense(Method):
     name = "dense"
     needs_index = False
+    bounds = BOUNDS
 
-    def build(self, keys):
-        return DenseSelector(*keys.k_rope.shape[1:3])
+    def selector(self, layer):
+        return DenseSelector()

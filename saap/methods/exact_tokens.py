@@ -9,50 +9,47 @@ best.
 
 from saap.index.faiss_backend import flat_search
 
-from .base import Method, Selector, middle_weights
-from .found import merge_found
-from .tokens import TokenSelector, no_ranges, rows_as_ranges, rows_needed
+from .search_results import merge_results
+from .snapshot import RowChooser, middle_weights
+from .tokens import TokenChooser, TokenMethod, no_ranges, rows_as_ranges
 
 
-class OracleTokensSelector(TokenSelector):
-    def __init__(self, name, keys):
-        super().__init__(name, keys)
+class OracleTokensChooser(TokenChooser):
+    def __init__(self, keys):
+        super().__init__(keys)
         self.keys = keys
 
     def scores(self, q_rope):
-        return middle_weights(self.keys, q_rope)
+        return middle_weights(self.keys.layer, self.keys.k_rope, q_rope)
 
     def combine(self, scores):
         return scores.unflatten(1, (self.n_kv, -1)).sum(2)
 
 
-class OracleTokens(Method):
+class OracleTokens(TokenMethod):
     name = "oracle-tokens"
-    needs_index = False
 
     def build(self, keys):
-        return OracleTokensSelector(self.name, keys)
+        return OracleTokensChooser(keys)
 
 
-class FlatSelector(Selector):
-    def __init__(self, name, keys):
-        self.name, self.sm_scale = name, keys.sm_scale
-        self.keys = keys.k_rope[0]
+class FlatChooser(RowChooser):
+    def __init__(self, keys):
+        self.keys = keys.k_rope
         self.nbytes = self.keys.numel() * self.keys.element_size()
 
-    def select(self, q_rope, q_derope, budget):
+    def select(self, q_rope, budget):
         n_kv, n_middle = self.keys.shape[:2]
-        k = min(rows_needed(self.name, budget), n_middle)
+        k = min(budget.max_tokens, n_middle)
         if k == 0:
             return no_ranges(q_rope, n_kv, budget.share)
         queries = q_rope.unflatten(1, (n_kv, -1))
         found = [flat_search(self.keys[h], queries[:, h].flatten(0, 1), k) for h in range(n_kv)]
-        return rows_as_ranges(merge_found(found, queries.shape[2], n_middle, k, budget.share))
+        return rows_as_ranges(merge_results(found, queries.shape[2], n_middle, k, budget.share))
 
 
-class Flat(Method):
+class Flat(TokenMethod):
     name = "flat"
-    needs_index = False
 
     def build(self, keys):
-        return FlatSelector(self.name, keys)
+        return FlatChooser(keys)

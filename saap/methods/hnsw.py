@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from saap.index.faiss_backend import Graph
 
-from .base import Method, Selector
-from .found import merge_found
-from .tokens import no_ranges, rows_as_ranges, rows_needed
+from .search_results import merge_results
+from .snapshot import RowChooser
+from .tokens import TokenMethod, no_ranges, rows_as_ranges
 
 
 @dataclass(frozen=True)
@@ -29,37 +29,39 @@ class HNSWSearch:
     ef: int = 64
 
 
-class HNSWSelector(Selector):
+class HNSWChooser(RowChooser):
     """`nbytes`: compared keys and their ids, a step, as the latest `select` read them."""
 
-    def __init__(self, name, keys, build, search):
-        self.name, self.search = name, search
-        self.n_kv, self.n_middle, self.dim = keys.k_rope.shape[1:]
+    def __init__(self, keys, method):
+        self.method, build = method, method.build_options
+        self.n_kv, self.n_middle, self.dim = keys.k_rope.shape
         self.graphs = [
             Graph(head, neighbours=build.neighbours, ef_construction=build.ef_construction)
-            for head in keys.k_rope[0]
+            for head in keys.k_rope
         ]
 
-    def select(self, q_rope, q_derope, budget):
-        k = min(rows_needed(self.name, budget), self.n_middle)
+    def select(self, q_rope, budget):
+        k = min(budget.max_tokens, self.n_middle)
         if k == 0:
             return no_ranges(q_rope, self.n_kv, budget.share)
         queries = q_rope.unflatten(1, (self.n_kv, -1))
         found, compared = [], 0
         for head, graph in enumerate(self.graphs):
             scores, ids, n = graph.search(
-                queries[:, head].flatten(0, 1), k, ef=max(k, self.search.ef)
+                queries[:, head].flatten(0, 1), k, ef=max(k, self.method.search_options.ef)
             )
             found.append((scores, ids))
             compared += n
         # A compared key is read as float32, and its id from a neighbour list as int32.
         self.nbytes = round(compared * (4 * self.dim + 4) / len(q_rope))
-        return rows_as_ranges(merge_found(found, queries.shape[2], self.n_middle, k, budget.share))
+        return rows_as_ranges(
+            merge_results(found, queries.shape[2], self.n_middle, k, budget.share)
+        )
 
 
-class HNSW(Method):
+class HNSW(TokenMethod):
     name = "hnsw"
-    needs_index = False
+    follows = False
 
     def __init__(
         self,
@@ -73,4 +75,4 @@ class HNSW(Method):
         self.build_options, self.search_options = build or HNSWBuild(), search or HNSWSearch()
 
     def build(self, keys):
-        return HNSWSelector(self.name, keys, self.build_options, self.search_options)
+        return HNSWChooser(keys, self)

@@ -8,11 +8,13 @@ clusters. Its estimate of the unvisited clusters is not part of the selection an
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from saap.index.kmeans import assign, train_centroids
-from saap.index.lists import InvertedLists, invert
+from saap.index.lists import invert
 
-from .base import BucketSelector, LayerKeys, Method
+from .snapshot import BucketChooser, LayerKeys, SnapshotMethod
 from .tokens import combine_heads, key_scores
 
 
@@ -39,33 +41,37 @@ def cluster_segments(keys, build: OnlineBuild, seed: int) -> tuple[torch.Tensor,
     return torch.cat(parts, 1), n_clusters
 
 
-def bucket_means(keys, buckets, lists: InvertedLists):
-    """Mean of each bucket's keys, float32 `[Hkv, nlist, D]`; 0 for an empty bucket."""
-    sums = keys.new_zeros(keys.shape[0], lists.nlist, keys.shape[2], dtype=torch.float32)
-    sums.scatter_add_(1, buckets.long()[..., None].expand_as(keys), keys.float())
-    return sums / lists.sizes[0, ..., None].clamp(min=1)
+def bucket_means(
+    values: Float[Tensor, "Hkv M D"],
+    buckets: Int[Tensor, "Hkv M"],
+    sizes: Int[Tensor, "Hkv nlist"],
+) -> Float[Tensor, "Hkv nlist D"]:
+    """Mean of each bucket's values, float32; 0 for an empty bucket."""
+    sums = values.new_zeros(*sizes.shape, values.shape[2], dtype=torch.float32)
+    sums.scatter_add_(1, buckets.long()[..., None].expand_as(values), values.float())
+    return sums / sizes[..., None].clamp(min=1)
 
 
-class OnlineSelector(BucketSelector):
+class OnlineChooser(BucketChooser):
     def __init__(self, keys: LayerKeys, build: OnlineBuild, seed: int):
-        buckets, n_clusters = cluster_segments(keys.k_rope[0], build, seed)
+        buckets, n_clusters = cluster_segments(keys.k_rope, build, seed)
         super().__init__(invert(buckets[None], n_clusters))
-        self.means = bucket_means(keys.k_rope[0], buckets, self.lists)
-        self.sm_scale = keys.sm_scale
+        self.means = bucket_means(keys.k_rope, buckets, self.lists.sizes[0])
+        self.sm_scale = keys.layer.sm_scale
         self.nbytes = self.means.numel() * keys.k_rope.element_size()
 
-    def scores(self, q_rope, q_derope, budget):
+    def scores(self, q_rope, budget):
         scores = key_scores(q_rope, self.means, self.sm_scale)
         return combine_heads(scores, self.means.shape[0]) if budget.share == "group" else scores
 
 
-class KMeansOnline(Method):
+class KMeansOnline(SnapshotMethod):
     name = "kmeans-online"
-    needs_index = False
+    follows = False
 
     def __init__(self, index=None, *, seed=0, build: OnlineBuild | None = None):
         super().__init__(index, seed=seed)
         self.build_options = build or OnlineBuild()
 
     def build(self, keys):
-        return OnlineSelector(keys, self.build_options, self.seed)
+        return OnlineChooser(keys, self.build_options, self.seed)

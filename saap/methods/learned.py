@@ -3,39 +3,79 @@
 `linear` scores buckets with the closed-form least-squares map from query to bucket mass, `mlp`
 with the classifier of Saap (arXiv 2502.08246, section 4.2). `kmeans-cells` trains nothing but
 k-means: it visits cells, time segments of buckets, by the expected score of their centroid at
-their distance (`saap.routing`). `saap` is both, blended. For a selection shared by a KV group the
-predicted masses of its query heads are added.
+their distance (`saap.routing`). `blend` is the mean of both; without a trained index it clusters
+the keys of the prompt itself and is what `kmeans-cells` is over those. For a selection shared by a
+KV group the predicted masses of its query heads are added.
 """
 
 import torch
 
-from saap.index.lists import invert
+from saap.partition import partition_keys
 from saap.routing import LayerRouting
 
-from .base import BucketSelector, Method
+from .base import Method
+from .lists import ListSelector
+
+SHORTEST_PARTITIONED = 1024  # tokens of a prompt that is worth clustering
 
 
-class RoutedSelector(BucketSelector):
-    def __init__(self, keys, routing: LayerRouting):
-        self.n_middle, self.window = keys.k_derope.shape[2], keys.window
-        place = torch.arange(self.n_middle, device=keys.k_derope.device)
-        lists = routing.lists_of(routing.assign(keys.k_derope), place, self.n_middle)
-        super().__init__(invert(lists, routing.n_lists))
+class RoutedSelector(ListSelector):
+    """Lists scored by a partition's router."""
+
+    def __init__(self, routing: LayerRouting):
+        super().__init__(routing.centroids, routing.n_segments)
         self.routing = routing
         self.predicts_weights = routing.predicts_weights
         self.nbytes = routing.nbytes
 
-    def scores_rows(self, budget):
+    def ranks_by_row(self, budget):
         return self.routing.ranks_by_row(budget)
 
-    def scores(self, q_rope, q_derope, budget):
+    def scores(self, query, middle, budget):
+        n_rows = middle.n_rows
+        positions = torch.as_tensor(query.positions, device=middle.device)
         return self.routing.scores(
-            q_derope,
-            self.lists.sizes,
-            self.n_middle,
-            self.ahead + self.window + self.n_middle - 1,
+            query.q_derope,
+            self.sizes,
+            n_rows[0] if len(n_rows) == 1 else torch.tensor(n_rows, device=middle.device),
+            positions - middle.first_row,
             share=budget.share,
-            per_row=self.scores_rows(budget),
+            per_row=self.ranks_by_row(budget),
+            impl=query.impl,
+        )
+
+
+class PromptSelector(RoutedSelector):
+    """As RoutedSelector, over a partition of the first tokens' own keys; none for short ones."""
+
+    def __init__(self, layer, seed):
+        self.layer, self.seed = layer, seed
+        self.routing = None
+
+    predicts_weights = True
+    n_kv = None
+    n_segments = n_assigned = 1
+
+    @property
+    def ready(self):
+        return self.routing is not None
+
+    def check_budget(self, budget):
+        return  # how many lists there will be is not known yet
+
+    def begin(self, k_derope, mask):
+        if k_derope.shape[2] < SHORTEST_PARTITIONED:
+            return
+        layer = self.layer
+        super().__init__(
+            partition_keys(
+                k_derope,
+                layer.inv_freq,
+                sm_scale=layer.sm_scale,
+                interleaved=layer.interleaved,
+                mask=mask,
+                seed=self.seed,
+            )
         )
 
 
@@ -44,9 +84,10 @@ class Linear(Method):
     router = "linear"
     n_segments: int | None = 1
 
-    def build(self, keys):
-        layer = self.index.layers[keys.layer]
-        return RoutedSelector(keys, LayerRouting.of(layer, self.router, self.n_segments))
+    def selector(self, layer):
+        own = self.layer_index(layer)
+        routing = LayerRouting.of(own, self.router, self.n_segments)
+        return RoutedSelector(routing.to(layer.device))
 
 
 class MLP(Linear):
@@ -60,10 +101,16 @@ class KMeansCells(Linear):
     n_segments = None
 
 
-class Saap(Linear):
-    name = "saap"
+class Blend(Linear):
+    name = "blend"
+    needs_index = False
     n_segments = None
 
     @property
     def router(self):
         return self.index.default_router
+
+    def selector(self, layer):
+        if self.index is None:
+            return PromptSelector(layer, self.seed)
+        return super().selector(layer)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Method
-from .tokens import TokenSelector
+from .tokens import TokenChooser, TokenMethod
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,17 @@ class LSHBuild:
         for name, most in (("n_bits", 15), ("n_tables", 4096)):
             value = getattr(self, name)
             if not 1 <= value <= most:
-                raise ValueError(f"{name}={value}: accepted are 1 to {most}")
+                raise ValueError(f"{name} must be in 1..{most}; got {value}")
 
 
-class LSHSelector(TokenSelector):
-    def __init__(self, name, keys, build, seed):
-        super().__init__(name, keys)
+class LSHChooser(TokenChooser):
+    def __init__(self, keys, build, seed):
+        super().__init__(keys)
         dim = keys.k_rope.shape[-1]
-        generator = torch.Generator().manual_seed(seed + keys.layer)
+        generator = torch.Generator().manual_seed(seed + keys.layer.number)
         planes = torch.randn(dim, build.n_tables, build.n_bits, generator=generator)
         self.planes = planes.to(keys.k_rope.device)
-        centred = keys.k_rope[0].float() - keys.k_rope[0].float().mean(1, keepdim=True)
+        centred = keys.k_rope.float() - keys.k_rope.float().mean(1, keepdim=True)
         self.signatures = self.sign(centred).movedim(-1, 0).contiguous()  # [L, Hkv, M]
         bits = build.n_tables * build.n_bits
         self.nbytes = self.n_kv * self.n_middle * ((bits + 7) // 8) + dim * bits * 4
@@ -59,13 +58,12 @@ class LSHSelector(TokenSelector):
         return scores.unflatten(1, (self.n_kv, -1)).sum(2)
 
 
-class LSH(Method):
+class LSH(TokenMethod):
     name = "lsh"
-    needs_index = False
 
     def __init__(self, index=None, *, seed=0, build: LSHBuild | None = None):
         super().__init__(index, seed=seed)
         self.build_options = build or LSHBuild()
 
     def build(self, keys):
-        return LSHSelector(self.name, keys, self.build_options, self.seed)
+        return LSHChooser(keys, self.build_options, self.seed)

@@ -4,28 +4,27 @@ Source: the block routing of MoBA (Lu et al., arXiv 2502.13189), here without tr
 adds its heads' softmax over pages.
 """
 
-from .base import Method
-from .pages import PAGE_SIZE, PageSelector, paged
+from .pages import PAGE_SIZE, PageChooser, paged
+from .snapshot import SnapshotMethod
 from .tokens import key_scores
 
 
-class MeanPagesSelector(PageSelector):
+class MeanPagesChooser(PageChooser):
     def __init__(self, keys, page_size):
         super().__init__(keys, page_size)
-        self.means = paged(keys.k_rope[0], page_size).mean(2)
+        self.means = paged(keys.k_rope, page_size).mean(2)
         self.nbytes = self.means.numel() * keys.k_rope.element_size()
 
     def page_scores(self, q_rope):
         return key_scores(q_rope, self.means, self.sm_scale)
 
 
-class MeanPages(Method):
+class MeanPages(SnapshotMethod):
     name = "mean-pages"
-    needs_index = False
 
     def __init__(self, index=None, *, seed=0, page_size: int = PAGE_SIZE):
         super().__init__(index, seed=seed)
         self.page_size = page_size
 
     def build(self, keys):
-        return MeanPagesSelector(keys, self.page_size)
+        return MeanPagesChooser(keys, self.page_size)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from saap.index.kmeans import assign
-from saap.index.lists import expand_heads, group_sum, invert
+from saap.index.lists import expand_heads, group_sum
 
-from .base import BucketSelector, Method
+from .base import Method
 from .kmeans_online import bucket_means
+from .lists import ListSelector
 from .pages import PAGE_SIZE, page_lists, page_of_row
+from .snapshot import BucketChooser, LayerKeys, SnapshotMethod
 from .tokens import key_scores
 
 
@@ -29,26 +30,26 @@ class MomentsBuild:
     n_iter: int = 4
 
 
-class MomentsSelector(BucketSelector):
-    def __init__(self, keys, buckets, lists, build: MomentsBuild):
-        super().__init__(lists)
-        vectors = keys.k_rope[0].float()
-        index = buckets[0].long()
-        self.n_kv, self.sm_scale = vectors.shape[0], keys.sm_scale
-        self.mean = bucket_means(vectors, index, lists)
-        gathered = index[..., None].expand_as(vectors)
+class Statistics:
+    """Mean and covariance of the keys of each bucket of one sequence."""
+
+    def __init__(self, vectors, buckets, sizes, sm_scale, build: MomentsBuild):
+        """`vectors [Hkv, M, D]`, `buckets [Hkv, M]`, `sizes [Hkv, nlist]`."""
+        element_size, vectors = vectors.element_size(), vectors.float()
+        self.sizes, self.sm_scale = sizes, sm_scale
+        self.mean = bucket_means(vectors, buckets, sizes)
+        gathered = buckets.long()[..., None].expand_as(vectors)
         centred = vectors - self.mean.gather(1, gathered)
-        self.variance = bucket_means(centred**2, index, lists)
+        self.variance = bucket_means(centred**2, buckets, sizes)
         self.directions = None
         held = [self.mean, self.variance]
         if build.rank:
-            self.directions = leading_directions(centred, index, lists, build)
+            self.directions = leading_directions(centred, buckets.long(), sizes, build)
             self.variance -= (self.directions**2).sum(2)
             self.variance.clamp_(min=0)
             held.append(self.directions)
         # Tables are kept in the keys' precision; log n is one float a bucket.
-        self.nbytes = sum(t.numel() for t in held) * keys.k_rope.element_size()
-        self.nbytes += lists.sizes.numel() * 4
+        self.nbytes = sum(t.numel() for t in held) * element_size + sizes.numel() * 4
 
     def log_mass(self, q_rope):
         second = key_scores(q_rope.float() ** 2, self.variance, self.sm_scale**2)
@@ -58,30 +59,32 @@ class MomentsSelector(BucketSelector):
                 -1, self.directions.shape[1:3]
             )
             second = second + (along**2).sum(-1)
-        sizes = expand_heads(self.lists.sizes.float(), q_rope.shape[1])
+        sizes = expand_heads(self.sizes[None].float(), q_rope.shape[1])
         return sizes.log() + key_scores(q_rope, self.mean, self.sm_scale) + second / 2
 
-    def scores(self, q_rope, q_derope, budget):
+    def scores(self, q_rope, budget):
         mass = self.log_mass(q_rope)
         if budget.share == "group":
-            mass = group_sum(mass.softmax(-1), self.n_kv).log()
+            mass = group_sum(mass.softmax(-1), len(self.sizes)).log()
         if budget.max_tokens is None:
             return mass
-        return mass - expand_heads(self.lists.sizes.float(), mass.shape[1]).clamp(min=1).log()
+        return mass - expand_heads(self.sizes[None].float(), mass.shape[1]).clamp(min=1).log()
 
 
-def leading_directions(centred, index, lists, build):
+def leading_directions(centred, buckets, sizes, build):
     """`[Hkv, nlist, rank, D]`: directions of largest variance, as long as its square root."""
     heads, _, dim = centred.shape
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(heads, lists.nlist, dim, build.rank, generator=generator).to(
+    start = torch.randn(heads, sizes.shape[1], dim, build.rank, generator=generator).to(
         centred.device
     )
     basis = torch.linalg.qr(start)[0]
     head = torch.arange(heads, device=centred.device)[:, None]
     for step in range(build.n_iter + 1):
-        along = torch.einsum("hmd,hmdr->hmr", centred, basis[head, index])
-        spread = bucket_means((along[..., None, :] * centred[..., None]).flatten(2), index, lists)
+        along = torch.einsum("hmd,hmdr->hmr", centred, basis[head, buckets])
+        spread = bucket_means(
+            (along[..., None, :] * centred[..., None]).flatten(2), buckets, sizes
+        )
         spread = spread.unflatten(-1, (dim, build.rank))  # Sigma @ basis
         if step < build.n_iter:
             basis = torch.linalg.qr(spread + 1e-12 * start)[0]
@@ -93,6 +96,30 @@ def leading_directions(centred, index, lists, build):
     return (spread @ vectors * inverse[..., None, :]).mT.contiguous()
 
 
+class MomentsSelector(ListSelector):
+    def __init__(self, layer, centroids, build: MomentsBuild):
+        super().__init__(centroids)
+        self.layer, self.build = layer, build
+
+    def update(self, middle):
+        super().update(middle)
+        self.statistics = [
+            Statistics(
+                middle.keys_of(b), middle.lists[b, :, :n], self.sizes[b], self.layer.sm_scale,
+                self.build,
+            )
+            for b, n in enumerate(middle.n_rows)
+        ]  # fmt: skip
+        self.nbytes = self.statistics[0].nbytes
+
+    def scores(self, query, middle, budget):
+        if len(self.statistics) == 1:
+            return self.statistics[0].scores(query.q_rope, budget)
+        return torch.cat(
+            [own.scores(query.q_rope[b : b + 1], budget) for b, own in enumerate(self.statistics)]
+        )
+
+
 class Moments(Method):
     name = "moments"
 
@@ -100,19 +127,30 @@ class Moments(Method):
         super().__init__(index, seed=seed)
         self.build_options = build or MomentsBuild()
 
-    def build(self, keys):
-        centroids = self.index.layers[keys.layer].centroids
-        buckets = assign(keys.k_derope, centroids)
-        lists = invert(buckets, centroids.shape[1])
-        return MomentsSelector(keys, buckets, lists, self.build_options)
+    def selector(self, layer):
+        return MomentsSelector(layer, self.layer_index(layer).centroids, self.build_options)
 
 
-class MomentsPages(Moments):
+class PageMoments(BucketChooser):
+    def __init__(self, keys: LayerKeys, build: MomentsBuild):
+        super().__init__(page_lists(keys.n_rows, keys.n_kv, PAGE_SIZE, keys.k_rope.device))
+        self.order = None
+        pages = page_of_row(keys.n_rows, keys.n_kv, PAGE_SIZE).to(keys.k_rope.device)
+        self.statistics = Statistics(
+            keys.k_rope, pages, self.lists.sizes[0], keys.layer.sm_scale, build
+        )
+        self.nbytes = self.statistics.nbytes
+
+    def scores(self, q_rope, budget):
+        return self.statistics.scores(q_rope, budget)
+
+
+class MomentsPages(SnapshotMethod):
     name = "moments-pages"
-    needs_index = False
+
+    def __init__(self, index=None, *, seed=0, build: MomentsBuild | None = None):
+        super().__init__(index, seed=seed)
+        self.build_options = build or MomentsBuild()
 
     def build(self, keys):
-        n_kv, n_middle = keys.k_rope.shape[1:3]
-        lists = page_lists(n_middle, n_kv, PAGE_SIZE, keys.k_rope.device)
-        buckets = page_of_row(n_middle, n_kv, PAGE_SIZE).to(keys.k_rope.device)
-        return MomentsSelector(keys, buckets, lists, self.build_options)
+        return PageMoments(keys, self.build_options)

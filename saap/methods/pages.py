@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saap.index.lists import InvertedLists
 
-from .base import BucketSelector, LayerKeys
+from .snapshot import BucketChooser, LayerKeys
 from .tokens import combine_heads
 
 PAGE_SIZE = 16
@@ -23,8 +23,8 @@ def page_lists(n_rows: int, n_kv: int, page_size: int, device: torch.device) -> 
     )
 
 
-def page_of_row(n_rows: int, n_kv: int, page_size: int) -> Int[Tensor, "1 Hkv M"]:
-    return (torch.arange(n_rows) // page_size).int().expand(1, n_kv, -1)
+def page_of_row(n_rows: int, n_kv: int, page_size: int) -> Int[Tensor, "Hkv M"]:
+    return (torch.arange(n_rows) // page_size).int().expand(n_kv, -1)
 
 
 def paged(keys: Float[Tensor, "Hkv M D"], page_size: int) -> Float[Tensor, "Hkv pages rows D"]:
@@ -34,19 +34,18 @@ def paged(keys: Float[Tensor, "Hkv M D"], page_size: int) -> Float[Tensor, "Hkv 
     return torch.cat([keys, last], 1).float().unflatten(1, (-1, page_size))
 
 
-class PageSelector(BucketSelector):
+class PageChooser(BucketChooser):
     """Visits pages by score. A KV group adds its heads' softmax over pages."""
 
     def __init__(self, keys: LayerKeys, page_size: int):
-        n_kv, n_middle = keys.k_rope.shape[1:3]
-        super().__init__(page_lists(n_middle, n_kv, page_size, keys.k_rope.device))
+        super().__init__(page_lists(keys.n_rows, keys.n_kv, page_size, keys.k_rope.device))
         self.order = None
-        self.n_kv, self.sm_scale = n_kv, keys.sm_scale
+        self.n_kv, self.sm_scale = keys.n_kv, keys.layer.sm_scale
 
     @abstractmethod
     def page_scores(self, q_rope: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq pages"]:
         """Logits: what the method takes for the scaled score of a page."""
 
-    def scores(self, q_rope, q_derope, budget):
+    def scores(self, q_rope, budget):
         scores = self.page_scores(q_rope)
         return combine_heads(scores, self.n_kv) if budget.share == "group" else scores

@@ -12,8 +12,7 @@ import torch
 
 from saap.index.faiss_backend import product_quantize
 
-from .base import Method
-from .tokens import TokenSelector, key_scores
+from .tokens import TokenChooser, TokenMethod, key_scores
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,21 @@ class PQBuild:
     n_iter: int = 8
 
 
-class PQSelector(TokenSelector):
+class PQChooser(TokenChooser):
     """Holds the keys as decoded: the asymmetric inner product is that with the decoded key."""
 
-    def __init__(self, name, keys, build, seed):
-        super().__init__(name, keys)
+    def __init__(self, keys, build, seed):
+        super().__init__(keys)
         dim = keys.k_rope.shape[-1]
         parts = dim // math.gcd(dim, build.dims)
         bits = max(1, min(build.bits, int(math.log2(max(2, self.n_middle)))))
-        self.sm_scale = keys.sm_scale
-        self.decoded = keys.k_rope[0].float()
+        self.sm_scale = keys.layer.sm_scale
+        self.decoded = keys.k_rope.float()
         if self.n_middle > 1:
             self.decoded = torch.stack(
                 [
                     product_quantize(head, parts=parts, bits=bits, n_iter=build.n_iter, seed=seed)
-                    for head in keys.k_rope[0]
+                    for head in keys.k_rope
                 ]
             )
         codes = self.n_middle * math.ceil(parts * bits / 8)
@@ -50,13 +49,13 @@ class PQSelector(TokenSelector):
         return key_scores(q_rope, self.decoded, self.sm_scale)
 
 
-class PQ(Method):
+class PQ(TokenMethod):
     name = "pq"
-    needs_index = False
+    follows = False
 
     def __init__(self, index=None, *, seed=0, build: PQBuild | None = None):
         super().__init__(index, seed=seed)
         self.build_options = build or PQBuild()
 
     def build(self, keys):
-        return PQSelector(self.name, keys, self.build_options, self.seed)
+        return PQChooser(keys, self.build_options, self.seed)

@@ -6,15 +6,15 @@ heads' softmax over the bounds.
 
 import torch
 
-from .base import Method
-from .pages import PAGE_SIZE, PageSelector, paged
+from .pages import PAGE_SIZE, PageChooser, paged
+from .snapshot import SnapshotMethod
 from .tokens import key_scores
 
 
-class QuestSelector(PageSelector):
+class QuestChooser(PageChooser):
     def __init__(self, keys, page_size):
         super().__init__(keys, page_size)
-        pages = paged(keys.k_rope[0], page_size)
+        pages = paged(keys.k_rope, page_size)
         self.box = torch.cat([pages.amax(2), pages.amin(2)], -1)  # [Hkv, pages, 2 D]
         self.nbytes = self.box.numel() * keys.k_rope.element_size()
 
@@ -24,13 +24,12 @@ class QuestSelector(PageSelector):
         return key_scores(torch.cat([q.clamp(min=0), q.clamp(max=0)], -1), self.box, self.sm_scale)
 
 
-class Quest(Method):
+class Quest(SnapshotMethod):
     name = "quest"
-    needs_index = False
 
     def __init__(self, index=None, *, seed=0, page_size: int = PAGE_SIZE):
         super().__init__(index, seed=seed)
         self.page_size = page_size
 
     def build(self, keys):
-        return QuestSelector(keys, self.page_size)
+        return QuestChooser(keys, self.page_size)

@@ -6,20 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.budget import BOUNDS, Budget
+from saap.selector import Ranges
 
-from .base import LayerKeys, Ranges, Selector
-
-
-def rows_needed(name: str, budget: Budget) -> int:
-    """`max_tokens`; ValueError for bounds that need buckets, which method `name` lacks."""
-    for bound in BOUNDS:
-        value = getattr(budget, bound)
-        if bound != "max_tokens" and value is not None:
-            raise ValueError(
-                f"{bound}={value}: method {name!r} has no buckets: accepted is max_tokens"
-            )
-    return budget.max_tokens
+from .snapshot import LayerKeys, RowChooser, SnapshotMethod
 
 
 def rows_as_ranges(rows: Int[Tensor, "n H k"]) -> Ranges:
@@ -57,16 +46,15 @@ def key_scores(
     return torch.einsum("nhgd,hmd->nhgm", q, keys.float()).flatten(1, 2) * sm_scale
 
 
-class TokenSelector(Selector):
+class TokenChooser(RowChooser):
     """Ranks every row of the middle; subclasses say how a row is scored.
 
     `scores` are logits of attention as the method knows them. A KV group ranks rows by the sum
     over its query heads of the softmax of their scores (`combine_heads`).
     """
 
-    def __init__(self, name: str, keys: LayerKeys):
-        self.name = name
-        self.n_kv, self.n_middle = keys.k_rope.shape[1:3]
+    def __init__(self, keys: LayerKeys):
+        self.n_kv, self.n_middle = keys.n_kv, keys.n_rows
 
     @abstractmethod
     def scores(self, q_rope: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq M"]: ...
@@ -74,9 +62,15 @@ class TokenSelector(Selector):
     def combine(self, scores: Float[Tensor, "n Hq M"]) -> Float[Tensor, "n Hkv M"]:
         return combine_heads(scores, self.n_kv)
 
-    def select(self, q_rope, q_derope, budget):
-        k = min(rows_needed(self.name, budget), self.n_middle)
+    def select(self, q_rope, budget):
         scores = self.scores(q_rope)
         if budget.share == "group":
             scores = self.combine(scores)
+        k = min(budget.max_tokens, self.n_middle)
         return rows_as_ranges(scores.topk(k, dim=-1).indices)
+
+
+class TokenMethod(SnapshotMethod):
+    """A method that ranks single rows: it has no buckets, so its bound is `max_tokens` alone."""
+
+    bounds = ("max_tokens",)

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from saap import rope
+from saap.budget import Budget
+from saap.hf import LayerCall
 from saap.hf.layerwise import StopLayer
 from saap.index import kmeans
+from saap.index.coordinates import MomentSums
+from saap.kv import KVStore, attend_chunk
 from saap.masses import attention_masses
-from saap.prefill import DensePrefill, GrowingCache, LayerCall
 
 from .plan import Plan
+
+DENSE = Budget(max_tokens=0)  # of a store without a selector: everything is visited
 
 
 @dataclass
@@ -20,6 +25,7 @@ class SampledKeys:
 
     derope: list[Tensor] = field(default_factory=list)
     rope: list[Tensor] = field(default_factory=list)
+    moments: MomentSums = field(default_factory=MomentSums)
     inv_freq: Tensor | None = None
     interleaved: bool = False
     sm_scale: float = 1.0
@@ -35,7 +41,7 @@ class KeySampler:
         self.picked, self.keep, self.with_rope = picked, keep, with_rope
         self.length = 0
 
-    def __call__(self, call: LayerCall) -> Tensor:
+    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         first, self.length = self.length, self.length + call.k_rope.shape[2]
         rows = self.picked[(self.picked >= first) & (self.picked < self.length)] - first
         rows = rows.to(call.k_rope.device)
@@ -43,6 +49,7 @@ class KeySampler:
         if self.with_rope:
             self.keep.rope.append(call.k_rope[0][:, rows])
         self.keep.sm_scale = call.sm_scale
+        self.keep.moments.add(call.q_rope[0], call.k_rope[0])
         if call.rope is not None and self.keep.inv_freq is None:
             self.keep.inv_freq = rope.frequencies(*call.rope).cpu()
             self.keep.interleaved = call.rope[0] in rope.INTERLEAVED
@@ -87,7 +94,26 @@ class Targets:
         return torch.cat(self._block_of)
 
 
-class MassRecorder(DensePrefill):
+class DenseAttention:
+    """Computes one layer's attention exactly, over all tokens of the sequence so far."""
+
+    def __init__(self, capacity: int):
+        self.store = KVStore(None, DENSE, capacity=capacity)
+
+    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        self.store.append(call.k_rope, call.v, call.k_derope)
+        n = self.store.length
+        return attend_chunk(
+            call.q_rope,
+            self.store.k[:, :, :n],
+            self.store.v[:, :, :n],
+            sm_scale=call.sm_scale,
+            softcap=call.softcap,
+            sliding_window=call.sliding_window,
+        )
+
+
+class MassRecorder(DenseAttention):
     """Computes the true masses of one sequence's chosen queries inside the layer's attention.
 
     Without `output_needed` the attention itself, and what follows it in the layer, is left out.
@@ -109,28 +135,27 @@ class MassRecorder(DensePrefill):
         self.n_sink, self.window, self.output_needed = n_sink, window, output_needed
         self.buckets: list[Tensor] = []
 
-    def __call__(self, call: LayerCall) -> Tensor:
-        out = None
+    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        found = None
         if self.output_needed:
-            out = super().__call__(call)
+            found = super().__call__(call)
         else:
-            cache = self.caches.setdefault(call.layer, GrowingCache(self.capacity))
-            cache.append(call.k_rope, call.v, call.k_derope)
+            self.store.append(call.k_rope, call.v, call.k_derope)
         self.buckets.append(kmeans.assign(call.k_derope, self.centroids))
         self._record(call)
-        if out is None:
+        if found is None:
             raise StopLayer
-        return out
+        return found
 
     def _record(self, call: LayerCall) -> None:
-        cache = self.caches[call.layer]
-        first = cache.length - call.q_rope.shape[2]
-        chosen = self.plan.chosen(first, cache.length).to(call.q_rope.device)
+        n = self.store.length
+        first = n - call.q_rope.shape[2]
+        chosen = self.plan.chosen(first, n).to(call.q_rope.device)
         if len(chosen) == 0:
             return
         masses = attention_masses(
             call.q_rope[:, :, chosen - first],
-            cache.views()[0],
+            self.store.k[:, :, :n],
             torch.cat(self.buckets, -1),
             chosen,
             self.centroids.shape[1],
@@ -138,5 +163,6 @@ class MassRecorder(DensePrefill):
             n_sink=self.n_sink,
             window=self.window,
             softcap=call.softcap,
+            sinks=call.sinks,
         )
         self.keep.add(call.q_derope[:, :, chosen - first], masses)

@@ -4,12 +4,11 @@ import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from saap.index.tensor_files import read, write_atomically
+from saap.index import tensor_files
 
-KIND, VERSION = "saap.HiddenState", 1
+FORMAT = tensor_files.Format("saap.HiddenState", 2, "`saap train`")
 
 
 class HiddenStates(ABC):
@@ -72,13 +71,16 @@ class HiddenOnDisk(HiddenStates):
         if self.layer == 0:
             return None
         path = self._of(self.layer) / f"{number}.safetensors"
-        return read(path, KIND, VERSION, "`saap train`")[1]["hidden"]
+        header, tensors = tensor_files.read(path, FORMAT)
+        if list(tensors) != ["hidden"]:
+            raise ValueError(f"{path}: it must hold hidden; got {', '.join(tensors)}")
+        tensor_files.verify(path, header, tensors)
+        return tensors["hidden"]
 
     def put(self, number, output):
         self._next.mkdir(exist_ok=True)
-        tensors = {"hidden": output.cpu().contiguous()}
-        data = serialize(tensors, metadata={KIND: f'{{"format_version": {VERSION}}}'})
-        write_atomically(self._next / f"{number}.safetensors", data)
+        path = self._next / f"{number}.safetensors"
+        tensor_files.write(path, FORMAT, {}, {"hidden": output.cpu()})
 
     def advance(self):
         before = self._of(self.layer)

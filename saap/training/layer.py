@@ -8,11 +8,11 @@ from torch import Tensor
 
 from saap.hf.layerwise import LayerStream
 from saap.index import fitting, kmeans
+from saap.index.coordinates import balanced
 from saap.index.routers import Router
-from saap.prefill import DensePrefill
 from saap.trained_index import LayerIndex
 
-from .capture import KeySampler, MassRecorder, SampledKeys, Targets
+from .capture import DenseAttention, KeySampler, MassRecorder, SampledKeys, Targets
 from .hidden import HiddenStates
 from .options import TrainingOptions
 from .plan import Plan
@@ -68,6 +68,7 @@ def train_layer(
         sampled.inv_freq,
         sampled.interleaved,
         sampled.sm_scale,
+        balanced(sampled.moments.moments()),
     )
     return FinishedLayer(index, held_out_recall(index, held))
 
@@ -78,7 +79,7 @@ def pass_through(
     """Run a layer that somebody else trains, for its outputs."""
     for number, tokens in enumerate(plan.sequences):
         report("forward", number / len(plan.sequences))
-        handler = DensePrefill(len(tokens))
+        handler = DenseAttention(len(tokens))
         hidden.put(number, stream.run(layer, tokens, hidden.get(number), handler))
 
 

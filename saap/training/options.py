@@ -3,8 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 
 from saap.defaults import N_SEGMENTS, default_nlist, default_window
-
-TRAINABLE = ("mlp", "linear", "centroid")
+from saap.index.routers import TRAINABLE
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class TrainingOptions:
 
     def __post_init__(self):
         if self.router not in TRAINABLE:
-            raise ValueError(f"router={self.router!r}: accepted are {', '.join(TRAINABLE)}")
+            raise ValueError(f"router must be one of {', '.join(TRAINABLE)}; got {self.router!r}")
         for name in ("nlist", "n_segments", "hidden", "steps"):
             self._check_at_least(name, 1)
         for name in ("n_sink", "window"):
@@ -32,7 +31,7 @@ class TrainingOptions:
     def _check_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if value is not None and value < least:
-            raise ValueError(f"{name}={value}: accepted are {least} and more")
+            raise ValueError(f"{name} must be at least {least}; got {value}")
 
     def for_context(self, context: int) -> "TrainingOptions":
         """With what was left open chosen for sequences of `context` tokens."""

@@ -61,25 +61,27 @@ class Plan:
 
 
 def as_sequences(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """1-D sequences of int64; ValueError for anything else and for an empty corpus."""
+    """Return 1-D sequences of int64; raise ValueError for other input and an empty corpus."""
     sequences = list(token_ids)
     if not sequences or any(t.ndim != 1 or t.numel() == 0 for t in sequences):
         shapes = [tuple(t.shape) for t in sequences[:3]]
         raise ValueError(
-            f"token_ids has sequences of shape {shapes}: accepted are [n, T] or 1-D ones, "
-            "none empty"
+            f"token_ids must be [n, T] or 1-D sequences, none empty; got shapes {shapes}"
         )
     return [t.long().cpu() for t in sequences]
 
 
 def make_plan(sequences: list[Tensor], options: TrainingOptions) -> Plan:
-    """One in eight sequences is held back. Raises ValueError for too short or repetitive text."""
+    """Plan a training, with one in eight sequences held back.
+
+    Raises ValueError for text that is too short or repetitive.
+    """
     shortest = options.n_sink + options.window + options.nlist
     long_enough = [t for t in sequences if len(t) > shortest]
     if len(long_enough) < 2:
         raise ValueError(
-            f"{len(long_enough)} sequences are longer than n_sink + window + nlist = {shortest} "
-            "tokens: accepted are at least 2; lower nlist or bring more text"
+            "at least 2 sequences must be longer than n_sink + window + nlist = "
+            f"{shortest} tokens; got {len(long_enough)}: lower nlist or bring more text"
         )
     check_variety(long_enough, options.nlist)
     n_held = max(1, len(long_enough) // 8)
@@ -97,17 +99,20 @@ def make_plan(sequences: list[Tensor], options: TrainingOptions) -> Plan:
 
 
 def check_variety(sequences: list[Tensor], nlist: int) -> None:
-    """ValueError for a corpus that says the same again and again: k-means would find duplicates,
-    and a router that has seen one line is good for that line."""
+    """Raise ValueError for a corpus that repeats the same text.
+
+    k-means would find duplicates, and a router trained on one line works for that line only.
+    """
     codes = torch.cat([_piece_codes(t) for t in sequences])
     distinct = len(torch.unique(codes))
     needed = max(nlist, int(MIN_DISTINCT_SHARE * len(codes)))
     if distinct < needed:
         raise ValueError(
-            f"the corpus repeats itself: {distinct:,} distinct pieces of {PIECE} tokens among "
-            f"{len(codes):,}; accepted are at least {needed:,} (nlist={nlist} buckets need as "
-            f"many different keys, and {MIN_DISTINCT_SHARE:.0%} of the pieces have to be "
-            "different): bring other text"
+            f"the corpus must have at least {needed:,} distinct pieces of {PIECE} tokens "
+            f"(nlist={nlist} buckets need as many different keys, and {MIN_DISTINCT_SHARE:.0%} of "
+            f"the pieces have to be different); got {distinct:,} distinct pieces of {PIECE} "
+            "tokens "
+            f"among {len(codes):,}: it repeats itself, bring other text"
         )
 
 

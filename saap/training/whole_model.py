@@ -63,8 +63,8 @@ def prepare(model, token_ids: Tensor | Sequence[Tensor], options: TrainingOption
     longest = max(len(t) for t in sequences)
     if longest > hf.max_context(model):
         raise ValueError(
-            f"a sequence has {longest} tokens: accepted are at most the model's "
-            f"max_position_embeddings={hf.max_context(model)}"
+            f"a sequence must have at most the model's max_position_embeddings="
+            f"{hf.max_context(model)} tokens; got {longest}"
         )
     options = options.for_context(longest)
     plan = make_plan(sequences, options)
@@ -110,7 +110,8 @@ def train(
     the index is saved. `processes`: this one among several that share `work`; each trains its
     layers and all return the whole index.
 
-    Raises ValueError for a model without RoPE, an empty, too short or repetitive corpus, bad
+    Layers with a sliding window are never searched and get no index. Raises ValueError for a model
+    that is not supported, an empty, too short or repetitive corpus, bad
     options, or a `work` folder of another training; FloatingPointError when a layer's loss is not
     finite; ProcessLost when another process fails.
 
@@ -134,9 +135,14 @@ def run(
 ) -> TrainedIndex:
     """Do what `prepare` checked; see `train`."""
     if processes is not None and work is None:
-        raise ValueError("processes without a work folder: they meet in one; pass `work`")
+        raise ValueError("several processes must share a work folder; got none: pass `work`")
     n_layers = training.description["num_layers"]
-    own = [n for n in range(n_layers) if processes is None or processes.owns(n)]
+    stream = LayerStream(model)
+    # Layers with a sliding window are never searched: they are run for their outputs alone.
+    searched = [n for n, layer in enumerate(stream.attention_layers) if layer.is_full]
+    if not searched:
+        raise ValueError("a model must have layers of full attention to be searched; got none")
+    own = [n for n in searched if processes is None or processes.owns(n)]
     folder = None
     if work is not None:
         folder = WorkFolder(
@@ -152,7 +158,6 @@ def run(
     if todo:
         hidden = HiddenInMemory() if folder is None else folder.hidden_states(todo[0])
         meter = Meter(n_layers, own, todo, hidden.layer, progress, processes)
-        stream = LayerStream(model)
         for layer in range(hidden.layer, todo[-1] + 1):
             report = meter.of_layer(layer)
             if layer in todo:
@@ -175,10 +180,10 @@ def run(
     if processes is not None:
         processes.reach("trained")
     if folder is not None:
-        finished = {n: folder.load(n) for n in range(n_layers)}
+        finished = {n: folder.load(n) for n in searched}
     if processes is not None:
         processes.reach("loaded")
-    return assembled(training, [finished[n] for n in range(n_layers)])
+    return assembled(training, finished)
 
 
 def train_file(
@@ -206,12 +211,19 @@ def work_folder_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def assembled(training: Training, finished: list[FinishedLayer]) -> TrainedIndex:
-    """The index of all layers, with what was recorded of each."""
-    options, layers = training.options, tuple(f.index for f in finished)
-    recall = {name: [f.recall[name] for f in finished] for name in finished[0].recall}
+def assembled(training: Training, finished: dict[int, FinishedLayer]) -> TrainedIndex:
+    """The index of all layers, with what was recorded of each; none for those not searched."""
+    options, about = training.options, training.description
+    numbers = range(about["num_layers"])
+    layers = tuple(finished[n].index if n in finished else None for n in numbers)
+    found = list(finished.values())
+    nothing = [0.0] * about["num_heads"]
+    recall = {
+        name: [finished[n].recall[name] if n in finished else nothing for n in numbers]
+        for name in found[0].recall
+    }
     metadata = {
-        "model": training.description,
+        "model": about,
         "nlist": options.nlist,
         "router": options.router,
         "seed": options.seed,
@@ -219,8 +231,8 @@ def assembled(training: Training, finished: list[FinishedLayer]) -> TrainedIndex
         "n_sink": options.n_sink,
         "window": options.window,
         "n_segments": options.n_segments,
-        "interleaved": any(layer.interleaved for layer in layers),
-        "sm_scale": [layer.sm_scale for layer in layers],
+        "interleaved": any(own.index.interleaved for own in found),
+        "sm_scale": [1.0 if own is None else own.sm_scale for own in layers],
         "corpus": training.corpus,
         "recall": {"nprobe": recall_nprobe(options.nlist), **recall},
     }

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+from saap.index.file_fields import Fields
 from saap.index.tensor_files import write_atomically
 from saap.trained_index import TrainedIndex
 
@@ -45,8 +46,8 @@ class WorkFolder:
             processes.reach("work folder")
             if not (folder / MANIFEST).is_file():
                 raise ValueError(
-                    f"{folder}: process {self.rank} does not see what process 0 wrote there: "
-                    "accepted is a folder that all processes share"
+                    f"{folder}: must be a folder that all processes share; got one in which "
+                    f"process {self.rank} does not see what process 0 wrote"
                 )
             self._check(manifest)
 
@@ -64,8 +65,8 @@ class WorkFolder:
             write_atomically(self.folder / MANIFEST, content)
         else:
             raise ValueError(
-                f"{self.folder}: holds files but no {MANIFEST}; accepted are a folder that "
-                "`saap train` made, an empty one, or none"
+                f"{self.folder}: must be a folder that `saap train` made, an empty one, or none; "
+                f"got one that holds files but no {MANIFEST}"
             )
 
     def _check(self, manifest: dict) -> None:
@@ -74,14 +75,18 @@ class WorkFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.folder / MANIFEST}: not a manifest; delete {self.folder}")
+            raise ValueError(
+                f"{self.folder / MANIFEST}: must be a manifest; got another file: delete "
+                f"{self.folder}"
+            )
         before, now = _flat(found), _flat(manifest)
         for name in now | before:
             if not _same(before.get(name), now.get(name)):
                 raise ValueError(
-                    f"{self.folder}: an unfinished training with {name}={before.get(name)!r}, "
-                    f"this one has {now.get(name)!r}: go on with what it was started with, or "
-                    "delete that folder to begin anew"
+                    f"{self.folder}: must be continued with what it was started with, an "
+                    f"unfinished training with {name}={before.get(name)!r}; got "
+                    f"{now.get(name)!r}: "
+                    "or delete that folder to start again"
                 )
 
     def hidden_states(self, first: int) -> HiddenOnDisk:
@@ -96,28 +101,35 @@ class WorkFolder:
 
     def save(self, number: int, finished: FinishedLayer) -> None:
         layer = finished.index
+        n_kv, nlist, dim = layer.centroids.shape
+        n_heads = len(finished.recall["oracle"])
+        shapes = {"num_layers": 1, "num_heads": n_heads, "num_kv_heads": n_kv}
         metadata = {
-            "model": {"num_layers": 1},
+            "model": {**shapes, "head_dim": dim},
+            "nlist": nlist,
             "n_segments": layer.n_segments,
             "interleaved": layer.interleaved,
             "sm_scale": [layer.sm_scale],
             "recall": finished.recall,
         }
-        TrainedIndex((layer,), metadata).save(self._layer(number))
+        TrainedIndex((layer,), metadata).save_layer(self._layer(number))
 
     def load(self, number: int) -> FinishedLayer:
-        index = TrainedIndex.load(self._layer(number))
-        return FinishedLayer(index.layers[0], index.metadata["recall"])
+        path = self._layer(number)
+        index = TrainedIndex.load_layer(path)
+        recall = Fields(path, index.metadata).section("recall")
+        count = index.metadata["model"]["num_heads"]
+        return FinishedLayer(index.layers[0], {n: recall.numbers(n, count) for n in recall.values})
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """ValueError where `folder` could not take so many bytes; what is in it already is reused."""
+    """Raise ValueError when `folder` has no room for `needed` bytes; its own files are reused."""
     there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     free = free_bytes(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
     if free + there < needed:
         raise ValueError(
-            f"{folder}: has {free / 1e6:,.1f} MB free: hidden states need {needed / 1e6:,.1f} MB "
-            "there; make room, or take fewer or shorter texts"
+            f"{folder}: must have {needed / 1e6:,.1f} MB free for hidden states; got "
+            f"{free / 1e6:,.1f} MB free: make room, or take fewer or shorter texts"
         )
 
 

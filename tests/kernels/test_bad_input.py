@@ -1,4 +1,4 @@
-"""Every kind of input that does not fit is refused: argument, value received, what is accepted."""
+"""Every kind of bad input is refused: the error says what must hold and what was got."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from saap.kernels.attention import (
     merge_states,
     validate,
 )
+
+pytestmark = pytest.mark.bad_input
 
 IMPLS = ["reference", "numba", None]
 N = 50
@@ -41,47 +43,74 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 REFUSED = {
-    "q rank": ({"q": empty(2, 4, 1, 32)}, r"q has shape \(2, 4, 1, 32\): .*\[B, Hq, D\]"),
-    "k rank": ({"k": empty(2, N, 32)}, r"k has shape \(2, 50, 32\): .*\[B, Hkv, N, D\]"),
-    "v rank": ({"v": empty(2, N, 32)}, r"v has shape \(2, 50, 32\): .*\[B, Hkv, N, D\]"),
-    "v unlike k": ({"v": empty(2, 2, N + 1, 32)}, r"v is .*\(2, 2, 51, 32\): .*\(2, 2, 50, 32\)"),
-    "v's dtype": ({"v": empty(2, 2, N, 32).half()}, r"v is torch\.float16 .*k, torch\.float32"),
-    "batch": ({"q": empty(3, 4, 32)}, r"k has shape \(2, 2, 50, 32\): .*q's, 3 and 32"),
-    "head_dim": ({"q": empty(2, 4, 64)}, r"k has shape \(2, 2, 50, 32\): .*q's, 2 and 64"),
-    "heads": ({"q": empty(2, 5, 32)}, r"q has 5 heads: .*multiple of k's 2"),
-    "no heads": ({"q": empty(2, 0, 32)}, r"q has 0 heads: .*multiple of k's 2"),
-    "integers": ({"q": empty(2, 4, 32).int()}, r"q has dtype torch\.int32: .*float32, bfloat16"),
-    "int64 starts": ({"starts": inputs()["starts"].long()}, r"starts has dtype torch\.int64"),
-    "int64 lengths": ({"lengths": inputs()["lengths"].long()}, r"lengths has dtype torch\.int64"),
+    "q rank": ({"q": empty(2, 4, 1, 32)}, r"q must be \[B, Hq, D\]; got \(2, 4, 1, 32\)"),
+    "k rank": ({"k": empty(2, N, 32)}, r"k must be \[B, Hkv, N, D\]; got \(2, 50, 32\)"),
+    "v rank": ({"v": empty(2, N, 32)}, r"v must be \[B, Hkv, N, D\]; got \(2, 50, 32\)"),
+    "v unlike k": (
+        {"v": empty(2, 2, N + 1, 32)},
+        r"v must be like k, .*\(2, 2, 50, 32\); got .*\(2, 2, 51, 32\)",
+    ),
+    "v's dtype": (
+        {"v": empty(2, 2, N, 32).half()},
+        r"v must be like k, torch\.float32 .*; got torch\.float16",
+    ),
+    "batch": (
+        {"q": empty(3, 4, 32)},
+        r"k must have the B and D of q, 3 and 32; got \(2, 2, 50, 32\)",
+    ),
+    "head_dim": (
+        {"q": empty(2, 4, 64)},
+        r"k must have the B and D of q, 2 and 64; got \(2, 2, 50, 32\)",
+    ),
+    "heads": ({"q": empty(2, 5, 32)}, "q must have a multiple of the 2 heads of k; got 5"),
+    "no heads": ({"q": empty(2, 0, 32)}, "q must have a multiple of the 2 heads of k; got 0"),
+    "integers": (
+        {"q": empty(2, 4, 32).int()},
+        r"q must have dtype float32, bfloat16.*; got torch\.int32",
+    ),
+    "int64 starts": (
+        {"starts": inputs()["starts"].long()},
+        r"starts must have dtype int32; got torch\.int64",
+    ),
+    "int64 lengths": (
+        {"lengths": inputs()["lengths"].long()},
+        r"lengths must have dtype int32; got torch\.int64",
+    ),
     "starts rank": (
         {"starts": empty(2, 3, dtype=torch.int32)},
-        r"starts has shape \(2, 3\): .*B = 2, Hkv = 2, Hq = 4",
+        r"starts must be .*B = 2, Hkv = 2, Hq = 4; got \(2, 3\)",
     ),
     "lists": (
         {"starts": empty(2, 3, 3, dtype=torch.int32)},
-        r"starts has shape \(2, 3, 3\): .*Hkv = 2, Hq = 4",
+        r"starts must be .*Hkv = 2, Hq = 4; got \(2, 3, 3\)",
     ),
     "lengths unlike starts": (
         {"lengths": empty(2, 2, 4, dtype=torch.int32)},
-        r"lengths has shape \(2, 2, 4\): .*\(2, 2, 3\)",
+        r"lengths must have the shape of starts, \(2, 2, 3\); got \(2, 2, 4\)",
     ),
     "beyond N": (
         put("lengths", (1, 0, 2), 11),
-        r"starts\[1, 0, 2\] = 40, lengths\[1, 0, 2\] = 11: .*at most N = 50",
+        r"at most N = 50; got starts\[1, 0, 2\] = 40, lengths\[1, 0, 2\] = 11",
     ),
     "beyond int32": (
         put("starts", (0, 1, 1), 2**31 - 1),
-        r"starts\[0, 1, 1\] = 2147483647, .*at most N = 50",
+        r"at most N = 50; got starts\[0, 1, 1\] = 2147483647, ",
     ),
-    "negative length": (put("lengths", (0, 1, 0), -1), r"lengths\[0, 1, 0\] = -1: .*at least 0"),
-    "negative start": (put("starts", (1, 1, 0), -3), r"starts\[1, 1, 0\] = -3, .*at least 0"),
+    "negative length": (
+        put("lengths", (0, 1, 0), -1),
+        r"lengths must be at least 0; got .*lengths\[0, 1, 0\] = -1",
+    ),
+    "negative start": (
+        put("starts", (1, 1, 0), -3),
+        r"starts must be at least 0; got starts\[1, 1, 0\] = -3, ",
+    ),
     "k elsewhere": (
         {"k": empty(2, 2, N, 32, device="meta"), "v": empty(2, 2, N, 32, device="meta")},
-        "k is on meta: q is on cpu",
+        "k must be on cpu, as q; got meta",
     ),
     "starts elsewhere": (
         {"starts": empty(2, 2, 3, dtype=torch.int32, device="meta")},
-        "starts is on meta: q is on cpu",
+        "starts must be on cpu, as q; got meta",
     ),
 }
 
@@ -96,10 +125,10 @@ def test_refused(changes, message, impl):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sm_scale": float("nan")}, "sm_scale is nan: it must be finite"),
-        ({"softcap": 0.0}, "softcap is 0.0: .*above 0"),
-        ({"softcap": float("inf")}, "softcap is inf: .*finite"),
-        ({"impl": "cuda"}, "impl is 'cuda': .*reference, numba, triton"),
+        ({"sm_scale": float("nan")}, "sm_scale must be finite; got nan"),
+        ({"softcap": 0.0}, "softcap must be .*above 0; got 0.0"),
+        ({"softcap": float("inf")}, "softcap must be .*finite.*; got inf"),
+        ({"impl": "cuda"}, "impl must be .*reference, numba, triton; got 'cuda'"),
     ],
     ids=str,
 )
@@ -112,9 +141,12 @@ def test_numba_names_its_own_limits_and_none_takes_what_can():
     odd_dim = {name: x[..., :24].contiguous() for name, x in inputs().items() if name in "qkv"}
     transposed = inputs()["k"].transpose(2, 3).contiguous().transpose(2, 3)
     for changes, message in (
-        (odd_dim, "q has head_dim 24: impl 'numba' does multiples of 16"),
-        ({"k": transposed}, "k has stride 50 over D: impl 'numba' needs 1"),
-        ({"q": inputs()["q"].double()}, r"q has dtype torch\.float64: impl 'numba' does"),
+        (odd_dim, "head_dim must be a multiple of 16 for impl 'numba'; got 24"),
+        ({"k": transposed}, "k must have stride 1 over D for impl 'numba'; got 50"),
+        (
+            {"q": inputs()["q"].double()},
+            r"q must have dtype .* for impl 'numba'; got torch\.float64",
+        ),
     ):
         given = inputs(**changes)
         with pytest.raises(ValueError, match=message):
@@ -156,7 +188,9 @@ def test_the_start_of_an_unused_range_is_free(impl):
 
 def test_the_reference_refuses_ranges_that_overlap():
     given = inputs(**put("starts", (1, 0, 1), 5))
-    with pytest.raises(ValueError, match=r"\[0, 10\) and \[5, 15\) of batch 1, row 0 overlap"):
+    with pytest.raises(
+        ValueError, match=r"overlap; got \[0, 10\) and \[5, 15\) in batch 1, row 0"
+    ):
         attend_ranges(**given, impl="reference")
 
 
@@ -178,11 +212,11 @@ def test_range_values_are_checked_elsewhere_only_under_the_debug_flag(monkeypatc
     [
         (
             torch.tensor([50, 50, 50], dtype=torch.int32),
-            r"cache_seqlens has shape \(3,\): .*B = 2",
+            r"cache_seqlens must be \[B\] with B = 2; got \(3,\)",
         ),
-        (torch.tensor([50, 50]), r"cache_seqlens has dtype torch\.int64: it must be int32"),
-        (torch.tensor([50, 51], dtype=torch.int32), r"= 51: .*at most N = 50"),
-        (torch.tensor([-1, 50], dtype=torch.int32), r"= -1: .*at least 0"),
+        (torch.tensor([50, 50]), r"cache_seqlens must have dtype int32; got torch\.int64"),
+        (torch.tensor([50, 51], dtype=torch.int32), r"at most N = 50; got .*= 51"),
+        (torch.tensor([-1, 50], dtype=torch.int32), r"at least 0; got .*= -1"),
     ],
     ids=str,
 )
@@ -196,10 +230,13 @@ def test_refused_sequence_lengths(seqlens, message, impl):
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        (empty(1, 2, 7, 32), r"prefix_k has shape \(1, 2, 7, 32\): .*Hkv = 2 and D = 32"),
-        (empty(3, 7, 32), r"prefix_k has shape \(3, 7, 32\): .*Hkv = 2"),
-        (empty(2, 7, 32).half(), r"prefix_k is torch\.float16 .*k, torch\.float32"),
-        (empty(2, 7, 32, device="meta"), "prefix_k is .*on meta: .*on cpu"),
+        (empty(1, 2, 7, 32), r"prefix_k must be .*Hkv = 2 and D = 32; got \(1, 2, 7, 32\)"),
+        (empty(3, 7, 32), r"prefix_k must be .*Hkv = 2 and D = 32; got \(3, 7, 32\)"),
+        (
+            empty(2, 7, 32).half(),
+            r"prefix_k must be like k, torch\.float32 .*; got torch\.float16",
+        ),
+        (empty(2, 7, 32, device="meta"), "prefix_k must be like k, .*on cpu; got .*on meta"),
     ],
     ids=str,
 )
@@ -215,12 +252,24 @@ STATE = (empty(2, 4, 32), empty(2, 4))
 @pytest.mark.parametrize(
     ("states", "message"),
     [
-        ((*STATE, empty(2, 5, 32), empty(2, 5)), r"out_b is .*\(2, 5, 32\): .*\(2, 4, 32\)"),
-        ((*STATE, STATE[0].half(), STATE[1]), r"out_b is torch\.float16 .*torch\.float32"),
-        ((*STATE, STATE[0], empty(2, 4, 1)), r"lse_b has shape \(2, 4, 1\): .*\(2, 4\)"),
-        ((*STATE, STATE[0], STATE[1].half()), r"lse_b has dtype torch\.float16"),
-        ((STATE[0].int(), STATE[1], *STATE), r"out_a has dtype torch\.int32"),
-        ((*STATE, *(x.to("meta") for x in STATE)), "out_b is on meta: out_a is on cpu"),
+        (
+            (*STATE, empty(2, 5, 32), empty(2, 5)),
+            r"out_b must be like out_a, .*\(2, 4, 32\); got .*\(2, 5, 32\)",
+        ),
+        (
+            (*STATE, STATE[0].half(), STATE[1]),
+            r"out_b must be like out_a, torch\.float32 .*; got torch\.float16",
+        ),
+        (
+            (*STATE, STATE[0], empty(2, 4, 1)),
+            r"lse_b must have the shape of .*\(2, 4\); got \(2, 4, 1\)",
+        ),
+        ((*STATE, STATE[0], STATE[1].half()), r"got lse_b of torch\.float16"),
+        (
+            (STATE[0].int(), STATE[1], *STATE),
+            r"out_a must have a floating-point dtype; got torch\.int32",
+        ),
+        ((*STATE, *(x.to("meta") for x in STATE)), "out_b must be on cpu, as out_a; got meta"),
     ],
     ids=range(6),
 )

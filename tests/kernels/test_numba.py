@@ -59,9 +59,43 @@ def test_nan_in_rows_that_no_range_selects():
     assert torch.equal(clean[0], dirty[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("rows", [20, 3072])  # one piece of work, and many that are merged
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("at", ["first", "last", "second half", "all"])
+def test_nan_that_is_selected_comes_out(dtype, softcap, rows, where, at):
+    q, k, v, _, _ = make(2, 4, 2, 64, rows, 1, dtype)
+    half = slice(32 if where == "q" else rows // 2, None)  # whole pieces of work, not the first
+    place = {"first": slice(1), "last": slice(-1, None), "second half": half}.get(at, slice(None))
+    if where == "q":
+        q[0, 1, place] = torch.nan
+    else:
+        {"k": k, "v": v}[where][0, 1, place, 5] = torch.nan
+    starts = torch.zeros(2, 2, 1, dtype=torch.int32)
+    arguments = (q, k, v, starts, torch.full_like(starts, rows))
+    expected = attend_ranges(*arguments, softcap=softcap, impl="reference")
+    found = attend_ranges(*arguments, softcap=softcap, impl="numba")
+    for got, true in zip(found, expected, strict=True):
+        assert torch.equal(got.isnan(), true.isnan())
+        assert not got.isinf().any()
+        torch.testing.assert_close(got, true, rtol=1e-2, atol=1e-2, equal_nan=True)
+    assert found[0].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_sign_still_to_be_changed_is_changed(name):
+    given = dict(zip(("q", "k", "v", "starts", "lengths"),
+                     make(1, 4, 2, 64, 100, 3, torch.float32), strict=True))  # fmt: skip
+    expected = attend_ranges(**given, impl="numba")
+    found = attend_ranges(**given | {name: torch._neg_view(-given[name])}, impl="numba")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_what_it_cannot_do_is_named():
     q, k, v, starts, lengths = make(1, 4, 2, 64, 50, 2, torch.float64)
-    with pytest.raises(ValueError, match="impl 'numba' does float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16 for impl 'numba'"):
         attend_ranges(q, k, v, starts, lengths, impl="numba")
     # None takes what can do it.
     assert attend_ranges(q, k, v, starts, lengths)[0].dtype == torch.float64

@@ -45,9 +45,15 @@ def test_a_workspace_serves_other_lengths_and_ranges(kind):
 
 REFUSED = {
     "q's dtype": ({"q": torch.float64}, "float64"),
-    "k's dtype": ({"k": torch.float32, "v": torch.float32}, "k has dtype torch.float32"),
-    "no scales": ({"k": INT8, "v": INT8}, "k_scale is None"),
-    "8 bits with fp32": ({"q": torch.float32, "k": INT8, "v": INT8}, "16 bits"),
+    "k's dtype": (
+        {"k": torch.float32, "v": torch.float32},
+        "k must have q's dtype, .*; got torch.float32",
+    ),
+    "no scales": ({"k": INT8, "v": INT8}, "k_scale must be given with k of torch.int8; got None"),
+    "8 bits with fp32": (
+        {"q": torch.float32, "k": INT8, "v": INT8},
+        "q must have a dtype of 16 bits",
+    ),
 }
 
 
@@ -62,13 +68,19 @@ def test_refused_dtypes(dtypes, message):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (Case(head_dim=72), "head_dim is 72: .*multiple of 16"),
-        (Case(head_dim=272, rows=20, n_ranges=1), "head_dim is 272"),
-        (Case(q_heads=17, kv_heads=1), "17 query heads .*16"),
-        (Case(options={"mode": "split"}), "mode is 'split'"),
-        (Case(options={"programs": 0}), "programs is 0"),
-        (Case(options={"programs": 2, "mode": "group"}), "programs is 2 with mode 'group'"),
-        (Case(options={"k_scale": torch.ones(1)}), "k_scale is given"),
+        (Case(head_dim=72), "head_dim must be a multiple of 16 .*; got 72"),
+        (Case(head_dim=272, rows=20, n_ranges=1), "head_dim must be .*; got 272"),
+        (Case(q_heads=17, kv_heads=1), "at most 16 query heads .*; got 17"),
+        (Case(options={"mode": "split"}), "mode must be .*; got 'split'"),
+        (Case(options={"programs": 0}), "programs must be at least 1.*; got 0"),
+        (
+            Case(options={"programs": 2, "mode": "group"}),
+            "programs must be .*; got 2 with mode 'group'",
+        ),
+        (
+            Case(options={"k_scale": torch.ones(1)}),
+            "k_scale must be None with k of torch.float16; got a tensor",
+        ),
     ],
     ids=str,
 )
@@ -81,16 +93,16 @@ def test_refused_strides_scales_and_workspaces():
     case = Case()
     inputs = make_inputs(case, torch.float16)
     swapped = inputs.k.transpose(2, 3).contiguous().transpose(2, 3)
-    with pytest.raises(ValueError, match="k has strides"):
+    with pytest.raises(ValueError, match="k must have stride 1 over D"):
         attend(Inputs(inputs.q, swapped, *list(vars(inputs).values())[2:]), case)
     eight = Inputs(inputs.q, inputs.k.to(INT8), inputs.v.to(INT8), inputs.starts, inputs.lengths)
     one, wrong = torch.ones(1, device=DEVICE), torch.ones(7, device=DEVICE)
-    with pytest.raises(ValueError, match=r"v_scale is torch.float32 \(7,\)"):
+    with pytest.raises(ValueError, match=r"v_scale must be .*; got torch.float32 \(7,\)"):
         attend(eight, case, k_scale=one, v_scale=wrong)
     workspace = backend.make_workspace(inputs.q, inputs.k, inputs.starts[..., :2])
     with pytest.raises(ValueError, match="groups of 2 ranges"):
         attend(inputs, case, workspace=workspace)
-    with pytest.raises(ValueError, match="a workspace has its own"):
+    with pytest.raises(ValueError, match="must be None with a workspace, which has its own"):
         attend(inputs, case, workspace=workspace, programs=2)
 
 

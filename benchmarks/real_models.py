@@ -1,0 +1,118 @@
+"""Pretrained models judged end to end: `docs/real_models.md` from results of `saap eval`.
+
+    make models
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention,passkey,perplexity \\
+        --methods dense,oracle-tokens,saap,pq,blend,quest --budgets 0.05,0.1 \\
+        --answer-budgets 0.05,0.1 --texts 6 --prompts 24 --out runs/smollm2-4k
+    python -m benchmarks.real_models runs/smollm2-4k ...
+
+Scores of all folders go to `benchmarks/results/<device>/real_models.json`, raw records stay where
+they are. The text that is judged is another than any that a method learned from.
+"""
+
+import sys
+from pathlib import Path
+
+from saap.eval.records import read_run
+from saap.eval.scores import score_run
+
+from . import reports
+from .selectors_page import markdown
+
+PAGE = reports.ROOT / "docs" / "real_models.md"
+COMMAND = "python -m benchmarks.real_models"
+KEPT = (
+    "method", "task", "context", "budget", "selectivity", "bytes_read", "router_bytes",
+    "recall_middle", "recall_of_oracle", "output_error", "worst_head", "accuracy", "nll",
+    "to_dense", "prompts", "texts", "queries",
+)  # fmt: skip
+
+
+def summary(folder: Path) -> dict:
+    """What a folder's run was, and the scores of all methods without those of single heads."""
+    run, _ = read_run(folder)
+    scores = [
+        {name: s[name] for name in KEPT if s.get(name) is not None} for s in score_run(folder)
+    ]
+    config = {k: run["config"][k] for k in ("n_texts", "n_prompts", "n_queries", "n_scored")}
+    return {
+        "model": Path(run["model"]).name,
+        "version": run["version"],
+        "index": run["index"] is not None,
+        "environment": run["environment"],
+        "config": config,
+        "scores": scores,
+    }
+
+
+def tables(found: list[dict]) -> str:
+    """One table for each run, context and budget."""
+    parts = []
+    for run in found:
+        scores = run["scores"]
+        places = sorted({(s["context"], s["budget"]) for s in scores if s["method"] != "dense"})
+        for context, budget in places:
+            rows = table_rows(scores, context, budget)
+            if rows:
+                parts.append(
+                    f"**{run['model']}, {context:,} tokens, {float(budget):.0%} of the rows** "
+                    f"({told(scores, context)}):\n\n{rows}"
+                )
+    return "\n\n".join(parts)
+
+
+def told(scores: list[dict], context: int) -> str:
+    """How much was judged."""
+    most: dict[str, int] = {}
+    for s in scores:
+        if s["context"] == context:
+            for name in ("prompts", "texts"):
+                most[name] = max(most.get(name, 0), s.get(name, 0))
+    return ", ".join(f"{n} {name}" for name, n in most.items() if n)
+
+
+def table_rows(scores: list[dict], context: int, budget: str) -> str:
+    by_place = {(s["task"], s["method"]): s for s in scores
+                if s["context"] == context and s["budget"] == budget}  # fmt: skip
+    names = list(dict.fromkeys(name for _, name in by_place))
+    names.sort(key=lambda n: -by_place.get(("attention", n), {}).get("recall_middle", 0.0))
+    rows = []
+    for name in names:
+        attention = by_place.get(("attention", name), {})
+        keys, text = by_place.get(("passkey", name), {}), by_place.get(("perplexity", name), {})
+        rows.append(
+            [
+                f"`{name}`",
+                cell(attention.get("recall_middle"), "{:.1%}"),
+                cell(attention.get("recall_of_oracle"), "{:.1%}"),
+                cell(attention.get("output_error"), "{:.3f}"),
+                cell(attention.get("bytes_read"), "{:,.0f}", 1e-3),
+                cell(attention.get("router_bytes"), "{:,.0f}", 1e-3),
+                cell(keys.get("accuracy"), "{:.0%}"),
+                cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
+            ]
+        )
+    head = [
+        "method", "recall of the middle", "of the oracle's", "output error",
+        "kB per layer and step", "of them to choose", "pass keys", "nats over dense",
+    ]  # fmt: skip
+    return markdown(head, rows) if rows else ""
+
+
+def cell(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "–" if value is None else form.format(factor * value)
+
+
+def main(folders: list[str]) -> None:
+    if not folders:
+        raise SystemExit(__doc__)
+    found = [summary(Path(folder)) for folder in folders]
+    device = found[0]["environment"]["device"]
+    path = reports.report_path(device, "real_models.json")
+    reports.write(path, {"runs": found})
+    reports.put_table(PAGE, COMMAND, tables(found))
+    print(f"wrote {path} and {PAGE}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

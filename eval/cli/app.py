@@ -1,0 +1,188 @@
+"""The command `saap`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import decode, results, train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Attention as vector search: train indexes of a model's KV cache and judge methods.",
+)
+Names = Annotated[str, typer.Option(help="comma-separated; or 'all'")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for results")] = Path("demo"),
+    context: Annotated[int, typer.Option(help="tokens of context")] = 8192,
+    model: Annotated[
+        str, typer.Option(help="smollm2 or reference; smollm2 where it is installed")
+    ] = "",
+    seed: int = 0,
+) -> None:
+    """Read a long document, ask it densely and sparsely, compare methods: in minutes."""
+    from .. import reference
+    from ..run import check_contexts
+    from . import demo as on_reference
+    from . import demo_words
+    from .terminal import console
+
+    if model not in ("", "reference", demo_words.MODEL):
+        raise ValueError(f"--model must be {demo_words.MODEL} or reference; got {model!r}")
+    check_contexts((context,), reference.CONTEXT, None)
+    if not model and not demo_words.is_installed():
+        console.print("SmolLM2 is not installed (`make models`): the shipped model is used.\n")
+        model = "reference"
+    steps = on_reference if model == "reference" else demo_words
+    steps.demo(out, context, seed)
+
+
+train.register(app)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for records, scores and report")],
+    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
+    methods: Names = "all",
+    contexts: Annotated[str, typer.Option(help="tokens, comma-separated")] = "8192",
+    budgets: Annotated[
+        str, typer.Option(help="shares of the context")
+    ] = "0.04,0.05,0.075,0.1,0.2",
+    answer_budgets: Annotated[
+        str, typer.Option(help="shares of the context, for tasks that ask or predict text")
+    ] = "0.05",
+    tasks: Annotated[str, typer.Option(help="comma-separated; or 'all'")] = "attention,passkey",
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="held-out text; shipped if not given")
+    ] = None,
+    share: Annotated[str, typer.Option(help="one selection a 'group' or a 'head'")] = "group",
+    texts: Annotated[int, typer.Option(help="texts a context, attention task")] = 8,
+    prompts: Annotated[int, typer.Option(help="prompts a context of each task that asks")] = 20,
+    sweep: Annotated[
+        Path | None, typer.Option(help="YAML file; its keys replace these options")
+    ] = None,
+    build: Annotated[
+        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: an index for each value")
+    ] = None,
+    search: Annotated[
+        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: the same index, asked differently")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="processes; as many as cores and memory allow if not given")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="of each process; figures may depend on it, never on jobs")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
+    from saap.methods import METHODS
+
+    from .. import corpus as texts_of
+    from .. import reference
+    from ..checks import check_folder
+    from ..report.page import main_budget, make_report
+    from ..run import EvalConfig, Source, run_with_workers
+    from ..scores import read_scores
+    from ..sweep import read_sweep, with_parameters
+    from ..tasks.registry import TASKS
+    from .terminal import (
+        one_bar,
+        print_against_dense,
+        print_scores,
+        print_speed,
+        print_suspicions,
+        print_warning,
+    )
+
+    options = {
+        "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
+        "contexts": numbers(contexts, int, "contexts"),
+        "budgets": numbers(budgets, float, "budgets"),
+        "answer_budgets": numbers(answer_budgets, float, "answer-budgets"),
+        "tasks": choose(tasks, tuple(TASKS)),
+        "share": share,
+        "n_texts": texts,
+        "n_prompts": prompts,
+        "seed": seed,
+    }
+    if sweep is not None:
+        options.update(read_sweep(sweep))
+    config = EvalConfig(**options)
+    check_writable(out)
+    text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
+    source = Source(model_path(model), index, text, model)
+    with one_bar("evaluate") as progress:
+        run_with_workers(
+            source, config, out, jobs=jobs, threads=threads, progress=progress, warn=print_warning
+        )
+    report_path = make_report(out)
+    scores = read_scores(out)
+    if "attention" in config.tasks:
+        for context in config.contexts:
+            print_scores(scores, context, main_budget(scores))
+    print_against_dense(scores)
+    print_speed(scores, main_budget(scores))
+    print_suspicions(check_folder(out))
+    typer.echo(f"report  {report_path}")
+
+
+results.register(app)
+decode.register(app)
+
+
+def model_path(name: str) -> str | Path:
+    from .. import reference
+    from .terminal import tell_licence
+
+    tell_licence(name)
+    return reference.FOLDER if name == "reference" else name
+
+
+def choose(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return known if names == "all" else tuple(n.strip() for n in names.split(",") if n.strip())
+
+
+def numbers(text: str, kind: type, name: str) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--{name} must be numbers separated by commas; got {text!r}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError when no file can be written to `folder`, before any work is done.
+
+    It writes a temporary file, because permissions alone do not tell.
+    """
+    import tempfile
+
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from error
+
+
+def main() -> None:
+    """Bad input ends in one line on standard error and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, ImportError, FloatingPointError, MemoryError, ChildProcessError) as error:
+        line = " ".join(str(error).split())
+        print(f"saap: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

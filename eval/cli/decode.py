@@ -1,0 +1,211 @@
+"""The commands that decode with Saap: `saap prefill`, `saap ask`, `saap generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
+]
+Index = Annotated[Path | None, typer.Option(help="file that `saap train` wrote for the model")]
+Method = Annotated[str, typer.Option(help="what chooses rows: a name in `saap.METHODS`")]
+Document = Annotated[Path, typer.Argument(help="text file, or folder of them")]
+ContextFile = Annotated[Path, typer.Option(help="the context file to write")]
+Chunk = Annotated[int, typer.Option(help="tokens read at once")]
+NumberOfTokens = Annotated[int, typer.Option("--tokens", help="tokens to generate at most")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="rows of the middle that a token visits in each layer")
+]
+Nprobe = Annotated[int | None, typer.Option(help="buckets that a token visits in each layer")]
+TopP = Annotated[
+    float | None, typer.Option(help="visit buckets until this share of the predicted mass")
+]
+MinWeight = Annotated[
+    float | None, typer.Option(help="visit buckets whose keys are predicted such a weight")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(prefill)
+    app.command(name="index", hidden=True, help="The old name of `saap prefill`.")(index_as_before)
+    app.command()(ask)
+    app.command()(generate)
+
+
+def prefill(
+    model: Model,
+    document: Document,
+    out: ContextFile,
+    index: Index = None,
+    method: Method = "saap",
+    chunk: Chunk = 2048,
+) -> None:
+    """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
+    import saap
+    from saap.index.tensor_files import check_replaceable
+
+    from .terminal import console, one_bar
+
+    check_replaceable(out)
+    loaded, tokenizer, trained = load(model, index)
+    tokens = read_tokens(tokenizer, document, loaded)
+    with saap.attached(loaded, trained, budget_of(trained), method=method) as saap_model:
+        from saap.hf.text import read_document
+
+        with one_bar("read") as bar:
+            cache = read_document(
+                saap_model,
+                tokens,
+                chunk=chunk,
+                progress=lambda done, total: bar(f"{total:,} tokens", done, total),
+            )
+        note = {} if index is None else {"index_file": str(index.resolve())}
+        saap_model.save_context(cache, tokens, out, note=note)
+    console.print(
+        f"wrote {out}: {len(tokens):,} tokens, {out.stat().st_size / 1e6:,.0f} MB", highlight=False
+    )
+
+
+def index_as_before(
+    model: Model,
+    document: Document,
+    out: ContextFile,
+    index: Index = None,
+    chunk: Chunk = 2048,
+) -> None:
+    """`saap index` for one more version: what it writes is a context, not an index."""
+    typer.echo("saap: `saap index` is now `saap prefill`; the old name goes in 0.2", err=True)
+    prefill(model, document, out, index, chunk=chunk)
+
+
+def ask(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="file that `saap prefill` wrote")],
+    question: Annotated[str, typer.Argument(help="text that follows the document")],
+    index: Annotated[
+        Path | None, typer.Option(help="trained index, if it is no longer where it was")
+    ] = None,
+    tokens: NumberOfTokens = 64,
+    max_tokens: MaxTokens = None,
+    nprobe: Nprobe = None,
+    top_p: TopP = None,
+    min_weight: MinWeight = None,
+) -> None:
+    """Continue a prefilled document with a question, from the file, without reading it again."""
+    import saap
+    from saap import context_file
+    from saap.hf.text import generate_text
+
+    header, _ = context_file.read(file)
+    if index is None and "index_file" in header:
+        index = Path(header["index_file"])
+    loaded, tokenizer, trained = load(model, index)
+    budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
+    method = header["budget"].get("method", "saap")
+    with saap.attached(loaded, trained, budget, method=method) as saap_model:
+        cache, document = saap_model.open_context(file)
+        found = generate_text(
+            loaded, tokenizer, joined(document, tokenizer, question), tokens, cache=cache,
+            write=write,
+        )  # fmt: skip
+        tell(method, sum(cache.lengths), cache.visited_share, found)
+
+
+def generate(
+    model: Model,
+    prompt_file: Annotated[Path, typer.Option(help="text to continue")],
+    index: Index = None,
+    method: Method = "saap",
+    compare: Annotated[bool, typer.Option(help="the dense run too, and where they part")] = False,
+    tokens: NumberOfTokens = 64,
+    max_tokens: MaxTokens = None,
+    nprobe: Nprobe = None,
+    top_p: TopP = None,
+    min_weight: MinWeight = None,
+) -> None:
+    """Continue a text with Saap; tells context length, share of the cache visited, speed."""
+    import saap
+    from saap.hf.text import generate_text, read_document
+
+    from .terminal import console
+
+    loaded, tokenizer, trained = load(model, index)
+    prompt = read_tokens(tokenizer, prompt_file, loaded)
+    budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
+    with saap.attached(loaded, trained, budget, method=method) as saap_model:
+        cache = read_document(saap_model, prompt[:-1], spare=tokens + 64)
+        found = generate_text(loaded, tokenizer, prompt, tokens, cache=cache, write=write)
+        tell(method, sum(cache.lengths), cache.visited_share, found)
+    if compare:
+        dense = generate_text(loaded, tokenizer, prompt, tokens, write=write)
+        tell("dense", len(prompt) + len(dense.tokens), 1.0, dense)
+        same = len(dense.tokens)
+        for place, pair in enumerate(zip(found.tokens, dense.tokens, strict=False)):
+            if pair[0] != pair[1]:
+                same = place
+                break
+        console.print(f"[dim]same tokens: the first {same} of {len(dense.tokens)}[/]")
+
+
+def load(model: str, index: Path | None):
+    from ..run import load_for_eval
+    from .app import model_path
+
+    return load_for_eval(model_path(model), index)
+
+
+def read_tokens(tokenizer, path: Path, model):
+    """The tokens of a text; warns where the model was not trained for so many."""
+    from saap import hf
+
+    from .. import corpus
+    from ..tasks.answering import encode
+    from .terminal import errors
+
+    tokens = encode(tokenizer, corpus.read_corpus([path]))
+    if len(tokens) < 2:
+        raise ValueError(f"{path}: must have at least 2 tokens; got {len(tokens)}")
+    if len(tokens) > hf.max_context(model):
+        errors.print(
+            f"[yellow]warning[/]: {len(tokens):,} tokens are more than the model's "
+            f"max_position_embeddings={hf.max_context(model):,}"
+        )
+    return tokens
+
+
+def joined(document, tokenizer, question: str):
+    import torch
+
+    from ..tasks.answering import encode
+
+    asked = encode(tokenizer, question.encode(), special=False)
+    if len(asked) == 0:
+        raise ValueError("question must be a text that follows the document; got an empty one")
+    return torch.cat([document, asked])
+
+
+def budget_of(trained, max_tokens=None, nprobe=None, top_p=None, min_weight=None):
+    """What was asked for, or the default; sinks and window as the index was trained."""
+    from saap import Budget
+
+    if max_tokens is nprobe is top_p is min_weight is None:
+        max_tokens = Budget.default().max_tokens
+    places = {} if trained is None else {n: trained.metadata[n] for n in ("n_sink", "window")}
+    return Budget(
+        nprobe=nprobe, max_tokens=max_tokens, top_p=top_p, min_weight=min_weight, **places
+    )
+
+
+def write(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+def tell(name: str, n_context: int, share: float, found) -> None:
+    from .terminal import console
+
+    console.print(
+        f"\n[dim]{name}: {n_context:,} tokens of context, {share:.1%} of the cache visited, "
+        f"{found.tokens_per_second:.1f} tokens/s[/]",
+        highlight=False,
+    )

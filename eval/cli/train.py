@@ -1,0 +1,156 @@
+"""The commands that make and show trained indexes: `saap train`, `saap info`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command()(info)
+
+
+def train(
+    model: Annotated[
+        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
+    ],
+    corpus: Annotated[
+        list[Path],
+        typer.Option(
+            help="text, HTML or .jsonl file, folder, prose, prose2, code, or "
+            "NAME[:CONFIG[:SPLIT]] of a Hugging Face dataset; may be repeated"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the index file to write")],
+    context: Annotated[int, typer.Option(help="tokens a sequence")] = 8192,
+    texts: Annotated[int, typer.Option(help="sequences, spread over the corpus")] = 24,
+    text_field: Annotated[str, typer.Option(help="of JSON lines and datasets")] = "text",
+    nlist: Annotated[
+        int | None, typer.Option(help="buckets a KV head; by context if not given")
+    ] = None,
+    router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
+    window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
+    steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
+    baselines: Annotated[
+        bool, typer.Option(help="also fit what is only compared with: linear, kmeans-rope")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU if there is one, a process each")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (a CPU's), bfloat16 (a GPU's) or float16")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """Train partitions and routers for all layers of a model: one safetensors file.
+
+    Layer by layer; a training that was killed goes on where it was when the same command is given
+    again. Several processes (torchrun --no-python --nproc-per-node N saap train ...) share the
+    layers.
+    """
+    from saap.index.tensor_files import check_replaceable
+    from saap.training import Processes, TrainingOptions, train_file
+
+    from .app import check_writable
+    from .terminal import console, progress_bars
+
+    options = TrainingOptions(
+        nlist=nlist, router=router, seed=seed, window=window, steps=steps, baselines=baselines
+    )
+    check_replaceable(out)
+    check_writable(out.parent)
+    loaded, training = load(
+        model, corpus, options, context=context, texts=texts, text_field=text_field,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    processes = Processes.from_environment()
+    is_first = processes is None or processes.rank == 0
+    if is_first:
+        print_needs(training, out)
+    with processes or nullcontext(), progress_bars() if is_first else nullcontext() as progress:
+        train_file(loaded, training, out, progress=progress, processes=processes)
+    if is_first:
+        console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)", highlight=False)
+
+
+def load(model, corpus, options, *, context, texts, text_field, device, dtype):
+    """The model, and the `saap.training.Training` of it that was asked for."""
+    from saap import hf
+    from saap.training import prepare
+
+    from .. import corpus as texts_of
+    from .app import model_path
+
+    enough = texts * context * texts_of.BYTES_A_TOKEN
+    text = texts_of.read_corpus(corpus, text_field=text_field, enough=enough)
+    device, dtype = placed(device, dtype)
+    loaded = hf.load_model(model_path(model), device=device, dtype=dtype)
+    if context > hf.max_context(loaded):
+        raise ValueError(
+            f"--context must be at most the model's max_position_embeddings="
+            f"{hf.max_context(loaded)}; got {context}"
+        )
+    tokenizer = hf.load_tokenizer(model_path(model))
+    return loaded, prepare(loaded, texts_of.sequences(tokenizer, text, context, texts), options)
+
+
+def placed(device: str | None, dtype: str | None):
+    """Device and dtype: this process's GPU in bfloat16 where there is one, else float32."""
+    import os
+
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}; got {dtype}")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda; got {kind}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be cpu when there is no GPU that torch can use; got cuda")
+    if kind == "cuda":
+        kind = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(kind)
+    return kind, dtypes[dtype or ("bfloat16" if kind.startswith("cuda") else "float32")]
+
+
+def print_needs(training, out: Path) -> None:
+    """What the training takes, and what it goes on from."""
+    from saap.training import work_folder_of
+
+    from .terminal import console
+
+    needed, work = training.memory, work_folder_of(out)
+    console.print(
+        f"[dim]memory[/]  {needed.layer / 1e9:.2f} GB beside the model, whatever its depth; "
+        f"{2 * needed.hidden / 1e9:.2f} GB of disk in {work}, until the end",
+        highlight=False,
+    )
+    finished = len(list(work.glob("layer-*.safetensors"))) if work.is_dir() else 0
+    if finished:
+        layers = training.description["num_layers"]
+        console.print(f"[dim]going on[/]  {finished} of {layers} layers are finished")
+
+
+def info(
+    file: Path,
+    router: Annotated[
+        str | None, typer.Option(help="whose recall is mapped; the default one if not given")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file: the map as a picture")] = None,
+) -> None:
+    """What an index file holds, and a map of the recall of each head, measured when trained."""
+    from saap.trained_index import TrainedIndex
+
+    from ..info import check_router, print_index
+
+    index = TrainedIndex.load(file)
+    router = check_router(index, router)
+    print_index(file, index, router)
+    if plot is not None:
+        from ..report.quality_map import quality_map
+        from .terminal import console
+
+        console.print(f"wrote {quality_map(index, router, plot)}", highlight=False)

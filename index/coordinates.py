@@ -1,0 +1,171 @@
+"""Coordinates in which what a score depends on comes first: how keys are coded.
+
+A score is a query times a key. Both have directions in which they vary much and others in which
+they hardly do, and not the same ones. The *balanced* coordinates of a pair of covariances (Moore,
+IEEE TAC 1981, for linear systems) are those in which both are the same diagonal matrix: the
+variance of a key's coordinate and of a query's are equal, and their product, which is what an
+error in that coordinate costs, falls from one to the next as fast as any linear map can make it.
+Bits are then spent on the first ones. Nothing about single keys is learned, so there is nothing
+that could drift away from in a long generation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BLOCK = 8
+"""Coordinates that a rotation mixes, so that each has a share of the large ones among them."""
+
+RIDGE = 1e-3
+GROUPS, MULTIPLE = 4, 64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's vectors, float64 `[Hkv, D, D]`, and the mean key `[Hkv, D]`.
+
+    `queries` about zero, over the query heads of a KV head; `keys` about their mean.
+    """
+
+    queries: Float[Tensor, "Hkv D D"]
+    keys: Float[Tensor, "Hkv D D"]
+    mean: Float[Tensor, "Hkv D"]
+
+    @classmethod
+    def of(cls, queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]) -> "Moments":
+        q, k = queries.double(), keys.double()
+        mean = k.mean(1)
+        k = k - mean[:, None]
+        return cls(q.mT @ q / q.shape[1], k.mT @ k / k.shape[1], mean.float())
+
+
+class MomentSums:
+    """Sums from which `Moments` are made, over pieces of a text that need not be held at once."""
+
+    def __init__(self):
+        self.n_queries = self.n_keys = 0
+        self.queries = self.keys = self.sum = 0.0
+
+    def add(self, q: Float[Tensor, "Hq n D"], k: Float[Tensor, "Hkv n D"]) -> None:
+        """Add queries and keys of some tokens, both as attention sees them."""
+        q = q.unflatten(0, (len(k), -1)).flatten(1, 2).double()
+        k = k.double()
+        self.n_queries += q.shape[1]
+        self.n_keys += k.shape[1]
+        self.queries = self.queries + q.mT @ q
+        self.keys = self.keys + k.mT @ k
+        self.sum = self.sum + k.sum(1)
+
+    def moments(self) -> Moments:
+        mean = self.sum / self.n_keys
+        keys = self.keys / self.n_keys - mean[..., None] * mean[:, None]
+        return Moments(self.queries / self.n_queries, keys, mean.float())
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A linear map of keys and its inverse for queries, for B sequences or for all (`B = 1`).
+
+    `of_keys, of_queries [B, Hkv, P, D]`: a key less the mean `[B, Hkv, D]` has coordinates
+    `of_keys @ (k - mean)` of unit variance, a query `of_queries @ q`, and the inner product is
+    that of the vectors, but for what the mean adds to every key alike. `importance [B, Hkv, P]`:
+    what an error in a coordinate costs. P is D rounded up to a multiple of 64; what is added is 0.
+    """
+
+    of_keys: Float[Tensor, "B Hkv P D"]
+    of_queries: Float[Tensor, "B Hkv P D"]
+    mean: Float[Tensor, "B Hkv D"]
+    importance: Float[Tensor, "B Hkv P"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a step reads per sequence: the map of queries. Keys are mapped once."""
+        return self.of_queries[0].nbytes
+
+    def keys(self, k: Float[Tensor, "B Hkv n D"]) -> Float[Tensor, "B Hkv n P"]:
+        return (k.float() - self.mean[:, :, None]) @ self.of_keys.mT
+
+    def queries(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq P"]:
+        own = q.float().unflatten(1, (self.of_queries.shape[1], -1))
+        return (own @ self.of_queries.mT).flatten(1, 2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("of_keys", "of_queries", "mean", "importance")
+        return {name: getattr(self, name) for name in names}
+
+    def of_sequence(self, b: int) -> "Coordinates":
+        """Those of one sequence."""
+        b = 0 if len(self.mean) == 1 else b
+        return Coordinates(**{name: t[b : b + 1] for name, t in self.tensors().items()})
+
+    @classmethod
+    def stacked(cls, each: "list[Coordinates]") -> "Coordinates":
+        parts = [own.tensors() for own in each]
+        return cls(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+
+
+def padded(dim: int) -> int:
+    """P: dimensions rounded up to whole words of codes in each group."""
+    return -(-dim // MULTIPLE) * MULTIPLE
+
+
+def balanced(moments: Moments) -> Coordinates:
+    """Coordinates in which keys and queries vary alike, the largest first.
+
+    Within blocks of eight they are mixed by a Hadamard rotation, since a quantizer likes
+    coordinates that are alike. P is a multiple of 64, in four groups that are padded.
+    """
+    dim = moments.keys.shape[-1]
+    keys, queries = (_regular(m) for m in (moments.keys, moments.queries))
+    root = torch.linalg.cholesky(keys)
+    values, vectors = torch.linalg.eigh(root.mT @ queries @ root)
+    spread = values.flip(-1).clamp(min=1e-30).sqrt()  # of keys and of queries, in each coordinate
+    vectors = vectors.flip(-1)
+    # y = diag(spread)^(1/2) vectors' root^-1 k has covariance diag(spread), as queries have.
+    forward = (
+        spread.sqrt()[..., None] * torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT
+    )
+    backward = (root @ vectors * spread.rsqrt()[..., None, :]).mT
+    mix = _block_rotation(dim).to(forward)
+    forward, backward = mix @ forward, mix @ backward
+    variance = (mix**2 @ spread[..., None])[..., 0]
+    deviation = variance.sqrt()
+    of_keys, of_queries = forward / deviation[..., None], backward * deviation[..., None]
+    place = _places(dim)
+
+    def spread_out(t: Tensor) -> Tensor:
+        out = t.new_zeros(t.shape[0], padded(dim), *t.shape[2:], dtype=torch.float32)
+        out[:, place] = t.float()
+        return out
+
+    parts = spread_out(of_keys), spread_out(of_queries), moments.mean, spread_out(variance**2)
+    return Coordinates(*(part[None] for part in parts))
+
+
+def _regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
+    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
+    return matrix + RIDGE * size[:, None, None] * torch.eye(matrix.shape[-1]).to(matrix)
+
+
+def _places(dim: int) -> Tensor:
+    """Where each coordinate goes: four groups of equally many, each padded at its end."""
+    group, room = -(-dim // GROUPS), padded(dim) // GROUPS
+    number = torch.arange(dim)
+    return number // group * room + number % group
+
+
+def _block_rotation(dim: int) -> Float[Tensor, "D D"]:
+    blocks, left = [], dim
+    while left:
+        size = BLOCK
+        while size > left:
+            size //= 2
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            top = torch.cat([matrix, matrix], 1)
+            matrix = torch.cat([top, torch.cat([matrix, -matrix], 1)]) / 2**0.5
+        blocks.append(matrix)
+        left -= size
+    return torch.block_diag(*blocks)

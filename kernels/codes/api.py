@@ -1,0 +1,147 @@
+"""Public choice of rows by coded keys: validates, chooses a backend, never falls back from an
+explicit one."""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from . import reference
+from .layout import COARSE_PLANES, CODED, FINE_PLANES, Codes
+
+Impl = Literal["reference", "numba"]
+Ranges = tuple[Int32[Tensor, "n H R"], Int32[Tensor, "n H R"]]
+BACKENDS = ("reference", "numba")
+
+
+def select_rows(
+    q: Float[Tensor, "n Hq P"],
+    codes: Codes,
+    n_rows: list[int],
+    *,
+    max_tokens: int,
+    n_candidates: int,
+    share: Literal["group", "head"] = "group",
+    first_row: int = 0,
+    out: Ranges | None = None,
+    impl: Impl | None = None,
+) -> Ranges:
+    """The rows with the largest attention weights that their codes predict, as ranges.
+
+    Every row is scored by its coarse code, the `n_candidates` best (coarse scores are told apart
+    to 1/64) by all of their code; where there are no more rows than that, all are. The heads that
+    share a selection count each row by the largest weight that its coarse code predicts, and then
+    by the sum of their softmax over the candidates. Of equal rows the first comes first; NaN
+    comes last.
+
+    Args:
+        q: `[n, Hq, P]` float32, queries in the coordinates of the codes, scaled so that their
+            product with a key's coordinates is the attention score.
+        codes: of `B` sequences; `B` is n, or 1 for queries that share one context. `Hq` is a
+            multiple of their `Hkv`.
+        n_rows: rows of each sequence, at most `codes.n`; rows after them hold anything.
+        max_tokens: rows to choose, all if there are no more.
+        n_candidates: rows that are scored by their fine codes; at least `max_tokens` are.
+        share: "group": one selection for the query heads of a KV head, `H = Hkv`; "head": one
+            each, `H = Hq`.
+        first_row: number of the first row.
+        out: int32 `starts, lengths [n, H, capacity]` to write to, with room for `max_tokens`
+            ranges; what is not used is set to 0.
+        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+
+    Returns:
+        `starts, lengths` int32 `[n, H, R]`, ascending; views of `out` if given. Ranges of length
+        0 are unused.
+
+    Raises:
+        ValueError: an argument that does not fit, or that `impl` cannot do, naming its value.
+    """
+    _check(q, codes, n_rows, max_tokens, n_candidates, share)
+    n, n_heads, _ = q.shape
+    n_kv = codes.scale.shape[1]
+    heads = n_kv if share == "group" else n_heads
+    capacity = min(max_tokens, max(n_rows, default=0))
+    if out is None:
+        starts, lengths = torch.zeros(2, n, heads, capacity, dtype=torch.int32, device=q.device)
+        out = starts, lengths
+    _check_out(out, (n, heads), capacity)
+    if capacity == 0 or n == 0:
+        return tuple(t.zero_()[..., :0] for t in out)
+    backend = _backend(impl, q, codes, out)
+    grouped = q.unflatten(1, (heads, -1))
+    return backend.select_rows(
+        grouped, codes, n_rows, max_tokens=max_tokens,
+        n_candidates=max(n_candidates, max_tokens), first_row=first_row, out=out,
+    )  # fmt: skip
+
+
+def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> None:
+    batch, n_kv, n = codes.scale.shape
+    words = codes.coarse.shape[2] // COARSE_PLANES
+    expected = {
+        "coarse": (batch, n_kv, COARSE_PLANES * words, n),
+        "fine": (batch, n_kv, n, FINE_PLANES * words),
+    }
+    for name, shape in expected.items():
+        found = tuple(getattr(codes, name).shape)
+        if found != shape:
+            raise ValueError(f"codes.{name} must be {shape}, as coarse and scale say; got {found}")
+        if getattr(codes, name).dtype != torch.int32 or codes.scale.dtype != torch.uint8:
+            raise ValueError("codes must be int32 words and uint8 scales; got other dtypes")
+    if q.ndim != 3 or q.shape[2] != CODED * words or q.shape[1] % n_kv or q.shape[1] == 0:
+        raise ValueError(
+            f"q must be [n, a multiple of {n_kv}, {CODED * words}]; got {tuple(q.shape)}"
+        )
+    if q.dtype != torch.float32:
+        raise ValueError(f"q must be float32; got {q.dtype}")
+    if batch not in (1, len(q)) or len(n_rows) != batch:
+        raise ValueError(
+            f"codes and n_rows must be of 1 sequence or of {len(q)}; got {batch} and {len(n_rows)}"
+        )
+    if any(not 0 <= own <= n for own in n_rows):
+        raise ValueError(f"n_rows must be in 0..{n}; got {n_rows}")
+    for name, value in (("max_tokens", max_tokens), ("n_candidates", n_candidates)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+    if share not in ("group", "head"):
+        raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
+
+
+def _check_out(out, shape, capacity) -> None:
+    for name, tensor in zip(("starts", "lengths"), out, strict=True):
+        fits = tensor.ndim == 3 and tuple(tensor.shape[:2]) == shape
+        if not fits or tensor.shape[2] < capacity or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"out's {name} must be int32 {[*shape, f'at least {capacity}']}; got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _backend(impl: str | None, q: Tensor, codes: Codes, out) -> ModuleType:
+    if impl not in (None, *BACKENDS):
+        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
+    if impl == "reference" or (impl is None and (q.device.type != "cpu" or not _has_numba())):
+        return reference
+    if not _has_numba():
+        raise ValueError("impl 'numba' needs the package numba; it is not installed")
+    refusal = _numba().limit(q, codes, out)
+    if refusal is None:
+        return _numba()
+    if impl is None:
+        return reference
+    raise ValueError(refusal)
+
+
+@functools.cache
+def _numba() -> ModuleType:
+    return importlib.import_module(".numba", __package__)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

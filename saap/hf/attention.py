@@ -1,0 +1,199 @@
+"""The one attention function that is registered with transformers, and who answers its calls.
+
+While a model is *installed* its attention layers call `_attention`, which looks for a *handler* of
+that model in the running thread. Without one the layer computes what it always did; with one the
+call, RoPE taken off, is the handler's: a cache that decodes, or whoever trains or measures. What
+runs is kept per thread and set back in `finally`, so an interrupt leaves nothing behind.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from saap.rope import VARIANTS
+
+from .families import ModelLayer, model_layers
+from .models import attention_modules
+
+PREFIX = "saap_over_"
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one attention layer was called with: T new tokens.
+
+    `q_rope, q_derope [B, Hq, T, D]`, `k_rope, k_derope, v [B, Hkv, T, D]`. Keys and queries are as
+    the attention sees them (after RoPE and any norm), and the same with RoPE taken off. `rope`:
+    the variant in `saap.rope.VARIANTS` and the tables `cos, sin [B, T, r]`, None without RoPE.
+    A layer with a sliding window is never searched: its RoPE is left on, and `k_rope, v` are all
+    that is in reach, not the new tokens alone, where the model keeps a cache.
+    `sinks [Hq]`: learned logits that take part in the softmax and are worth nothing, or None.
+    """
+
+    layer: int
+    q_rope: Tensor
+    q_derope: Tensor
+    k_rope: Tensor
+    k_derope: Tensor
+    v: Tensor
+    sm_scale: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    rope: tuple[str, Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
+
+
+Handler = Callable[[LayerCall], tuple[Tensor, Tensor]]
+"""Computes `out [B, Hq, T, D]` and `lse [B, Hq, T]` of a call, learned sinks left out of both."""
+
+
+@dataclass
+class _Running:
+    """A handler at work in one thread, and the RoPE tables of the forward that runs."""
+
+    handler: Handler
+    layers: list[ModelLayer]
+    tables: dict[int, tuple[Tensor, Tensor]]
+
+
+class _Threads(threading.local):
+    def __init__(self):
+        self.running: dict[int, _Running] = {}  # by id of the model's text configuration
+
+
+_threads = _Threads()
+
+
+@contextmanager
+def handled(model: nn.Module, handler: Handler, layers: list[ModelLayer]) -> Iterator[None]:
+    """While open, attention of the installed `model` in this thread is the handler's."""
+    key = id(model.config.get_text_config())
+    before = _threads.running.get(key)
+    _threads.running[key] = _Running(handler, layers, {})
+    try:
+        yield
+    finally:
+        if before is None:
+            del _threads.running[key]
+        else:
+            _threads.running[key] = before
+
+
+@contextmanager
+def installed(model: nn.Module) -> Iterator[None]:
+    """While open, the attention of `model` can be handled; without a handler nothing changes."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    hooks = [
+        module.register_forward_pre_hook(_keep_tables, with_kwargs=True)
+        for module in attention_modules(model)
+    ]
+    try:
+        if not before.startswith(PREFIX):
+            config._attn_implementation = _registered(before)
+        yield
+    finally:
+        config._attn_implementation = before
+        for hook in hooks:
+            hook.remove()
+
+
+def check_installed(model: nn.Module) -> None:
+    """ValueError where somebody chose another attention implementation since `installed`."""
+    name = model.config.get_text_config()._attn_implementation
+    if not name.startswith(PREFIX):
+        raise ValueError(
+            "the attention implementation must not be changed while a model is attached; got "
+            f"{name!r}"
+        )
+
+
+@contextmanager
+def routed(
+    model: nn.Module, handler: Handler, layers: list[ModelLayer] | None = None
+) -> Iterator[None]:
+    """While open, every attention layer of `model` computes `handler(LayerCall)`.
+
+    Call the model with `use_cache=False`, `position_ids` and sequences without padding: handlers
+    are causal by construction. On exit the model is as it was before.
+    """
+    layers = model_layers(model) if layers is None else layers
+    with installed(model), handled(model, handler, layers):
+        yield
+
+
+def _registered(original: str) -> str:
+    """The name of Saap's attention over a model whose own implementation is `original`."""
+    name = PREFIX + original
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, functools.partial(_attention, original))
+        AttentionMaskInterface.register(name, functools.partial(_mask, original))
+    return name
+
+
+def _keep_tables(module, _, keywords: dict) -> None:
+    """Before an attention layer runs: the `cos, sin` of that very forward.
+
+    Dynamic and longrope tables change as a sequence grows, so they are never computed again.
+    """
+    running = _threads.running.get(id(module.config))
+    if running is not None:
+        running.tables[module.layer_idx] = keywords.get("position_embeddings")
+
+
+def _mask(original: str, *arguments, attention_mask=None, config=None, **options):
+    """Padding is taken from the model's own argument, once per forward: no mask is needed then."""
+    if config is not None and id(config) in _threads.running:
+        return attention_mask
+    make = ALL_MASK_ATTENTION_FUNCTIONS[original]
+    return make(*arguments, attention_mask=attention_mask, config=config, **options)
+
+
+def _attention(
+    original: str, module, query, key, value, attention_mask=None, *, scaling=None, **options
+):
+    running = _threads.running.get(id(module.config))
+    if running is None:
+        own = ALL_ATTENTION_FUNCTIONS.get_interface(original, _eager_of(module))
+        return own(module, query, key, value, attention_mask, scaling=scaling, **options)
+    layer = running.layers[module.layer_idx]
+    tables = running.tables.pop(module.layer_idx, None)
+    q_derope, k_derope, rope = query, key, None
+    if layer.rope_variant is not None and layer.is_full:
+        # Queries and keys at once: half as many small operations.
+        both = VARIANTS[layer.rope_variant](torch.cat([query, key], 1), *tables)
+        q_derope, k_derope = both[:, : query.shape[1]], both[:, query.shape[1] :]
+        rope = (layer.rope_variant, *tables)
+    sinks = options.get("s_aux")
+    out, lse = running.handler(
+        LayerCall(
+            layer=module.layer_idx,
+            q_rope=query,
+            q_derope=q_derope,
+            k_rope=key,
+            k_derope=k_derope,
+            v=value,
+            sm_scale=scaling,
+            softcap=options.get("softcap"),
+            sliding_window=layer.sliding_window,
+            rope=rope,
+            sinks=sinks,
+        )
+    )
+    if sinks is not None:  # gpt-oss: one more logit in the denominator, worth nothing
+        share = torch.sigmoid(lse - sinks.float()[:, None])
+        out = out * share.unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _eager_of(module: nn.Module) -> Callable:
+    return sys.modules[type(module).__module__].eager_attention_forward

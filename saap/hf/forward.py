@@ -1,0 +1,109 @@
+"""One forward over a `SaapCache`: its input is checked, then each layer's call is answered."""
+
+import torch
+from torch import Tensor
+
+from saap.kv import attend_chunk
+
+from .attention import LayerCall
+
+
+class Forward:
+    """The handler of one forward; made by `SaapCache.begin_forward`, which says what it raises."""
+
+    def __init__(
+        self, cache, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
+    ):
+        self.cache = cache
+        stores = [layer.store for layer in cache.saap_layers]
+        slots = {layer.get_seq_length() for layer in cache.layers}
+        if len(slots) > 1 or any(store.lengths != stores[0].lengths for store in stores):
+            raise ValueError(
+                "the layers of a cache must hold the same tokens; got others, because a forward "
+                "was broken off: start a new cache"
+            )
+        held = cache.lengths or [0] * batch
+        if batch != len(held):
+            raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
+        self.new_mask = None if mask is None else self._new_of_mask(mask, held, length)
+        n_new = [length] * batch if self.new_mask is None else self.new_mask.sum(1).tolist()
+        self.lengths_after = [n + m for n, m in zip(held, n_new, strict=True)]
+        self.slots_after = cache.get_seq_length() + length
+        self.ends = self._check_positions(positions, n_new, length)
+        for store in stores:
+            if store.batch:
+                store.reserve(store.length + length)
+
+    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Attention of one layer over the cache."""
+        if self.cache.observer is not None:
+            self.cache.observer(call)
+        layer = self.cache.layers[call.layer]
+        if call.sliding_window is not None:
+            # transformers has updated the layer already, and hands over all that is in reach.
+            return attend_sliding(call, self.lengths_after)
+        layer.store.append(call.k_rope, call.v, call.k_derope, self.new_mask)
+        layer.slots += call.q_rope.shape[2]
+        return layer.store.attend(
+            call.q_rope, call.q_derope, sm_scale=call.sm_scale, softcap=call.softcap
+        )
+
+    def _new_of_mask(self, mask: Tensor, held: list[int], length: int) -> Tensor | None:
+        slots = self.cache.get_seq_length()
+        if mask.ndim != 2 or mask.shape != (len(held), slots + length):
+            raise ValueError(
+                f"attention_mask must be [B, cached + new] = {(len(held), slots + length)}; got "
+                f"{tuple(mask.shape)}"
+            )
+        new = mask[:, -length:].bool()
+        whole = mask.bool().sum(1).tolist()
+        expected = [n + m for n, m in zip(held, new.sum(1).tolist(), strict=True)]
+        if whole != expected:
+            raise ValueError(
+                f"attention_mask must show {expected} tokens, with those cached; got {whole}"
+            )
+        return None if bool(new.all()) else new
+
+    def _check_positions(
+        self, positions: Tensor | None, n_new: list[int], length: int
+    ) -> list[int]:
+        """The last position of each sequence after this forward."""
+        if positions is None:  # the model will count slots
+            positions = torch.arange(self.slots_after - length, self.slots_after)[None]
+        positions = positions.expand(len(n_new), -1)
+        before = self.cache.last_positions or [-1] * len(n_new)
+        backwards = positions[:, 1:] <= positions[:, :-1]
+        if self.new_mask is not None:
+            backwards = backwards & self.new_mask[:, :-1].to(backwards.device)
+        rows = zip(positions.tolist() if length == 1 else positions, before, n_new, strict=True)
+        first = [(int(row[length - n]), last) for row, last, n in rows if n]
+        wrong = [pair for pair in first if pair[0] <= pair[1]]
+        if wrong or bool(backwards.any()):
+            got = f"{wrong[0][0]} after {wrong[0][1]}" if wrong else "others"
+            raise ValueError(f"position_ids must ascend; got {got}")
+        ends = positions[:, -1].tolist()
+        return [end if n else last for end, last, n in zip(ends, before, n_new, strict=True)]
+
+
+def attend_sliding(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Attention within a window over the slots of the call, the newest last.
+
+    Padding is on the left: what of it is in reach is cut off, sequence by sequence. `lengths`:
+    tokens of each sequence, those of this call counted in.
+    """
+    q, k, v = call.q_rope, call.k_rope, call.v
+    options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
+    options["sliding_window"] = call.sliding_window
+    padding = [max(0, k.shape[2] - n) for n in lengths]
+    if not any(padding):
+        return attend_chunk(q, k, v, **options)
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    for b, n in enumerate(padding):
+        skipped = max(0, n - (k.shape[2] - q.shape[2]))
+        if skipped < q.shape[2]:
+            own = slice(b, b + 1)
+            out[own, :, skipped:], lse[own, :, skipped:] = attend_chunk(
+                q[own, :, skipped:], k[own, :, n:], v[own, :, n:], **options
+            )
+    return out, lse

@@ -1,0 +1,68 @@
+"""Check the input of a KV store: each ValueError says what must hold and what was got."""
+
+import torch
+from torch import Tensor
+
+
+def check_append(
+    k_rope: Tensor,
+    v: Tensor,
+    k_derope: Tensor,
+    mask: Tensor | None,
+    *,
+    lengths: list[int],
+    held: Tensor | None,
+    n_kv: int | None,
+) -> None:
+    """Check tokens for a store of sequences of these lengths with keys `held [B, Hkv, n, D]`.
+
+    `n_kv`: KV heads of its selector's partition, None where it has none.
+    """
+    if k_rope.ndim != 4 or 0 in k_rope.shape[:3]:
+        raise ValueError(f"k_rope must be [B, Hkv, T, D], none empty; got {tuple(k_rope.shape)}")
+    for name, given in (("v", v), ("k_derope", k_derope)):
+        if given.shape != k_rope.shape or given.device != k_rope.device:
+            raise ValueError(
+                f"{name} must be like k_rope, {tuple(k_rope.shape)} on {k_rope.device}; got "
+                f"{tuple(given.shape)} on {given.device}"
+            )
+    if torch.is_grad_enabled() and (k_rope.requires_grad or v.requires_grad):
+        raise ValueError(
+            "k_rope and v must require no gradient; got one that does: use torch.no_grad()"
+        )
+    if lengths:
+        expected = (len(lengths), held.shape[1], held.shape[3], held.dtype, held.device)
+        found = (len(k_rope), k_rope.shape[1], k_rope.shape[3], k_rope.dtype, k_rope.device)
+        if expected != found or v.dtype != held.dtype:
+            raise ValueError(
+                "batch, heads, head_dim, dtype and device must be those of the store, "
+                f"{expected}; "
+                f"got {found}"
+            )
+    elif n_kv is not None and k_rope.shape[1] != n_kv:
+        raise ValueError(f"k_rope must have {n_kv} heads, as the partition; got {k_rope.shape[1]}")
+    if mask is not None:
+        _check_mask(mask, k_rope, lengths)
+
+
+def check_query(q: Tensor, *, batch: int, n_new: int) -> None:
+    """Check queries `[B, Hq, T, D]` of the `n_new` last tokens of each of `batch` sequences."""
+    if n_new == 0:
+        raise ValueError("attend must follow the append of its tokens at once; got none since")
+    if q.shape[2] != n_new or len(q) != batch:
+        raise ValueError(
+            f"q must be of the {n_new} tokens appended last to {batch} sequences; got "
+            f"{q.shape[2]} tokens and a batch of {len(q)}"
+        )
+
+
+def _check_mask(mask: Tensor, k_rope: Tensor, lengths: list[int]) -> None:
+    if mask.shape != (k_rope.shape[0], k_rope.shape[2]):
+        raise ValueError(
+            f"mask must be [B, T] = {(k_rope.shape[0], k_rope.shape[2])}; got {tuple(mask.shape)}"
+        )
+    behind = lengths or [0] * len(mask)
+    if (mask[:, 1:] < mask[:, :-1]).any() or any(
+        n and not whole for n, whole in zip(behind, mask.all(1).tolist(), strict=True)
+    ):
+        raise ValueError("padding must be on the left; got a mask with padding after a token")

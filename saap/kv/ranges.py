@@ -1,0 +1,103 @@
+"""The ranges of one decode step, in tensors that are written over from step to step."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saap.selector import Middle, RangeBuffer, Ranges, check_ranges
+
+LOCAL = 2  # the ranges that every query visits: sinks and tail
+
+AllRanges = tuple[Int[Tensor, "n H all"], Int[Tensor, "n H all"]]
+
+
+class StepRanges:
+    """`starts, lengths [n, H, R]` int32 of all that a step visits: sinks, tail, chosen rows."""
+
+    def __init__(self, n_sink: int):
+        self.n_sink = n_sink
+        self.room = RangeBuffer(LOCAL)
+        self._whole: Tensor | None = None
+        self._last: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.room.nbytes + (0 if self._whole is None else self._whole.nbytes)
+
+    def forget(self) -> None:
+        """The middle has changed: where it begins and ends is to be written anew."""
+        self.room.starts = self.room.lengths = None
+
+    def check(self, chosen: Ranges, middle: Middle) -> None:
+        check_ranges(*chosen, middle.n_rows, middle.first_row)
+
+    def complete(
+        self,
+        chosen: Ranges | None,
+        lengths: list[int],
+        middles: list[int],
+        dense_below: int,
+        n_queries: int,
+        k: Float[Tensor, "B Hkv capacity D"],
+    ) -> AllRanges:
+        """Sinks and tail before the chosen ranges; everything where nothing was chosen.
+
+        Sequences of at most `dense_below` tokens are visited whole beside longer ones, as they
+        would be alone.
+        """
+        if chosen is None:
+            return self._dense(lengths, n_queries, k)
+        starts, counts = chosen
+        used = LOCAL + starts.shape[2]
+        if self.room.holds(starts):
+            all_starts, all_counts = self.room.starts, self.room.lengths
+        else:
+            shape = (*starts.shape[:2], LOCAL)
+            local = torch.zeros(shape, dtype=torch.int32, device=starts.device)
+            all_starts = torch.cat([local, starts], -1)
+            all_counts = torch.cat([local, counts], -1)
+        sinks = [min(n, self.n_sink) for n in lengths]
+        tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
+        for b, n in enumerate(lengths):
+            if n <= dense_below:
+                all_counts[b, :, LOCAL:] = 0
+                sinks[b], tails[b] = n, 0
+        _set_by_sequence(all_starts[..., 1], [self.n_sink + m for m in middles])
+        _set_by_sequence(all_counts[..., 0], sinks)
+        _set_by_sequence(all_counts[..., 1], tails)
+        self._last = all_counts[..., :used]
+        return all_starts[..., :used], self._last
+
+    def _dense(self, lengths: list[int], n_queries: int, k: Tensor) -> Ranges:
+        """One range per sequence: everything."""
+        shape = (2, n_queries, k.shape[1], 1)
+        if self._whole is None or self._whole.shape != shape:
+            self._whole = torch.zeros(shape, dtype=torch.int32, device=k.device)
+        starts, counts = self._whole
+        _set_by_sequence(counts[..., 0], lengths)
+        self._last = counts
+        return starts, counts
+
+    def visited_rows(self, lengths: list[int]) -> float:
+        if self._last is None:
+            return sum(lengths) / max(1, len(lengths))
+        return float(self._last.sum(-1).float().mean())
+
+    def rows_read(self, lengths: list[int], n_kv: int) -> float:
+        """Rows per sequence, added over the heads that read them."""
+        heads = n_kv if self._last is None else self._last.shape[1]
+        return self.visited_rows(lengths) * heads
+
+    def visited_share(self, lengths: list[int]) -> float:
+        if self._last is None:
+            return 1.0
+        visited = self._last.sum(-1).float().mean(1)
+        held = torch.tensor(lengths, device=visited.device).clamp(min=1)
+        return float((visited / held).mean())
+
+
+def _set_by_sequence(target: Int[Tensor, "n H"], values: list[int]) -> None:
+    if len(set(values)) == 1:
+        target.fill_(values[0])
+    else:
+        target.copy_(torch.tensor(values, dtype=torch.int32).unsqueeze(1))

@@ -1,0 +1,99 @@
+"""Save a KVStore's tensors and rebuild it from them."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saap.budget import Budget
+from saap.index.rows import BucketRows
+from saap.selector import Selector
+
+from .store import KVStore
+
+SPARE_ROWS = 1024
+OF_SELECTOR = "selector."
+LAYOUT = ("n_sink", "window", "flush_every")
+
+
+def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
+    """Lengths, and views of the rows with some spare ones: an opened store is written in place."""
+    store.settle()
+    n = store.length
+    store.reserve(n + SPARE_ROWS)
+    rows = store.rows
+    tensors = {}
+    for name, buffer in {**rows.vectors, "lists": rows.lists, "tokens": rows.tokens}.items():
+        tensors[name] = buffer[:, :, : n + SPARE_ROWS]
+        for b, length in enumerate(store.lengths):
+            tensors[name][b, :, length:] = 0  # whatever was in that memory is nobody's business
+    if store.selector is not None and any(store.middles):
+        tensors |= {OF_SELECTOR + name: t for name, t in store.selector.state().items()}
+    return {"lengths": store.lengths, "middles": store.middles}, tensors
+
+
+def restored(
+    header: dict, tensors: dict[str, Tensor], selector: Selector | None, budget: Budget
+) -> KVStore:
+    """A store over these tensors, which may be mapped. Raises ValueError for lists out of range.
+
+    The budget has to lay out rows as the one did that the store was made with.
+    """
+    lengths, middles = list(header["lengths"]), list(header["middles"])
+    lists, tokens = tensors["lists"], tensors["tokens"]
+    batch, n_kv = lists.shape[:2]
+    if not len(lengths) == len(middles) == batch > 0:
+        raise ValueError(
+            f"lengths and middles must be of {batch} sequences, at least one; got {lengths} and "
+            f"{middles}"
+        )
+    if selector is not None and selector.n_kv not in (None, n_kv):
+        raise ValueError(f"rows must be of {selector.n_kv} heads; got {n_kv}")
+    n_lists = 1 if selector is None else selector.n_assigned
+    in_order = selector is not None and selector.assigns_by is not None
+    for b, (length, middle) in enumerate(zip(lengths, middles, strict=True)):
+        check_rows(
+            lists[b], tokens[b], length, middle,
+            n_lists=n_lists, n_sink=budget.n_sink, in_order=in_order,
+        )  # fmt: skip
+    store = KVStore(selector, budget)
+    vectors = {name: tensors[name] for name in store.rows.names}
+    store.rows = BucketRows.over(vectors, lists, tokens)
+    store.lengths, store.middles = lengths, middles
+    store.reordered = selector is not None and selector.assigns_by is None
+    if any(store.middles):
+        state = {
+            name.removeprefix(OF_SELECTOR): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(OF_SELECTOR)
+        }
+        selector.restore(state, store.middle)
+    return store
+
+
+def check_rows(
+    lists: Int[Tensor, "H capacity"],
+    tokens: Int[Tensor, "H capacity"],
+    length: int,
+    middle: int,
+    *,
+    n_lists: int,
+    n_sink: int,
+    in_order: bool,
+) -> None:
+    """ValueError where a sequence's rows are not those of a store."""
+    capacity = lists.shape[1]
+    if not 0 <= length <= capacity or not 0 <= middle <= max(0, length - n_sink):
+        raise ValueError(
+            f"rows must be at most {capacity}, those in lists fewer by the {n_sink} sinks; got "
+            f"{middle} of {length} rows in lists"
+        )
+    used = lists[:, :length]
+    if length and (int(used.min()) < 0 or int(used.max()) >= n_lists):
+        raise ValueError(
+            f"rows must be in lists 0..{n_lists - 1}; got {int(used.min())}..{int(used.max())}"
+        )
+    if in_order and (used[:, n_sink : n_sink + middle].diff(dim=1) < 0).any():
+        raise ValueError("rows must lie in the order of their lists; got another order")
+    expected = torch.arange(length, dtype=tokens.dtype, device=tokens.device)
+    if not torch.equal(tokens[:, :length].sort(-1).values, expected.expand(len(tokens), -1)):
+        raise ValueError(f"rows must be the tokens 0..{length - 1}, each once; got others")

@@ -1,0 +1,388 @@
+"""The KV store of one layer: `sinks | middle by list | tail in time order`, grown in place.
+
+The bucket-sorted store *is* the cache: keys and values are held once. New tokens go to the tail;
+those that have left the window join the middle, some at a time (Saap, arXiv 2502.08246, section
+3.3). Attention does not care about the order of rows.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saap.budget import Budget
+from saap.index.rows import BucketRows, merged_order
+from saap.kernels.attention.api import attend_ranges
+from saap.selector import Middle, Query, Ranges, Selector
+
+from .checks import check_append, check_query
+from .chunks import OutAndLse, attend_chunk
+from .ranges import StepRanges
+
+ASSIGNED_AT_ONCE = 2048
+PENDING = 256  # single tokens that wait for their list together
+
+
+class KVStore:
+    """Keys, values and lists of one layer, for B sequences that grow together.
+
+    Sequences may have different lengths: padding is never stored, so a sequence has the same rows
+    and the same results alone and in a batch. Not differentiable; not for several threads.
+
+    Args:
+        selector: what chooses rows, made for this store alone; None keeps the layer dense.
+        budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
+        capacity: tokens per sequence to make room for at the first append.
+
+    Raises ValueError for a budget that the selector cannot follow.
+    """
+
+    debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
+    """Check at every step that the selector's ranges neither overlap nor leave the middle."""
+
+    def __init__(self, selector: Selector | None, budget: Budget, *, capacity: int = 0):
+        if selector is not None:
+            selector.check_budget(budget)
+        self.selector, self.budget, self.capacity = selector, budget, capacity
+        self.rows = BucketRows(("k", "v"))
+        self.lengths: list[int] = []
+        self.middles: list[int] = []  # rows of each sequence that are in the middle
+        self._new: list[int] = []  # tokens of the last append, by sequence
+        self._length_new = 0
+        self._pending: Tensor | None = None  # keys of the latest tokens, which have no list yet
+        self._n_pending = 0
+        self._ranges = StepRanges(budget.n_sink)
+        self.reordered = False  # whether the middle is in an order that the selector asked for
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def k(self) -> Float[Tensor, "B Hkv capacity D"]:
+        return self.rows.vectors["k"]
+
+    @property
+    def v(self) -> Float[Tensor, "B Hkv capacity D"]:
+        return self.rows.vectors["v"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values, numbers of lists and tokens, ranges, pending keys."""
+        pending = 0 if self._pending is None else self._pending.nbytes
+        return self.rows.nbytes + pending + self._ranges.nbytes
+
+    @property
+    def visited_rows(self) -> float:
+        """Rows that the last step visited per head; averaged over heads and sequences."""
+        return self._ranges.visited_rows(self.lengths)
+
+    @property
+    def visited_share(self) -> float:
+        """Share of all rows that the last step visited; averaged over heads and sequences."""
+        return self._ranges.visited_share(self.lengths)
+
+    @property
+    def bytes_read(self) -> float:
+        """Bytes that the last step read per sequence: rows, once for each head that reads them,
+        and what choosing reads."""
+        row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
+        choosing = 0 if self.selector is None else self.selector.nbytes
+        return self._ranges.rows_read(self.lengths, self.k.shape[1]) * row_bytes + choosing
+
+    @property
+    def middle(self) -> Middle:
+        """The rows that a selector chooses from."""
+        first = self.budget.n_sink
+        rows = self.rows
+        parts = (t[:, :, first:] for t in (rows.vectors["k"], rows.lists, rows.tokens))
+        return Middle(*parts, self.middles, first)
+
+    def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
+        """Make room for n tokens per sequence now. MemoryError leaves everything as it was."""
+        if like is None and not self.rows.vectors:
+            raise ValueError("reserve needs like=keys before the first append; got none")
+        self.rows.reserve(n, self.k if like is None else like, self.length)
+
+    def append(
+        self,
+        k_rope: Float[Tensor, "B Hkv T D"],
+        v: Float[Tensor, "B Hkv T D"],
+        k_derope: Float[Tensor, "B Hkv T D"],
+        mask: Bool[Tensor, "B T"] | None = None,
+    ) -> None:
+        """Add T tokens to each sequence, but not those whose `mask` is False: padding on the left.
+
+        Raises ValueError for shapes or a batch that do not fit, MemoryError when it cannot grow;
+        nothing is changed then.
+        """
+        held = self.k if self.rows.vectors else None
+        n_kv = None if self.selector is None else self.selector.n_kv
+        check_append(k_rope, v, k_derope, mask, lengths=self.lengths, held=held, n_kv=n_kv)
+        batch, _, length, _ = k_rope.shape
+        new = [length] * batch if mask is None else mask.sum(1).tolist()
+        self.flush()
+        lengths = self.lengths or [0] * batch
+        longest = max(a + b for a, b in zip(lengths, new, strict=True))
+        self.rows.reserve(max(longest, self.capacity), k_rope, self.length)
+        if self.selector is not None and not self.length:
+            self.selector.begin(k_derope, mask)
+        if not self.lengths:
+            self.lengths, self.middles = lengths, [0] * batch
+        lists = self._lists_of_new(k_rope, k_derope, new)
+        if len(set(self.lengths)) == 1 and new == [length] * batch:
+            self.rows.write(slice(None), self.lengths[0], (k_rope, v), lists)
+        else:
+            for b, n in enumerate(new):
+                own = lists if isinstance(lists, int) else lists[b, :, length - n :]
+                ends = k_rope[b, :, length - n :], v[b, :, length - n :]
+                self.rows.write(b, self.lengths[b], ends, own)
+        self.lengths = [a + b for a, b in zip(self.lengths, new, strict=True)]
+        self._new, self._length_new = new, length
+
+    def attend(
+        self,
+        q_rope: Float[Tensor, "B Hq T D"],
+        q_derope: Float[Tensor, "B Hq T D"],
+        budget: Budget | None = None,
+        *,
+        sm_scale: float | None = None,
+        softcap: float | None = None,
+        impl: str | None = None,
+    ) -> OutAndLse:
+        """Attention of the T tokens appended last: `out [B, Hq, T, D]`, `lse [B, Hq, T]` float32.
+
+        One token visits what the budget says, sinks and tail in any case; several are exact dense
+        attention. `budget`: another bound of the selection than the store's own. `impl`: as
+        `saap.attend_ranges`, for choosing too. 0 and -inf where there is padding. Raises
+        ValueError when T is not the number appended last.
+        """
+        new = self._length_new if self._new else 0
+        check_query(q_rope, batch=self.batch, n_new=new)
+        sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+        if self.selector is not None and (q_rope.shape[2] > 1 or self.selector.waits):
+            self.selector.observe(q_rope, self._new)
+        if q_rope.shape[2] > 1:
+            return self._attend_chunk(q_rope, sm_scale, softcap)
+        q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
+        starts, lengths = self.select(q, qd, budget, impl=impl)
+        out, lse = attend_ranges(
+            q, self.k, self.v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl
+        )
+        return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def select(
+        self,
+        q_rope: Float[Tensor, "n Hq D"],
+        q_derope: Float[Tensor, "n Hq D"],
+        budget: Budget | None = None,
+        *,
+        positions: Int[Tensor, " n"] | None = None,
+        impl: str | None = None,
+    ) -> Ranges:
+        """`starts, lengths` int32 `[n, H, R]` of all rows that a decode step visits.
+
+        One query for each sequence, which asks as its newest token; or, for a store of one
+        sequence, any number of queries, of the tokens at `positions`. `H` is Hkv, or Hq for
+        `share="head"`.
+        """
+        self._flush(at_step=True)
+        budget = budget or self.budget
+        chosen = None
+        if self.selector is not None and any(self.middles) and self.length > budget.dense_below:
+            # Triton's kernels are of attention alone.
+            impl = None if impl == "triton" else impl
+            query = Query(
+                q_rope,
+                q_derope,
+                [n - 1 for n in self.lengths] if positions is None else positions,
+                impl,
+            )
+            middle = self.middle
+            chosen = self.selector.select(query, middle, budget, self._ranges.room)
+            if self.debug:
+                self._ranges.check(chosen, middle)
+        return self._ranges.complete(
+            chosen, self.lengths, self.middles, budget.dense_below, len(q_rope), self.k
+        )
+
+    def _attend_chunk(self, q, sm_scale, softcap) -> OutAndLse:
+        length, options = q.shape[2], {"sm_scale": sm_scale, "softcap": softcap}
+        if len(set(self.lengths)) == 1 and min(self._new) == length:
+            n = self.lengths[0]
+            return attend_chunk(q, self.k[:, :, :n], self.v[:, :, :n], **options)
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        for b, (n, n_new) in enumerate(zip(self.lengths, self._new, strict=True)):
+            if n_new:
+                own, rows = slice(b, b + 1), slice(length - n_new, length)
+                out[own, :, rows], lse[own, :, rows] = attend_chunk(
+                    q[own, :, rows], self.k[own, :, :n], self.v[own, :, :n], **options
+                )
+        return out, lse
+
+    def flush(self) -> None:
+        """Put into the middle what is due: after it, where rows lie depends on the tokens alone.
+
+        Ends a chunk of several tokens, which can no longer be attended from.
+        """
+        if self._length_new > 1:
+            self._new = []
+        self._flush(at_step=False)
+
+    def settle(self) -> None:
+        """As `flush`, and every token has the number of its list: ready to be saved."""
+        self.flush()
+        self._flush(at_step=True)
+        self._assign_pending()
+
+    def _flush(self, *, at_step: bool) -> None:
+        """`at_step`: a decode step asks; a selector that waits is built then."""
+        if self.selector is None or not self.selector.ready:
+            return
+        if self.selector.waits and not at_step:
+            return
+        follows, least = self.selector.follows, self.selector.least_rows
+        due = [
+            max(0, self._due(n) - m) if follows or m == 0 else 0
+            for n, m in zip(self.lengths, self.middles, strict=True)
+        ]
+        due = [n if m or n >= least else 0 for n, m in zip(due, self.middles, strict=True)]
+        if not any(due):
+            return
+        self._assign_pending()
+        for b, n_due in enumerate(due):
+            if n_due:
+                self._insert(b, n_due)
+        self.reindex()
+
+    def _due(self, length: int) -> int:
+        """How many rows the middle holds when a sequence has grown to this length."""
+        if self.selector is None or not self.selector.ready:
+            return 0
+        return self.budget.rows_in_lists(length)
+
+    def _insert(self, b: int, n_due: int) -> None:
+        """The oldest rows of the tail go behind the others of their lists."""
+        first, old = self.budget.n_sink, self.middles[b]
+        if self.selector.assigns_by is not None:
+            lists = self.rows.lists[b, :, first : first + old + n_due]
+            self.rows.permute(b, first, merged_order(lists, old), n_kept=old)
+        self.middles[b] = old + n_due
+
+    def reindex(self) -> None:
+        """Tell the selector that the middle is another, and keep rows in the order it asks for."""
+        self._ranges.forget()
+        first = self.budget.n_sink
+        if self.reordered:  # a selector that orders rows itself is shown them in time order
+            for b, n in enumerate(self.middles):
+                order = self.rows.tokens[b, :, first : first + n].argsort(dim=1)
+                self.rows.permute(b, first, order)
+        orders = self.selector.update(self.middle)
+        for b, order in enumerate(orders or ()):
+            self.rows.permute(b, first, order)
+        self.reordered = orders is not None
+
+    def truncate(self, n_dropped: int | Sequence[int]) -> None:
+        """Forget the last tokens of each sequence; the window before them is whole again.
+
+        Raises ValueError when sinks would go while later tokens stay: either all tokens go, or so
+        few that the sinks are left.
+        """
+        dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
+        left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
+        for n, after in zip(self.lengths, left, strict=True):
+            if after > n or 0 < after < min(n, self.budget.n_sink) or after < 0:
+                raise ValueError(
+                    f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
+                    f"because the first {self.budget.n_sink} are sinks; got {after} of {n}"
+                )
+        if not any(dropped):
+            return
+        self._assign_pending()
+        before = list(self.middles)
+        for b, n in enumerate(left):
+            if n - self.budget.n_sink - self.middles[b] < self.budget.window:
+                self._lay_out(b, n)
+        self.lengths, self._new = left, []
+        if self.middles != before:
+            self.reindex()
+
+    def _lay_out(self, b: int, length: int) -> None:
+        """The order of rows as if the sequence had never been longer."""
+        first, n_middle = self.budget.n_sink, min(self.middles[b], self._due(length))
+        if n_middle == self.middles[b]:
+            return
+        if not self.selector.follows:
+            n_middle = 0  # its next step is its first one
+        used = slice(first, self.lengths[b])
+        tokens, lists = self.rows.tokens[b, :, used].long(), self.rows.lists[b, :, used].long()
+        n = self.lengths[b]
+        in_lists = tokens < first + n_middle
+        key = torch.where(in_lists, lists * n, lists.max() * n + n) + tokens
+        self.rows.permute(b, first, key.argsort(dim=1))
+        self.middles[b] = n_middle
+
+    def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
+        """Sequence i becomes what `sequences[i]` was: beams, their repetition, fewer sequences."""
+        chosen = torch.as_tensor(sequences, device="cpu")
+        if not self.batch:
+            return
+        wrong = [i for i in chosen.tolist() if not 0 <= i < self.batch]
+        if wrong:
+            raise ValueError(f"a sequence must be in 0..{self.batch - 1}; got {wrong[0]}")
+        self._assign_pending()
+        self.rows.select(chosen, self.length)
+        for name in ("lengths", "middles", "_new"):
+            held = getattr(self, name)
+            setattr(self, name, [held[i] for i in chosen.tolist()] if held else [])
+        self._pending = None
+        if self.selector is not None:
+            self.selector.select_sequences(chosen)
+        if any(self.middles):
+            self.reindex()
+
+    def as_index(self, sequence: int = 0):
+        """One sequence's rows in lists as a FAISS index, which `search` finds top-k keys in.
+
+        A read-only view (`saap.kv.index_view.StoreIndex`). Raises ValueError for a selector that
+        keeps no lists.
+        """
+        from .index_view import StoreIndex
+
+        return StoreIndex(self, sequence)
+
+    def _lists_of_new(self, k_rope: Tensor, k_derope: Tensor, new: list[int]) -> Tensor | int:
+        """Lists of the new tokens; single tokens wait (-1), to be assigned many at a time."""
+        selector = self.selector
+        if selector is None or not selector.ready or selector.assigns_by is None:
+            return 0
+        keys = k_rope if selector.assigns_by == "rope" else k_derope
+        batch, heads, length, dim = keys.shape
+        if length == 1 and min(new) == 1:
+            if self._pending is None:
+                self._pending = keys.new_empty(batch, heads, PENDING, dim)
+            if self._n_pending == PENDING:
+                self._assign_pending()
+            self._pending[:, :, self._n_pending] = keys[:, :, 0]
+            self._n_pending += 1
+            return -1
+        self._assign_pending()
+        parts = keys.split(ASSIGNED_AT_ONCE, dim=2)
+        return torch.cat([selector.assign(part) for part in parts], 2)
+
+    def _assign_pending(self) -> None:
+        if self._n_pending == 0:
+            return
+        lists = self.selector.assign(self._pending[:, :, : self._n_pending])
+        for b, n in enumerate(self.lengths):
+            self.rows.lists[b, :, n - self._n_pending : n] = lists[b]
+        self._n_pending = 0

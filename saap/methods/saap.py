@@ -1,0 +1,237 @@
+"""Saap: the rows whose keys, coded in some bits a dimension, have the largest predicted weights.
+
+A vector search in two stages over codes that nothing but two covariance matrices were learned for:
+a coarse code of every key, a fine one of the candidates (`saap.kernels.codes`), in coordinates
+that keys and queries share (`saap.index.coordinates`), with a scale for each key that makes its
+inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). ParisKV (arXiv
+2602.07721) codes without learning, PQCache (arXiv 2407.12820) with codebooks of the prompt's keys.
+A KV group adds its heads' softmax over the candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saap.index.coordinates import Coordinates, Moments, balanced, padded
+from saap.kernels.codes import (
+    COARSE_PLANES,
+    CODED,
+    FINE_PLANES,
+    Codes,
+    encode,
+    select_rows,
+)
+from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Selector
+
+from .base import Method
+
+MOST_OBSERVED = 2048  # queries of a prompt whose covariance is taken
+SPARE = 256
+
+
+@dataclass(frozen=True)
+class SaapSearch:
+    """How many candidates have their whole code read.
+
+    `width` None: every row, which loses nothing and reads most. A number: that many times the rows
+    of the budget, and at least `least`, chosen by the coarse code; what a rare query asks for can
+    get lost there (docs/routing.md).
+    """
+
+    width: float | None = None
+    least: int = 1024
+
+    def __post_init__(self):
+        if self.width is not None and not 1 <= self.width <= 1e6:
+            raise ValueError(f"width must be None or in 1..1e6; got {self.width}")
+        if not 0 <= self.least <= 2**31:
+            raise ValueError(f"least must be in 0..2**31; got {self.least}")
+
+    def candidates(self, max_tokens: int, n_rows: int) -> int:
+        """Of how many rows of `n_rows` the whole code is read."""
+        if self.width is None:
+            return n_rows
+        return min(n_rows, max(self.least, round(self.width * max_tokens)))
+
+
+class SaapSelector(Selector):
+    """Codes of the rows of the middle, in time order, coded once when they join it."""
+
+    bounds = ("max_tokens",)
+
+    least_rows = 512  # to learn coordinates from
+
+    def __init__(self, layer: LayerInfo, method: "Saap", coordinates: Coordinates | None):
+        self.layer, self.method = layer, method
+        self.trained = coordinates
+        self.learned: dict[int, Coordinates] = {}  # by sequence
+        self.observed: dict[int, list[Tensor]] = {}
+        self.coordinates = coordinates
+        self.codes: Codes | None = None
+        self.n_coded: list[int] = []
+        self.read = 0.0
+        if coordinates is not None:
+            self.least_rows = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per sequence: codes as the latest step read them, and the map of queries."""
+        return round(self.read)
+
+    @property
+    def waits(self) -> bool:
+        return self.trained is None and (self.coordinates is None or bool(self.observed))
+
+    def observe(self, q_rope, n_new):
+        if self.trained is not None:
+            return
+        for b, n in enumerate(n_new):
+            if n and b not in self.learned:
+                own = self.observed.setdefault(b, [])
+                own.append(q_rope[b, :, -min(n, MOST_OBSERVED) :].float())
+                if len(own) > MOST_OBSERVED:
+                    del own[0]
+
+    def select_sequences(self, chosen):
+        self.n_coded = []
+        chosen = chosen.tolist()
+        for held in ("learned", "observed"):
+            own = getattr(self, held)
+            setattr(self, held, {i: own[b] for i, b in enumerate(chosen) if b in own})
+        if self.learned:
+            self._put_together(len(chosen))
+
+    def update(self, middle: Middle) -> None:
+        """Code the rows that are new; after sequences changed places, all of them."""
+        if self.trained is None:
+            self._learn(middle)
+        before = [*self.n_coded, *[0] * len(middle.n_rows)]
+        self._reserve(middle)
+        codes = self.codes
+        for b, n in enumerate(middle.n_rows):
+            rows = slice(min(before[b], n), n)
+            own = self.coordinates.of_sequence(b)
+            new = encode(own.keys(middle.k[b : b + 1, :, rows]), own.importance)
+            codes.coarse[b, ..., rows] = new.coarse[0]
+            codes.fine[b, :, rows] = new.fine[0]
+            codes.scale[b, :, rows] = new.scale[0]
+        self.n_coded = list(middle.n_rows)
+
+    def _learn(self, middle: Middle) -> None:
+        """Coordinates of each prompt's own queries and keys, once it has enough of them."""
+        for b, n in enumerate(middle.n_rows):
+            if n and b not in self.learned:
+                keys = middle.keys_of(b)
+                queries = keys  # where tokens came with no queries they stand in for them
+                if b in self.observed:
+                    queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
+                    queries = queries.unflatten(0, (middle.n_kv, -1)).flatten(1, 2)
+                self.learned[b] = balanced(Moments.of(queries, keys))
+        self._put_together(len(middle.n_rows))
+
+    def _put_together(self, batch: int) -> None:
+        known = next(iter(self.learned.values()))
+        self.coordinates = Coordinates.stacked([self.learned.get(b, known) for b in range(batch)])
+
+    def state(self):
+        codes, n = self.codes, max(self.n_coded)
+        coded = {
+            "coarse": codes.coarse[..., :n].contiguous(),
+            "fine": codes.fine[:, :, :n].contiguous(),
+            "scale": codes.scale[..., :n].contiguous(),
+        }
+        return coded | self.coordinates.tensors()
+
+    def restore(self, state, middle):
+        batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.k.shape[-1]
+        n, words = max(middle.n_rows), padded(dim) // CODED
+        maps = 1 if self.trained is not None else batch
+        expected = {
+            "coarse": ((batch, n_kv, COARSE_PLANES * words, n), torch.int32),
+            "fine": ((batch, n_kv, n, FINE_PLANES * words), torch.int32),
+            "scale": ((batch, n_kv, n), torch.uint8),
+            "of_keys": ((maps, n_kv, CODED * words, dim), torch.float32),
+            "of_queries": ((maps, n_kv, CODED * words, dim), torch.float32),
+            "mean": ((maps, n_kv, dim), torch.float32),
+            "importance": ((maps, n_kv, CODED * words), torch.float32),
+        }
+        for name, (shape, dtype) in expected.items():
+            own = state.get(name)
+            if own is None or own.shape != shape or own.dtype != dtype:
+                found = None if own is None else (tuple(own.shape), own.dtype)
+                raise ValueError(f"{name} of the codes must be {shape}, {dtype}; got {found}")
+            if own.is_floating_point() and not own.isfinite().all():
+                raise ValueError(f"{name} of the codes must be finite; got NaN or inf")
+        parts = ("of_keys", "of_queries", "mean", "importance")
+        self.coordinates = Coordinates(**{name: state[name] for name in parts})
+        if self.trained is None:
+            self.learned = {b: self.coordinates.of_sequence(b) for b in range(batch)}
+        self.codes = Codes(state["coarse"], state["fine"], state["scale"])
+        self.n_coded = list(middle.n_rows)
+
+    def _reserve(self, middle: Middle) -> None:
+        batch, n = len(middle.n_rows), max(middle.n_rows)
+        codes = self.codes
+        if codes is not None and codes.n >= n and len(codes.scale) == batch:
+            return
+        words = self.coordinates.of_keys.shape[2] // CODED
+        room = n + n // 8 + SPARE
+        shape = (batch, middle.n_kv)
+        options = {"dtype": torch.int32, "device": middle.device}
+        self.codes = Codes(
+            torch.zeros(*shape, COARSE_PLANES * words, room, **options),
+            torch.zeros(*shape, room, FINE_PLANES * words, **options),
+            torch.zeros(*shape, room, dtype=torch.uint8, device=middle.device),
+        )
+        if codes is not None and len(codes.scale) == batch:
+            kept = min(codes.n, n)
+            self.codes.coarse[..., :kept] = codes.coarse[..., :kept]
+            self.codes.fine[:, :, :kept] = codes.fine[:, :, :kept]
+            self.codes.scale[..., :kept] = codes.scale[..., :kept]
+
+    def select(self, query: Query, middle: Middle, budget, room: RangeBuffer):
+        q = self.coordinates.queries(query.q_rope) * self.layer.sm_scale
+        heads = middle.n_kv if budget.share == "group" else q.shape[1]
+        n = max(middle.n_rows)
+        most = min(budget.max_tokens, n)
+        candidates = self.method.search_options.candidates(budget.max_tokens, n)
+        self._count(middle, heads, n, candidates, most)
+        return select_rows(
+            q,
+            self.codes,
+            middle.n_rows,
+            max_tokens=budget.max_tokens,
+            n_candidates=candidates,
+            share=budget.share,
+            first_row=middle.first_row,
+            out=room.take(len(q), heads, most, q.device),
+            impl=query.impl,
+        )
+
+    def _count(self, middle, heads, n, candidates, most) -> None:
+        codes, self.read = self.codes, self.coordinates.nbytes
+        if most < n:
+            if candidates < n:
+                self.read += middle.n_kv * n * codes.coarse_bytes
+                self.read += heads * candidates * codes.fine_bytes
+            else:
+                self.read += middle.n_kv * n * (codes.coarse_bytes + codes.fine_bytes)
+
+
+class Saap(Method):
+    """`search.width`: candidates per row of the budget. Without an index that holds coordinates
+    they are learned from the prompt's own queries and keys."""
+
+    name = "saap"
+    needs_index = False
+    saves_itself = True
+    bounds = ("max_tokens",)
+
+    def __init__(self, index=None, *, seed=0, search: SaapSearch | None = None):
+        super().__init__(index, seed=seed)
+        self.search_options = search or SaapSearch()
+
+    def selector(self, layer):
+        own = None if self.index is None else self.layer_index(layer).coordinates
+        return SaapSelector(layer, self, own)

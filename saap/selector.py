@@ -1,0 +1,216 @@
+"""The interface between the KV store and whatever chooses the rows that a query visits."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .budget import BOUNDS, Budget
+
+Ranges = tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a selector may know of the attention layer that it works for.
+
+    `sm_scale`: factor of its scores. `number`: its place in the model. `inv_freq`: radians per
+    token by which RoPE turns each pair of dimensions, None for a layer without RoPE.
+    `interleaved`: whether dimension 2i pairs with 2i + 1 rather than i with i + D / 2.
+    """
+
+    sm_scale: float
+    number: int = 0
+    softcap: float | None = None
+    inv_freq: Float[Tensor, " pairs"] | None = None
+    interleaved: bool = False
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The indexed rows of a store: all between the sinks and the tail.
+
+    `k [B, Hkv, capacity, D]` (as attention sees them), `lists` and `tokens [B, Hkv, capacity]`
+    are views whose row 0 is the first of the middle; the first `n_rows[b]` rows of sequence b are
+    in use, in the order of their lists and in time order within a list. `first_row`: how many
+    rows of the store, the sinks, come before.
+    """
+
+    k: Float[Tensor, "B Hkv capacity D"]
+    lists: Int[Tensor, "B Hkv capacity"]
+    tokens: Int[Tensor, "B Hkv capacity"]
+    n_rows: list[int]
+    first_row: int
+
+    @property
+    def n_kv(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def keys_of(self, b: int) -> Float[Tensor, "Hkv n_rows D"]:
+        """The rows of sequence b that are in use."""
+        return self.k[b, :, : self.n_rows[b]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Queries `[n, Hq, D]`, as attention sees them and with RoPE taken off.
+
+    There is one for each sequence of the store, or any number for a store of one sequence.
+    `positions`: the number of the token that asks, for each query or the same for all.
+    """
+
+    q_rope: Float[Tensor, "n Hq D"]
+    q_derope: Float[Tensor, "n Hq D"]
+    positions: int | list[int] | Int[Tensor, " n"]
+    impl: str | None = None
+
+
+@dataclass
+class RangeBuffer:
+    """Tensors `starts, lengths` int32 that a store keeps from step to step for its ranges."""
+
+    n_local: int
+    starts: Tensor | None = None
+    lengths: Tensor | None = field(default=None)
+
+    def take(self, n: int, heads: int, most: int, device: torch.device) -> Ranges:
+        """Views `[n, heads, most]` behind the columns for sinks and tail, to be written to."""
+        shape = (n, heads, self.n_local + most)
+        if self.starts is None or self.starts.shape != shape:
+            self.starts = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.lengths = torch.zeros_like(self.starts)
+        return self.starts[..., self.n_local :], self.lengths[..., self.n_local :]
+
+    def holds(self, starts: Tensor) -> bool:
+        """Whether `starts` is a view that `take` gave out."""
+        own = self.starts
+        return own is not None and starts.data_ptr() == own[..., self.n_local :].data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.starts is None else self.starts.nbytes + self.lengths.nbytes
+
+
+class Selector(ABC):
+    """Chooses rows of the middle of one layer's store, for all its sequences.
+
+    A store calls `begin` with its first tokens, `observe` with the queries of every chunk,
+    `assign` for each key that it is given, `update` whenever rows joined or left the middle, and
+    `select` for each decode step.
+    """
+
+    follows: bool = True
+    """Whether tokens that come after the first step can join the middle. Where they cannot, they
+    stay in the tail, which every step visits: a step costs more the longer the answer is."""
+
+    waits: bool = False
+    """Whether rows join the middle at a decode step only, so that what is learned from a prompt
+    does not depend on the chunks in which it came."""
+
+    least_rows: int = 0
+    """How many rows the first that join the middle have to be."""
+
+    assigns_by: Literal["derope", "rope"] | None = None
+    """Which keys `assign` gets; None: rows have no lists and stay in time order."""
+
+    n_kv: int | None = None
+    """KV heads that it was made for; None for any number."""
+
+    n_assigned: int = 1
+    """How many lists `assign` tells apart."""
+
+    nbytes: int = 0
+    """Bytes that choosing reads in one step of this layer: routers, centroids, codes."""
+
+    bounds: ClassVar[tuple[str, ...]] = ("nprobe", "max_tokens", "top_p")
+    """The bounds of a budget that this selector can follow."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can choose at all; until then every row stays in the tail."""
+        return True
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise ValueError, naming the bound, for a budget that this selector cannot follow."""
+        for bound in BOUNDS:
+            value = getattr(budget, bound)
+            if value is not None and bound not in self.bounds:
+                raise ValueError(
+                    f"this method follows {' and '.join(self.bounds)}; got {bound}={value}"
+                )
+
+    def begin(
+        self, k_derope: Float[Tensor, "B Hkv T D"], mask: Bool[Tensor, "B T"] | None
+    ) -> None:
+        """See the first tokens of an empty store; `mask` is False where there is padding."""
+
+    def observe(self, q_rope: Float[Tensor, "B Hq T D"], n_new: list[int]) -> None:
+        """See the queries of a chunk; those of sequence b are its last `n_new[b]`."""
+
+    def select_sequences(self, chosen: Int[Tensor, " B2"]) -> None:
+        """Sequence i becomes what sequence `chosen[i]` was; `update` follows."""
+
+    def assign(self, keys: Float[Tensor, "B Hkv T D"]) -> Int[Tensor, "B Hkv T"]:
+        """The list of each key, int32."""
+        raise AssertionError(f"{type(self).__name__} assigns no lists")
+
+    def update(self, middle: Middle) -> list[Int[Tensor, "Hkv n_rows"]] | None:
+        """Take note of the rows of the middle.
+
+        Returns None, or for each sequence the order in which the rows shall be kept; `update` is
+        then not called again for that.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What of this selector is saved with the rows that it has taken note of."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor], middle: Middle) -> None:
+        """Take note of saved rows and what `state` gave. ValueError where they do not fit."""
+        self.update(middle)
+
+    @abstractmethod
+    def select(self, query: Query, middle: Middle, budget: Budget, room: RangeBuffer) -> Ranges:
+        """`starts, lengths` int32 `[n, H, R]`: rows to visit, counted from the first of the store.
+
+        `H` is Hkv for `budget.share="group"`, else Hq. Ranges of one query and head do not
+        overlap. They may be written to what `room.take` gives.
+        """
+
+
+def check_ranges(starts: Tensor, lengths: Tensor, n_rows: list[int], first_row: int) -> None:
+    """Raise ValueError for ranges that overlap or leave the middle: a selector's own mistake.
+
+    A store does this at every step where `KVStore.debug` is set; attention over overlapping
+    ranges would count rows twice, silently.
+    """
+    starts, lengths = starts.long().cpu(), lengths.long().cpu()
+    ends = starts + lengths
+    last = torch.tensor(n_rows).expand(len(starts))[:, None, None] + first_row
+    wrong = (lengths < 0) | ((lengths > 0) & ((starts < first_row) | (ends > last)))
+    if bool(wrong.any()):
+        n, head, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"a selector's ranges must be rows {first_row} to {int(last[n, 0, 0]) - 1}; got "
+            f"start {int(starts[n, head, place])} and length {int(lengths[n, head, place])} for "
+            f"query {n}, head {head}"
+        )
+    order = torch.where(lengths > 0, starts, torch.iinfo(torch.int64).max).argsort(-1)
+    begins = starts.gather(-1, order)
+    stops = ends.gather(-1, order)
+    used = lengths.gather(-1, order) > 0
+    overlap = (begins[..., 1:] < stops[..., :-1]) & used[..., 1:]
+    if bool(overlap.any()):
+        n, head, place = overlap.nonzero()[0].tolist()
+        raise ValueError(
+            f"a selector's ranges must not overlap; got row {int(begins[n, head, place + 1])} "
+            f"twice for query {n}, head {head}"
+        )

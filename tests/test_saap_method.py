@@ -1,0 +1,209 @@
+"""`saap`: coordinates that keys and queries share, codes as tokens come, and what is saved."""
+
+import pytest
+import torch
+
+from saap.budget import Budget
+from saap.index.coordinates import Coordinates, Moments, MomentSums, balanced, padded
+from saap.kv import KVStore
+from saap.methods import find_method
+from saap.methods.saap import SaapSearch
+from saap.selector import LayerInfo
+
+HKV, HQ, DIM = 2, 4, 16
+BUDGET = Budget(max_tokens=60, n_sink=4, window=16, flush_every=16)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+def test_coordinates_keep_every_inner_product(dim):
+    mixing = random(1, dim, dim, seed=9)
+    queries, keys = random(1, 400, dim) @ mixing, random(1, 500, dim, seed=1) @ mixing.mT + 3
+    found = balanced(Moments.of(queries, keys))
+    assert found.of_keys.shape == (1, 1, padded(dim), dim)
+    product = found.queries(queries.transpose(0, 1))[:, 0] @ found.keys(keys[None])[0, 0].T
+    true = queries[0] @ (keys[0] - found.mean[0, 0]).T
+    assert (product - true).abs().max() < 2e-3 * float(true.abs().max())
+
+
+def test_coordinates_of_keys_and_queries_are_alike_and_fall():
+    scale = torch.logspace(0, -0.8, 64)
+    queries, keys = random(1, 4000, 64) * scale, random(1, 5000, 64, seed=1) * scale.flip(0)
+    found = balanced(Moments.of(queries, keys))
+    x = found.keys(keys[None])[0, 0]
+    assert x.var(0).sub(1).abs().max() < 0.1  # of unit variance
+    blocks = found.importance[0, 0].unflatten(0, (8, 8)).mean(1)
+    assert (blocks.diff() <= 0).all()
+
+
+def test_sums_of_pieces_are_the_moments_of_the_whole():
+    queries, keys = random(HQ, 90, DIM), random(HKV, 90, DIM, seed=1) + 1
+    sums = MomentSums()
+    for start in (0, 30, 60):
+        part = slice(start, start + 30)
+        sums.add(queries[:, part], keys[:, part])
+    whole = Moments.of(queries.unflatten(0, (HKV, -1)).flatten(1, 2), keys)
+    for name in ("queries", "keys", "mean"):
+        assert torch.allclose(getattr(sums.moments(), name), getattr(whole, name), atol=1e-6)
+
+
+def tokens(n, batch=1, seed=1):
+    k, v = random(2, batch, HKV, n, DIM, seed=seed)
+    return (k, v, k), random(batch, HQ, n, DIM, seed=seed + 1)
+
+
+def fed(cuts, keys, q, method=None, budget=BUDGET):
+    """A store that got tokens up to each cut at once, and the attention of its last token."""
+    method = method or find_method("saap")()
+    store, start = KVStore(method.selector(LayerInfo(DIM**-0.5)), budget), 0
+    for stop in cuts:
+        store.append(*(t[:, :, start:stop] for t in keys))
+        found = store.attend(q[:, :, start:stop], q[:, :, start:stop])
+        start = stop
+    return store, found
+
+
+def test_chunks_do_not_matter():
+    keys, q = tokens(900)
+    stores = [
+        fed(cuts, keys, q) for cuts in ([850, *range(851, 901)], [300, 850, *range(851, 901)])
+    ]
+    assert torch.equal(stores[0][1][0], stores[1][1][0])
+    codes = [store.selector.codes for store, _ in stores]
+    n = stores[0][0].middles[0]
+    assert n == 880
+    assert torch.equal(codes[0].fine[:, :, :n], codes[1].fine[:, :, :n])
+
+
+def test_codes_of_tokens_that_came_later_are_those_of_a_new_start():
+    keys, q = tokens(900)
+    grown, _ = fed([600, *range(601, 901)], keys, q)
+    coordinates = grown.selector.coordinates
+    method = find_method("saap")()
+    selector = method.selector(LayerInfo(DIM**-0.5))
+    selector.trained = selector.coordinates = coordinates
+    selector.least_rows = 0
+    fresh = KVStore(selector, BUDGET)
+    fresh.append(*(t[:, :, :899] for t in keys))
+    fresh.append(*(t[:, :, 899:] for t in keys))
+    found = fresh.attend(q[:, :, 899:], q[:, :, 899:])
+    n = fresh.middles[0]
+    assert n == grown.middles[0]
+    assert torch.equal(selector.codes.fine[:, :, :n], grown.selector.codes.fine[:, :, :n])
+    assert found[0].isfinite().all()
+
+
+def test_a_sequence_is_coded_alike_alone_and_in_a_batch():
+    each = [tokens(n, seed=n) for n in (800, 650)]
+    batch = KVStore(find_method("saap")().selector(LayerInfo(DIM**-0.5)), BUDGET)
+    mask = torch.arange(800) >= 800 - torch.tensor([800, 650])[:, None]
+
+    def padded_left(t):
+        return torch.nn.functional.pad(t, (0, 0, 800 - t.shape[2], 0), value=5.0)
+
+    def both(t_of):
+        return torch.cat([padded_left(t_of(pair)) for pair in each])
+
+    batch.append(*(both(lambda pair, i=i: pair[0][i]) for i in range(3)), mask=mask)
+    batch.attend(*[both(lambda pair: pair[1])] * 2)
+    new, q = tokens(1, batch=2, seed=50)
+    batch.append(*new)
+    found = batch.attend(q, q)
+    for b, (keys, queries) in enumerate(each):
+        alone, _ = fed([keys[0].shape[2]], keys, queries)
+        alone.append(*(t[b : b + 1] for t in new))
+        own = alone.attend(q[b : b + 1], q[b : b + 1])
+        assert (own[0] - found[0][b : b + 1]).abs().max() < 2e-6
+
+
+def test_short_prompts_stay_dense_until_there_is_something_to_learn_from():
+    keys, q = tokens(700)
+    store, _ = fed([300, *range(301, 500)], keys, q)
+    assert store.middles == [0]
+    assert store.visited_share == 1.0
+    store, _ = fed([300, *range(301, 601)], keys, q)
+    assert store.middles[0] >= 512
+    assert store.visited_share < 1.0
+
+
+def test_beams_take_their_codes_along():
+    each = [tokens(800, seed=seed) for seed in (3, 4)]
+    keys = [torch.cat(parts) for parts in zip(*(pair[0] for pair in each), strict=True)]
+    q = torch.cat([pair[1] for pair in each])
+    store, _ = fed([799, 800], keys, q)
+    store.select_sequences([1, 1])
+    new, last = tokens(1, batch=2, seed=60)
+    new, last = [t[:1].repeat(2, 1, 1, 1) for t in new], last[:1].repeat(2, 1, 1, 1)
+    store.append(*new)
+    found = store.attend(last, last)[0]
+    assert torch.equal(found[0], found[1])
+    alone, _ = fed([799, 800], each[1][0], each[1][1])
+    alone.append(*(t[:1] for t in new))
+    assert (alone.attend(last[:1], last[:1])[0] - found[:1]).abs().max() < 2e-6
+
+
+def test_what_is_saved_chooses_alike():
+    from saap.kv.state import restored, saved
+
+    keys, q = tokens(800)
+    store, _ = fed([799, 800], keys, q)
+    header, tensors = saved(store)
+    method = find_method("saap")()
+    again = restored(header, tensors, method.selector(LayerInfo(DIM**-0.5)), BUDGET)
+    new, last = tokens(1, seed=70)
+    outs = []
+    for own in (store, again):
+        own.append(*new)
+        outs.append(own.attend(last, last)[0])
+    assert torch.equal(*outs)
+    wrong = dict(tensors) | {"selector.fine": tensors["selector.fine"][:, :, :10]}
+    with pytest.raises(ValueError, match="fine of the codes must be"):
+        restored(header, wrong, method.selector(LayerInfo(DIM**-0.5)), BUDGET)
+
+
+def test_more_candidates_find_more():
+    keys, q = tokens(1500)
+    exact, _ = fed([1499], keys, q)
+    scores = q[:, :, 1499].unflatten(1, (HKV, -1)) @ keys[0].mT * DIM**-0.5
+    weights = scores.softmax(-1)
+
+    def mass(search):
+        store, _ = fed([1499, 1500], keys, q, find_method("saap")(search=search))
+        starts, lengths = store.select(q[:, :, 1499], q[:, :, 1499])
+        total = 0.0
+        for h in range(HKV):
+            for start, length in zip(starts[0, h].tolist(), lengths[0, h].tolist(), strict=True):
+                row = store.rows.tokens[0, h, start : start + length].long()
+                total += float(weights[0, h, :, row].sum())
+        return total
+
+    found = [mass(SaapSearch(width, 0)) for width in (1.0, 4.0, 100.0)]
+    assert found[0] < found[1] <= found[2] + 1e-3
+    assert exact.middles == [0]  # no step has asked yet
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0.5}, "width must be None or in .*; got 0.5"),
+        ({"least": -1}, "least must be"),
+    ],
+)
+def test_bad_search(options, message):
+    with pytest.raises(ValueError, match=message):
+        SaapSearch(**options)
+
+
+def test_only_rows_bound_it():
+    selector = find_method("saap")().selector(LayerInfo(1.0))
+    with pytest.raises(ValueError, match="follows max_tokens; got nprobe=4"):
+        KVStore(selector, Budget(nprobe=4))
+
+
+def test_coordinates_of_an_index_are_used():
+    found = balanced(Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=1)))
+    assert isinstance(found, Coordinates)
+    assert found.nbytes == HKV * padded(DIM) * DIM * 4
