@@ -33,6 +33,8 @@ class LayerProblem:
         self.q_rope, self.q_derope = read.queries[info.number]
         self.k_rope, self.v, self.k_derope = read.keys(info.number)
         self.n_queries = len(self.q_rope)
+        # The latest queries of the context, from which a selector may learn; not those that ask.
+        self.seen = read.latest[info.number][:, :, : -self.n_queries]
         self.n_context = self.k_rope.shape[2] - self.n_queries
         self.first = min(layout.n_sink, self.n_context)
         self.stop = self.first + layout.rows_in_lists(self.n_context)
@@ -69,6 +71,8 @@ class LayerProblem:
         """The store of a decoder that has read the context."""
         store = KVStore(method.selector(self.info), budget or self.layout)
         store.append(*(t[:, :, : self.n_context] for t in self.keys))
+        if store.selector is not None and self.seen.shape[2]:
+            store.selector.observe(self.seen, [self.seen.shape[2]])
         return store
 
     @property

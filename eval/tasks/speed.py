@@ -66,7 +66,9 @@ def time_variant(read, layer, n_context, variant, points) -> list[dict]:
             start = time.perf_counter()
             store = KVStore(variant.method.selector(layer), point.budget)
             store.append(*(t[:, :, :n_context] for t in keys))
-            store.flush()
+            seen = read.latest[layer.number][:, :, : -(N_ROUNDS + N_WARM)]
+            store.selector.observe(seen, [seen.shape[2]])
+            store.settle()
             built[layout(point)] = store, 1e3 * (time.perf_counter() - start)
         store, build_ms = built[layout(point)]
         store.truncate(store.length - n_context)
