@@ -132,8 +132,9 @@ def attached(
     own, at the same time.
 
     `method`: a name in `saap.METHODS`, or a `Method` object, which brings its own index. "saap"
-    without an `index` clusters the keys of a cache's first forward in each layer, if it has 1024
-    tokens or more, and trains nothing; other caches stay dense then. `budget`: `Budget.default()`
+    needs no `index`: each layer learns two covariance matrices from the prompt's own queries and
+    keys at the first decode step; prompts with fewer than 512 tokens between sinks and window stay
+    dense until they have grown. `budget`: `Budget.default()`
     if not given.
 
     Raises ValueError for a model that is not supported or not the index's, for an unknown method,
