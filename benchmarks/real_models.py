@@ -3,7 +3,7 @@
     make models
     saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention,passkey,perplexity \\
         --methods dense,oracle-tokens,saap,pq,blend,quest --budgets 0.05,0.1 \\
-        --answer-budgets 0.05,0.1 --texts 6 --prompts 24 --out runs/smollm2-4k
+        --answer-budgets 0.05,0.1 --texts 2 --prompts 10 --out runs/smollm2-4k
     python -m benchmarks.real_models runs/smollm2-4k ...
 
 Scores of all folders go to `benchmarks/results/<device>/real_models.json`, raw records stay where
@@ -17,6 +17,7 @@ from saap.eval.records import read_run
 from saap.eval.scores import score_run
 
 from . import reports
+from .cpu import cpu_name
 from .selectors_page import markdown
 
 PAGE = reports.ROOT / "docs" / "real_models.md"
@@ -107,8 +108,7 @@ def main(folders: list[str]) -> None:
     if not folders:
         raise SystemExit(__doc__)
     found = [summary(Path(folder)) for folder in folders]
-    device = found[0]["environment"]["device"]
-    path = reports.report_path(device, "real_models.json")
+    path = reports.report_path(cpu_name(), "real_models.json")
     reports.write(path, {"runs": found})
     reports.put_table(PAGE, COMMAND, tables(found))
     print(f"wrote {path} and {PAGE}")
