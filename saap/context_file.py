@@ -14,7 +14,7 @@ from torch import Tensor
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 
-FORMAT = tensor_files.Format("saap.Context", 2, "`saap prefill`")
+FORMAT = tensor_files.Format("saap.Context", 3, "`saap prefill`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32,)
 

@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from . import reference
-from .layout import COARSE_PLANES, CODED, FINE_PLANES, Codes
+from .layout import COARSE_PLANES, CODED, Codes
 
 Impl = Literal["reference", "numba"]
 Ranges = tuple[Int32[Tensor, "n H R"], Int32[Tensor, "n H R"]]
@@ -29,15 +29,16 @@ def select_rows(
     share: Literal["group", "head"] = "group",
     first_row: int = 0,
     out: Ranges | None = None,
+    scored: Int64[Tensor, "n H"] | None = None,
     impl: Impl | None = None,
 ) -> Ranges:
     """The rows with the largest attention weights that their codes predict, as ranges.
 
-    Every row is scored by its coarse code, the `n_candidates` best (coarse scores are told apart
-    to 1/64) by all of their code; where there are no more rows than that, all are. The heads that
-    share a selection count each row by the largest weight that its coarse code predicts, and then
-    by the sum of their softmax over the candidates. Of equal rows the first comes first; NaN
-    comes last.
+    Every row is scored by its coarse code. The `n_candidates` best of each query head are scored
+    by all of their code, for all heads that share a selection; if there are no more rows than
+    that, all are. A row then counts by the sum of the heads' softmax over the candidates. Of equal
+    rows the first comes first. Queries are rounded to bytes, with a scale for each head; where one
+    is NaN or infinite, all rows are equal to it.
 
     Args:
         q: `[n, Hq, P]` float32, queries in the coordinates of the codes, scaled so that their
@@ -46,12 +47,13 @@ def select_rows(
             multiple of their `Hkv`.
         n_rows: rows of each sequence, at most `codes.n`; rows after them hold anything.
         max_tokens: rows to choose, all if there are no more.
-        n_candidates: rows that are scored by their fine codes; at least `max_tokens` are.
+        n_candidates: rows that each head lets through to its fine codes; at least `max_tokens`.
         share: "group": one selection for the query heads of a KV head, `H = Hkv`; "head": one
             each, `H = Hq`.
         first_row: number of the first row.
         out: int32 `starts, lengths [n, H, capacity]` to write to, with room for `max_tokens`
             ranges; what is not used is set to 0.
+        scored: int64 `[n, H]` to write to how many rows were scored by all of their code.
         impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
 
     Returns:
@@ -70,29 +72,29 @@ def select_rows(
         starts, lengths = torch.zeros(2, n, heads, capacity, dtype=torch.int32, device=q.device)
         out = starts, lengths
     _check_out(out, (n, heads), capacity)
+    if scored is None:
+        scored = torch.empty(n, heads, dtype=torch.int64)
+    elif tuple(scored.shape) != (n, heads) or scored.dtype != torch.int64:
+        raise ValueError(
+            f"scored must be int64 {[n, heads]}; got {scored.dtype} {list(scored.shape)}"
+        )
     if capacity == 0 or n == 0:
+        scored.zero_()
         return tuple(t.zero_()[..., :0] for t in out)
     backend = _backend(impl, q, codes, out)
     grouped = q.unflatten(1, (heads, -1))
     return backend.select_rows(
         grouped, codes, n_rows, max_tokens=max_tokens,
         n_candidates=max(n_candidates, max_tokens), first_row=first_row, out=out,
+        scored=scored,
     )  # fmt: skip
 
 
 def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> None:
+    if codes.fault is not None:
+        raise ValueError(codes.fault)
     batch, n_kv, n = codes.scale.shape
     words = codes.coarse.shape[2] // COARSE_PLANES
-    expected = {
-        "coarse": (batch, n_kv, COARSE_PLANES * words, n),
-        "fine": (batch, n_kv, n, FINE_PLANES * words),
-    }
-    for name, shape in expected.items():
-        found = tuple(getattr(codes, name).shape)
-        if found != shape:
-            raise ValueError(f"codes.{name} must be {shape}, as coarse and scale say; got {found}")
-        if getattr(codes, name).dtype != torch.int32 or codes.scale.dtype != torch.uint8:
-            raise ValueError("codes must be int32 words and uint8 scales; got other dtypes")
     if q.ndim != 3 or q.shape[2] != CODED * words or q.shape[1] % n_kv or q.shape[1] == 0:
         raise ValueError(
             f"q must be [n, a multiple of {n_kv}, {CODED * words}]; got {tuple(q.shape)}"

@@ -12,10 +12,13 @@ Codes are packed into int32 words, sixteen of 2 bits or thirty-two of 1 bit, for
     coarse   upper 2 bits of group 0 | signs of group 1 and of group 2
     fine     lower 2 bits of group 0 | middle 2 of group 1 | last of group 1 and of 2 | group 3
 
+Four codes that follow one another lie in the four bytes of a word, at the same place in each: one
+shift and one mask make them the bytes that a processor multiplies and adds up in one instruction.
 Coarse words lie plane by plane (`[words, keys]`), so that a scan handles as many keys at once as a
 register holds; the fine words of a key lie together.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor
 CODED = 64
 """P is a multiple of it: sixteen coordinates, a word, in each group."""
 
-PER_WORD = 16
+PER_WORD, BYTES = 16, 4
 COARSE_PLANES, FINE_PLANES = 2, 4
 SIGN = 0.8
 """What a coordinate is on average, by its sign alone."""
@@ -33,11 +36,15 @@ SIGN = 0.8
 STEP_4, STEP_2 = 0.335, 0.996
 """Steps of uniform quantizers of 16 and 4 levels with the least error for normal variables."""
 
-BINS, BINS_PER_UNIT = 2048, 64
-"""Candidates are told apart by coarse scores in steps of 1/64, down to 32 below the best."""
+WHOLE_STEPS, COARSE_STEPS = (STEP_4, STEP_4, STEP_2, STEP_2), (4 * STEP_4, 2 * SIGN, 2 * SIGN, 0.0)
+"""Of each group of coordinates."""
 
-SCALES_PER_OCTAVE, UNIT_SCALE = 16, 128
-"""A scale of s is stored as `UNIT_SCALE + 16 log2(s)`, 1 to 255; 0 is a key without direction."""
+SCALE_SHIFT, SCALE_BASE = 19, (127 - 8) << 23
+"""A scale is stored as a byte b, the float32 with the bits `(b << 19) + SCALE_BASE`: four bits of
+exponent and four of mantissa, from 2**-8 to 248."""
+
+QUERY_MAX = 127
+"""Queries are rounded to whole numbers of a byte, with a scale for each head."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,23 @@ class Codes:
     coarse: Int32[Tensor, "B Hkv words n"]
     fine: Int32[Tensor, "B Hkv n fine_words"]
     scale: UInt8[Tensor, "B Hkv n"]
+
+    @functools.cached_property
+    def fault(self) -> str | None:
+        """What of shapes and dtypes does not fit together, or None."""
+        batch, n_kv, n = self.scale.shape
+        words = self.coarse.shape[2] // COARSE_PLANES
+        expected = {
+            "coarse": (batch, n_kv, COARSE_PLANES * words, n),
+            "fine": (batch, n_kv, n, FINE_PLANES * words),
+        }
+        for name, shape in expected.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                return f"codes.{name} must be {shape}, as coarse and scale say; got {found}"
+            if getattr(self, name).dtype != torch.int32 or self.scale.dtype != torch.uint8:
+                return "codes must be int32 words and uint8 scales; got other dtypes"
+        return None
 
     @property
     def n(self) -> int:
@@ -69,12 +93,15 @@ class Codes:
         return 4 * self.fine.shape[3]
 
 
-def scale_table(device: torch.device | str = "cpu") -> Float[Tensor, " 256"]:
-    """The scale that each byte stands for."""
-    numbers = torch.arange(256, dtype=torch.float32, device=device)
-    table = torch.exp2((numbers - UNIT_SCALE) / SCALES_PER_OCTAVE)
-    table[0] = 0.0
-    return table
+def scales_of(stored: UInt8[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """The scales that bytes stand for."""
+    return ((stored.int() << SCALE_SHIFT) + SCALE_BASE).view(torch.float32)
+
+
+def _stored(scale: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
+    half = 1 << (SCALE_SHIFT - 1)
+    bits = (scale.contiguous().view(torch.int32) + half - SCALE_BASE) >> SCALE_SHIFT
+    return bits.clamp(0, 255).to(torch.uint8)
 
 
 def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"]) -> Codes:
@@ -95,8 +122,6 @@ def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"])
     own = (x * x * weight).sum(-1)
     match = (decoded * x * weight).sum(-1)
     scale = length[..., 0] * (own / match.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=4)
-    stored = (UNIT_SCALE + SCALES_PER_OCTAVE * scale.log2()).round().clamp(1, 255)
-    stored = torch.where(length[..., 0] > 0, stored, torch.zeros_like(stored))
     first, second, third, fourth = *four.split(group, -1), *two.split(group, -1)
     coarse = _words(_two_bits(first >> 2), _one_bit(second >> 3, third >> 1))
     fine = _words(
@@ -106,7 +131,7 @@ def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"])
         _two_bits(fourth),
     )
     coarse = coarse.transpose(-1, -2)
-    return Codes(coarse.contiguous(), fine.contiguous(), stored.to(torch.uint8))
+    return Codes(coarse.contiguous(), fine.contiguous(), _stored(scale))
 
 
 def decode(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
@@ -129,8 +154,14 @@ def decode_coarse(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
     return torch.cat([first, second, third, 0 * first], -1) * _scales(codes)
 
 
+def steps_of(coordinates: int, *, whole: bool) -> Float[Tensor, " P"]:
+    """How far two neighbouring codes of each coordinate are apart, of the whole or coarse code."""
+    steps = WHOLE_STEPS if whole else COARSE_STEPS
+    return torch.tensor(steps).repeat_interleave(coordinates // len(steps))
+
+
 def _scales(codes: Codes) -> Float[Tensor, "B Hkv n 1"]:
-    return scale_table(codes.scale.device)[codes.scale.long()][..., None]
+    return scales_of(codes.scale)[..., None]
 
 
 def _words(*planes: Int[Tensor, "*any n words"]) -> Int32[Tensor, "*any n all"]:
@@ -143,27 +174,32 @@ def _planes(words: Int32[Tensor, "*any n all"], count: int) -> list[Int[Tensor, 
 
 
 def _two_bits(codes: Int[Tensor, "*any n coordinates"]) -> Int[Tensor, "*any n words"]:
-    """Sixteen 2-bit codes in a word, the first in its lowest bits."""
+    """Sixteen 2-bit codes in a word: code j in byte j % 4, from bit 2 (j // 4) on."""
     parts = codes.long().unflatten(-1, (-1, PER_WORD))
-    return (parts << (2 * torch.arange(PER_WORD, device=codes.device))).sum(-1)
+    return (parts << _places(2, PER_WORD, codes.device)).sum(-1)
 
 
 def _one_bit(
     lower: Int[Tensor, "*any n coordinates"], upper: Int[Tensor, "*any n coordinates"]
 ) -> Int[Tensor, "*any n words"]:
-    """Sixteen bits of one group in the lower half of a word, of another in the upper half."""
+    """Sixteen bits of one group and sixteen of another: bit j in byte j % 4, as bit j // 4."""
     halves = [t.long().unflatten(-1, (-1, PER_WORD)) for t in (lower, upper)]
     parts = torch.cat(halves, -1)
-    return (parts << torch.arange(2 * PER_WORD, device=parts.device)).sum(-1)
+    return (parts << _places(1, 2 * PER_WORD, parts.device)).sum(-1)
+
+
+def _places(bits: int, count: int, device: torch.device) -> Int[Tensor, " count"]:
+    """The bit at which each code of a word begins."""
+    number = torch.arange(count, device=device)
+    return number % BYTES * 8 + number // BYTES * bits
 
 
 def _twos(words: Int[Tensor, "*any n words"]) -> Float[Tensor, "*any n coordinates"]:
-    shifts = 2 * torch.arange(PER_WORD, device=words.device)
-    return (words[..., None] >> shifts & 3).flatten(-2).float()
+    places = _places(2, PER_WORD, words.device)
+    return (words[..., None] >> places & 3).flatten(-2).float()
 
 
 def _bits(words: Int[Tensor, "*any n words"]) -> tuple[Tensor, Tensor]:
-    """The bits of the lower and of the upper halves."""
-    shifts = torch.arange(2 * PER_WORD, device=words.device)
-    bits = (words[..., None] >> shifts & 1).float()
+    """The bits of the first and of the second group."""
+    bits = (words[..., None] >> _places(1, 2 * PER_WORD, words.device) & 1).float()
     return bits[..., :PER_WORD].flatten(-2), bits[..., PER_WORD:].flatten(-2)

@@ -1,8 +1,8 @@
-"""Choice of rows by coded keys on a CPU: one scan of all coarse codes, then the candidates."""
+"""Choice of rows by coded keys on a CPU: a scan of all codes, then the choice."""
 
 import ctypes
 import functools
-import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,87 +11,133 @@ from torch import Tensor
 
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 
-from . import numba_choice, numba_scan
-from .layout import Codes, scale_table
+from . import numba_choice, numba_job, numba_scan
+from .layout import Codes
+
+MOST_HELD = 64 * 2**20
+"""Bytes of buffers that a thread keeps from one call to the next."""
+
+_local = threading.local()
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
     """What of validated arguments this backend cannot do, or None."""
-    tensors = (q, codes.coarse, codes.fine, codes.scale, *out)
-    if any(t.device.type != "cpu" for t in tensors):
+    if any(t.device.type != "cpu" for t in (q, codes.scale, *out)):
         return f"impl 'numba' needs the CPU; got q on {q.device}"
     for name, tensor in zip(("starts", "lengths"), out, strict=True):
         if tensor.stride(2) != 1 or tensor.stride() != out[0].stride():
             return (
                 f"out must be strided alike, its last dimension contiguous; got {name} otherwise"
             )
-    for name in ("coarse", "fine", "scale"):
-        tensor = getattr(codes, name)
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            return f"codes.{name} must be contiguous in its last dimension; got strides"
-    if codes.fine.stride(2) != codes.fine.shape[3]:
-        return "the fine words of a key must follow those of the one before; got strides"
-    return None
+    return _places_of(codes)[1]
+
+
+def _places_of(codes: Codes) -> tuple[dict[str, int], str | None]:
+    """A job's fields that say where codes lie, kept with them, and what is wrong with these."""
+    held = codes.__dict__.get("_places")
+    if held is not None:
+        return held
+    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
+    refusal = None
+    for name, tensor in (("coarse", coarse), ("fine", fine), ("scale", scale)):
+        if tensor.device.type != "cpu":
+            refusal = f"impl 'numba' needs the CPU; got codes.{name} on {tensor.device}"
+        elif tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            refusal = f"codes.{name} must be contiguous in its last dimension; got strides"
+    if fine.stride(2) != fine.shape[3]:
+        refusal = "the fine words of a key must follow those of the one before; got strides"
+    fields = {
+        "coarse": coarse.data_ptr(), "fine": fine.data_ptr(), "scale": scale.data_ptr(),
+        "kv_heads": scale.shape[1], "coordinates": codes.coordinates,
+        "coarse_batch": 4 * coarse.stride(0), "coarse_head": 4 * coarse.stride(1),
+        "coarse_plane": 4 * coarse.stride(2), "fine_batch": 4 * fine.stride(0),
+        "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
+        "scale_head": scale.stride(1),
+    }  # fmt: skip
+    codes.__dict__["_places"] = fields, refusal
+    return fields, refusal
 
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    first_row: int, out: tuple[Tensor, Tensor],
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
     n, heads, group, coordinates = a.shape
     a = a.resolve_neg().contiguous()
     most = max(n_rows)
     tasks = n * heads
-    chunks = -(-most // numba_scan.CHUNK)
-    candidates = min(n_candidates, most)
-    rows = torch.tensor(n_rows, dtype=torch.int64)
-    counts = torch.zeros(tasks, dtype=torch.int64)
-    scores = torch.empty(tasks, group, most)
-    maxima, totals = torch.empty(2, tasks, group, chunks)
-    table = _table()
+    chunks = -(-most // numba_job.CHUNK)
+    whole = n_candidates >= most
     threads = min(torch.get_num_threads(), tasks * chunks)
-    scan_space = torch.empty(threads * numba_scan.workspace_floats(group))
-    choice_threads = min(torch.get_num_threads(), tasks)
-    choice_space = torch.empty(
-        choice_threads * numba_choice.workspace_bytes(most, candidates, group, coordinates),
-        dtype=torch.uint8,
-    )
+    # With a task to each thread at a time, its scores stay in the cache.
+    by_task = tasks % threads == 0 or tasks >= 8 * threads
+    threads = min(threads, tasks) if by_task else threads
+    held = threads if by_task else tasks
+    found = min(most, group * n_candidates)
+    worker_bytes = numba_job.choice_bytes(most, found, group, coordinates)
+    sizes = {
+        "rows": 8 * len(n_rows),
+        "counts": 16 * tasks,
+        "workspace": threads * worker_bytes,
+        "weights": 2 * tasks * group * coordinates,
+        "factors": 16 * tasks * group,
+        "scores": 4 * held * group * chunks * numba_job.CHUNK,
+        "maxima": 4 * held * group * chunks,
+        "totals": 4 * held * group * chunks,
+    }
+    memory = _scratch(sum(sizes.values()) + 64 * len(sizes))
+    place, at = {}, memory.data_ptr()
+    for name, size in sizes.items():
+        at = -(-at // 64) * 64
+        place[name] = at
+        at += size
+    _integers(len(n_rows)).from_address(place["rows"])[:] = n_rows
     starts, lengths = out
-    shared = (
-        a.data_ptr(), codes.coarse.data_ptr(), codes.fine.data_ptr(), codes.scale.data_ptr(),
-        table.data_ptr(), rows.data_ptr(), scores.data_ptr(), maxima.data_ptr(),
-        totals.data_ptr(),
-        starts.data_ptr(), lengths.data_ptr(), counts.data_ptr(),
-        tasks, heads, codes.scale.shape[1], group, coordinates, most, chunks,
-        0 if len(n_rows) == 1 else 1,
-        4 * codes.coarse.stride(0), 4 * codes.coarse.stride(1), 4 * codes.coarse.stride(2),
-        4 * codes.fine.stride(0), 4 * codes.fine.stride(1),
-        codes.scale.stride(0), codes.scale.stride(1),
-        4 * starts.stride(0), 4 * starts.stride(1), starts.shape[2],
-        first_row, max_tokens, candidates,
-    )  # fmt: skip
-    job = numba_scan.Job(*shared, scan_space.data_ptr(), 0, 0, 0.0)
-    if candidates < most and max_tokens < most:  # else every row is a candidate
-        run(_scan(), ctypes.addressof(job), threads)
-    job = numba_scan.Job(*shared, choice_space.data_ptr(), 0, 0, -math.inf)
-    run(_choose(), ctypes.addressof(job), choice_threads)
-    used = int(counts.max())
+    fields = {
+        "q": a.data_ptr(), "starts": starts.data_ptr(), "lengths": lengths.data_ptr(),
+        "tasks": tasks, "heads": heads, "group": group, "most": most, "chunks": chunks,
+        "by_sequence": len(n_rows) > 1, "whole": whole, "out_batch": 4 * starts.stride(0),
+        "out_head": 4 * starts.stride(1), "capacity": starts.shape[2], "first_row": first_row,
+        "max_tokens": max_tokens, "candidates": n_candidates, "worker_bytes": worker_bytes,
+        **place, **_places_of(codes)[0],
+    }  # fmt: skip
+    prepare, scan, choose, do_tasks = _functions()
+    job = numba_job.Job(**fields)
+    address = ctypes.addressof(job)
+    prepare(address)
+    if by_task:
+        run(do_tasks, address, threads)
+    else:
+        if max_tokens < most:  # else every row is chosen
+            run(scan, address, threads)
+            job.next_worker = job.next_task = 0
+        run(choose, address, min(threads, tasks))
+    counts = _integers(2 * tasks).from_address(place["counts"])[:]
+    scored.copy_(torch.tensor(counts[tasks:]).view_as(scored))
+    used = max(counts[:tasks])
     return starts[..., :used], lengths[..., :used]
 
 
-@functools.cache
-def _table() -> Tensor:
-    return scale_table().contiguous()
+def _scratch(n_bytes: int) -> Tensor:
+    """Memory that this thread's next call has again: fresh pages cost as much as the work."""
+    held = getattr(_local, "memory", None)
+    if held is None or held.numel() < n_bytes:
+        held = torch.empty(n_bytes, dtype=torch.uint8)
+        _local.memory = held if n_bytes <= MOST_HELD else None
+    return held
 
 
 @functools.cache
-def _scan() -> Callable:
-    entry = numba_scan.entry(stamp_of(Path(__file__).parent))
-    return compiled("scan of coarse codes", numba_scan.SIGNATURE, [entry])[0]
+def _integers(count: int) -> type:
+    return ctypes.c_int64 * count
 
 
 @functools.cache
-def _choose() -> Callable:
-    entry = numba_choice.entry(stamp_of(Path(__file__).parent))
-    return compiled("choice of coded rows", numba_scan.SIGNATURE, [entry])[0]
+def _functions() -> list[Callable]:
+    stamp = stamp_of(Path(__file__).parent)
+    entries = [
+        numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp),
+        numba_choice.task_entry(stamp),
+    ]  # fmt: skip
+    return compiled("choice of coded rows", numba_job.SIGNATURE, entries)

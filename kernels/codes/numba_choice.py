@@ -1,4 +1,4 @@
-"""The candidates by coarse score, scored by all of their code, and the best of them as ranges."""
+"""The rows with the largest weights: candidates by the coarse code, then the best of them."""
 
 import math
 
@@ -6,37 +6,32 @@ import numba
 import numpy as np
 from numba import carray
 
+from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
     int32_pointer,
     int64_pointer,
-    uint8_pointer,
 )
-from saap.kernels.routing.numba_simd import ordered_bits
 
-from .layout import BINS, FINE_PLANES, PER_WORD, STEP_2, STEP_4
-from .layout import BINS_PER_UNIT as PER_UNIT
-from .numba_scan import NEXT_TASK, NEXT_WORKER, place_of, power
-from .numba_words import add_bits, add_twos
+from .numba_job import (
+    CHUNK,
+    NEXT_TASK,
+    NEXT_WORKER,
+    blocks_of,
+    chunk_bytes,
+    place_of,
+    planes_bytes,
+)
+from .numba_scan import bring, score, weigh_chunk
+from .numba_simd import BLOCK, WIDEST
+from .numba_vectors import add_weighed, count_from, exponentials, places_from
 
-BINS_PER_UNIT, LAST_BIN = np.float32(PER_UNIT), np.float32(BINS - 1)
-_SHIFTS = (21, 10, 0)
-_ONE = np.float32(1.0)
+_PER_BLOCK = BLOCK // LANES
+_OCTAVE = 1 << 23
+_LEAST = -(2**31)
 
 _njit = numba.njit(error_model="numpy")
-
-
-@_njit
-def fine_words(coordinates):
-    return FINE_PLANES * coordinates // (4 * PER_WORD)
-
-
-@_njit
-def workspace_bytes(most, candidates, group, coordinates):
-    """Bytes of memory that a worker needs, a multiple of 8."""
-    floats = most + candidates * (3 + group + fine_words(coordinates))
-    return 8 * BINS + 4 * (floats + floats % 2)
 
 
 def entry(stamp):
@@ -54,50 +49,75 @@ def _work(jobs):
     job = jobs[0]
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
-    space = job.workspace
-    space += workspace_bytes(job.most, job.candidates, job.group, job.coordinates) * worker
-    counts = carray(int64_pointer(job.counts), job.tasks)
+    space = job.workspace + job.worker_bytes * worker
+    counts = carray(int64_pointer(job.counts), (2, job.tasks))
     while True:
         task = fetch_increment(counters + NEXT_TASK)
         if task >= job.tasks:
             break
-        counts[task] = _choose(job, task, space)
+        counts[0, task], counts[1, task] = _choose(job, task, task, space)
+
+
+def task_entry(stamp):
+    """As `entry`, but the rows of a task are weighed by the same worker before."""
+
+    def do_tasks(jobs):
+        _ = stamp
+        _do_tasks(carray(jobs, 1))
+
+    return do_tasks
 
 
 @_njit
-def _choose(job, task, space):
-    b, kv_head, n = place_of(job, task)
-    histogram = carray(int64_pointer(space), BINS)
-    at = space + 8 * BINS
-    keys = carray(float32_pointer(at), job.most)
-    at += 4 * job.most
-    rows = carray(int32_pointer(at), job.candidates)
-    at += 4 * job.candidates
-    weights = carray(float32_pointer(at), job.candidates)
-    at += 4 * job.candidates
-    sums = carray(float32_pointer(at), (job.group, job.candidates))
-    at += 4 * job.candidates * job.group
-    code = carray(float32_pointer(at), job.candidates)
-    at += 4 * job.candidates
-    words = carray(int32_pointer(at), (fine_words(job.coordinates), job.candidates))
+def _do_tasks(jobs):
+    job = jobs[0]
+    counters = jobs.ctypes.data
+    worker = fetch_increment(counters + NEXT_WORKER)
+    space = job.workspace + job.worker_bytes * worker
+    counts = carray(int64_pointer(job.counts), (2, job.tasks))
+    while True:
+        task = fetch_increment(counters + NEXT_TASK)
+        if task >= job.tasks:
+            break
+        if job.max_tokens < place_of(job, task)[2]:  # else every row is chosen
+            for chunk in range(job.chunks):
+                weigh_chunk(job, task, chunk, worker, space)
+        counts[0, task], counts[1, task] = _choose(job, task, worker, space)
 
-    n_candidates = min(job.candidates, n)
-    if n_candidates < n and job.max_tokens < n:
-        _coarse_keys(job, task, n, keys)
-        _best_by_bin(keys, n, n_candidates, histogram, rows)
+
+@_njit
+def _choose(job, task, held, space):
+    """Write the ranges of a task; returns how many, and of how many rows all was read."""
+    b, kv_head, n = place_of(job, task)
+    room = job.chunks * CHUNK
+    keys = space + chunk_bytes(job.coordinates)
+    marks = keys + 4 * room
+    places = marks + 4 * room
+    listed = places + 4 * (room + LANES)
+    factors = listed + 4 * (room + LANES)
+    weights = factors + 4 * job.group * (job.chunks + 1)
+    rows = carray(int32_pointer(places), room + LANES)
+    kept, scored = min(job.max_tokens, n), np.int64(0)
+    if kept == n:
+        for i in range(n):
+            rows[i] = i
+    elif job.whole or job.candidates >= n:
+        _weigh_chunks(job, held, n, factors)
+        for chunk in range((n + CHUNK - 1) // CHUNK):
+            place = job.scores + 4 * (held * job.group * room + chunk * CHUNK)
+            length = min(CHUNK, n - chunk * CHUNK)
+            add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
+                        blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
+        best(keys, n, kept, places)
+        scored = n
     else:
-        n_candidates = n
-        for r in range(n):
-            rows[r] = r
-    if job.max_tokens < n_candidates:
-        _fine_scores(job, task, b, kv_head, rows, n_candidates, sums, code, words)
-        _add_softmax(job.group, n_candidates, sums, code, weights)
-        kept = job.max_tokens
-        _best(weights, n_candidates, kept, histogram, words[0])
+        found = _candidates(job, held, n, keys, marks, places, factors, listed)
+        _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
+        kept, scored = min(kept, found), found
+        best(keys, found, kept, places)
+        chosen = carray(int32_pointer(listed), found)
         for i in range(kept):
-            rows[i] = rows[words[0, i]]
-    else:
-        kept = n_candidates
+            rows[i] = chosen[rows[i]]
     place = task // job.heads * job.out_batch + task % job.heads * job.out_head
     starts = carray(int32_pointer(job.starts + place), job.capacity)
     lengths = carray(int32_pointer(job.lengths + place), job.capacity)
@@ -112,158 +132,150 @@ def _choose(job, task, space):
         end = row + 1
     for i in range(found, job.capacity):
         starts[i] = lengths[i] = 0
-    return found
+    return found, scored
 
 
 @_njit
-def _coarse_keys(job, task, n, keys):
-    """The logarithm of a row's largest weight over the heads, by its coarse code."""
-    scores = carray(float32_pointer(job.scores + 4 * task * job.group * job.most),
-                    (job.group, job.most))  # fmt: skip
-    place = 4 * task * job.group * job.chunks
-    maxima = carray(float32_pointer(job.maxima + place), (job.group, job.chunks))
-    totals = carray(float32_pointer(job.totals + place), (job.group, job.chunks))
+def _weigh_chunks(job, held, n, factors):
+    """What each chunk's weights count by, for a softmax over all rows of each head."""
+    n_chunks = (n + CHUNK - 1) // CHUNK
+    place = 4 * held * job.group * job.chunks
+    shape = (job.group, job.chunks)
+    maxima = carray(float32_pointer(job.maxima + place), shape)
+    totals = carray(float32_pointer(job.totals + place), shape)
+    factor = carray(float32_pointer(factors), shape)
     for g in range(job.group):
-        best = np.float32(-np.inf)
-        for chunk in range(job.chunks):
-            best = max(best, maxima[g, chunk])
+        largest = maxima[g, 0]
+        for chunk in range(1, n_chunks):
+            largest = max(largest, maxima[g, chunk])
         total = 0.0
-        for chunk in range(job.chunks):
-            if totals[g, chunk] > 0:
-                total += totals[g, chunk] * math.exp(maxima[g, chunk] - best)
-        lse = best + np.float32(math.log(total))
-        if g == 0:
-            for r in range(n):
-                keys[r] = scores[g, r] - lse
-        else:
-            for r in range(n):
-                keys[r] = max(keys[r], scores[g, r] - lse)
+        for chunk in range(n_chunks):
+            share = math.exp(maxima[g, chunk] - largest)
+            factor[g, chunk] = share
+            total += share * totals[g, chunk]
+        for chunk in range(n_chunks):
+            factor[g, chunk] /= np.float32(total)
 
 
 @_njit
-def _best_by_bin(keys, n, k, histogram, out):
-    """Numbers of the k largest of n keys, ascending, told apart to 1 / `BINS_PER_UNIT`.
+def _candidates(job, held, n, keys, marks, places, factors, listed):
+    """Each head's `job.candidates` best rows by the coarse code, together; returns how many.
 
-    The keys are at most 0. Of those in one bin the first are taken, and NaN is in the last: it
-    does not matter which of the last candidates are let through, and one pass is enough.
+    Each has its own, since coarse scores err by a share of how far a head's scores are apart:
+    among all heads' rows, a peaked head's would lose to those of flat ones.
     """
-    for i in range(BINS):
-        histogram[i] = 0
-    for i in range(n):
-        histogram[_bin(keys[i])] += 1
-    edge, above = np.int64(0), np.int64(0)
-    while above + histogram[edge] < k:
-        above += histogram[edge]
-        edge += 1
-    left, found = k - above, 0
-    for i in range(n):
-        own = _bin(keys[i])
-        if own < edge or (own == edge and left > 0):
-            left -= own == edge
-            out[found] = i
-            found += 1
-
-
-@_njit
-def _bin(key):
-    distance = -key * BINS_PER_UNIT
-    return np.int64(distance) if distance < LAST_BIN else np.int64(BINS - 1)
-
-
-@_njit
-def _fine_scores(job, task, b, kv_head, rows, n, sums, code, words):
-    """Scores of the candidates by all of their code; they are brought together first."""
-    quarter = job.coordinates // 4
-    n_words, n_fine = quarter // PER_WORD, fine_words(job.coordinates)
-    place = job.fine + b * job.fine_batch + kv_head * job.fine_head
-    for i in range(n):
-        own = carray(int32_pointer(place + 4 * n_fine * np.int64(rows[i])), n_fine)
-        for w in range(n_fine):
-            words[w, i] = own[w]
-    q = carray(float32_pointer(job.q + 4 * task * job.group * job.coordinates),
-               (job.group, job.coordinates))  # fmt: skip
-    group = job.group
-    for g in range(group):
-        zero = np.float32(0.0)
-        for d in range(2 * quarter):
-            zero -= q[g, d] * np.float32(7.5 * STEP_4)
-        for d in range(2 * quarter, job.coordinates):
-            zero -= q[g, d] * np.float32(1.5 * STEP_2)
-        for i in range(n):
-            sums[g, i] = zero
-    one, two = np.float32(STEP_4), np.float32(STEP_2)
-    for w in range(n_words):
-        at = w * PER_WORD
-        second, third, fourth = quarter + at, 2 * quarter + at, 3 * quarter + at
-        add_twos(words[w], q, at, one, n, group, sums)
-        add_twos(words[n_words + w], q, second, 2 * one, n, group, sums)
-        add_bits(words[2 * n_words + w], q, second, third, one, two, n, group, sums)
-        add_twos(words[3 * n_words + w], q, fourth, two, n, group, sums)
-    # The fine words are done with: the coarse ones take the place of the first.
-    place = job.coarse + b * job.coarse_batch + kv_head * job.coarse_head
-    for w in range(n_words):
-        at = w * PER_WORD
-        upper = carray(int32_pointer(place + w * job.coarse_plane), job.most)
-        signs = carray(int32_pointer(place + (n_words + w) * job.coarse_plane), job.most)
-        for i in range(n):
-            words[0, i] = upper[rows[i]]
-            words[1, i] = signs[rows[i]]
-        add_twos(words[0], q, at, 4 * one, n, group, sums)
-        add_bits(words[1], q, quarter + at, 2 * quarter + at, 8 * one, 2 * two, n, group, sums)
-    scale = carray(uint8_pointer(job.scale + b * job.scale_batch + kv_head * job.scale_head),
-                   job.most)  # fmt: skip
-    table = carray(float32_pointer(job.table), 256)
-    for i in range(n):
-        code[i] = table[scale[rows[i]]]
+    room = job.chunks * CHUNK
+    _weigh_chunks(job, held, n, factors)
+    marked = carray(int32_pointer(marks), room)
+    rows = carray(int32_pointer(places), room)
+    for i in range(BLOCK * blocks_of(n)):
+        marked[i] = 0
     for g in range(job.group):
-        for i in range(n):
-            sums[g, i] *= code[i]
+        for chunk in range((n + CHUNK - 1) // CHUNK):
+            place = job.scores + 4 * ((held * job.group + g) * room + chunk * CHUNK)
+            length = min(CHUNK, n - chunk * CHUNK)
+            add_weighed(place, 0, 1, factors + 4 * (g * job.chunks + chunk), 0,
+                        blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
+        best(keys, n, job.candidates, places)
+        for i in range(job.candidates):
+            marked[rows[i]] = 1
+    return places_from(marks, blocks_of(n) * _PER_BLOCK, 1, listed)
 
 
 @_njit
-def _add_softmax(group, n, sums, powers, weights):
-    """The sum over the heads of the softmax of their scores."""
-    for i in range(n):
-        weights[i] = np.float32(0.0)
-    for g in range(group):
-        best = np.float32(-np.inf)
-        for i in range(n):
-            best = max(best, sums[g, i])
-        for i in range(n):
-            powers[i] = power(sums[g, i] - best)
-        total = np.float32(0.0)
-        for i in range(n):
-            total += powers[i]
-        share = _ONE / total
-        for i in range(n):
-            weights[i] += powers[i] * share
+def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
+    """The sum of the heads' softmax over the listed rows, by all of their code."""
+    room = (found + CHUNK - 1) // CHUNK * CHUNK
+    chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
+    candidates = carray(int32_pointer(listed), found)
+    factor = carray(float32_pointer(factors), job.group)
+    maximum = carray(float32_pointer(factors + 4 * job.group), job.group)
+    for g in range(job.group):
+        factor[g] = -np.inf
+    for first in range(0, found, CHUNK):
+        length = min(CHUNK, found - first)
+        for i in range(length):
+            chunk_rows[i] = candidates[first + i]
+        bring(job, b, kv_head, length, 1, space)
+        for g in range(0, job.group, WIDEST):
+            score(job, task, g, length, 1, space, weights + 4 * (g * room + first), 4 * room,
+                  factors + 4 * (job.group + g), 4)  # fmt: skip
+        for g in range(job.group):
+            factor[g] = max(factor[g], maximum[g])
+    vectors = blocks_of(found) * _PER_BLOCK
+    for g in range(job.group):
+        total = exponentials(weights + 4 * g * room, vectors, factor[g])
+        factor[g] = np.float32(1.0) / total
+    add_weighed(weights, 4 * room, job.group, factors, 4, vectors, keys)
 
 
 @_njit
-def _best(keys, n, k, histogram, out):
-    """Numbers of the k largest of n keys, ascending; of equal ones the first."""
-    known, known_shift, taken = np.int64(0), 32, np.int64(0)
-    for shift in _SHIFTS:
-        for i in range(BINS):
-            histogram[i] = 0
-        mask = BINS - 1 if shift else BINS // 2 - 1
-        for i in range(n):
-            bits = ordered_bits(keys[i])
-            if known_shift == 32 or bits >> known_shift == known:
-                histogram[(bits >> shift) & mask] += 1
-        at = np.int64(mask)
-        while taken + histogram[at] < k:
-            taken += histogram[at]
-            at -= 1
-        known = at if known_shift == 32 else (known << (known_shift - shift)) | at
-        known_shift = shift
-    found, equal = 0, k - taken
-    for i in range(n):
-        bits = ordered_bits(keys[i])
-        if bits > known or (bits == known and equal > 0):
-            if bits == known:
-                equal -= 1
-            out[found] = i
-            found += 1
-            if found == k:
+def best(keys, n, k, out):
+    """Numbers of the k largest of n keys, ascending; of equal ones the first. 0 < k <= n.
+
+    A threshold is looked for by halving the range of the keys' bits; once it lets through no more
+    than half of the keys, these are brought together. keys: float32 not below 0, followed by
+    zeros up to a whole block, so that their bits are in their order; out: int32, room for whole
+    chunks and `LANES` more.
+    """
+    searched, vectors = keys, blocks_of(n) * _PER_BLOCK
+    half = (n + CHUNK - 1) // CHUNK * CHUNK // 2
+    together = out + 4 * half
+    found = np.int64(-1)  # keys brought together
+    largest = _largest(keys, n)
+    low, high = np.int64(_LEAST), largest + 1  # at least k from low on, fewer from high on
+    middle = largest - 8 * _OCTAVE
+    while high - low > 1:
+        if middle <= low or middle >= high:
+            middle = (low + high) // 2
+        count = count_from(searched, vectors, middle)
+        if count < k:
+            high = middle
+        else:
+            low = middle
+            if count == k:
+                high = low + 1
+            if found < 0 and count <= half - BLOCK:
+                found = places_from(keys, vectors, low, out)
+                _bring_together(keys, out, found, together)
+                searched, vectors = together, blocks_of(found) * _PER_BLOCK
+        middle = (low + high) // 2
+    if found < 0:
+        found = places_from(keys, vectors, low, out)
+    if found == k:
+        return
+    bits = carray(int32_pointer(keys), n)
+    rows = carray(int32_pointer(out), found)
+    above = np.int64(0)
+    for i in range(found):
+        above += bits[rows[i]] > low
+    equal, at = k - above, 0
+    for i in range(found):
+        row = rows[i]
+        if bits[row] > low or (bits[row] == low and equal > 0):
+            equal -= bits[row] == low
+            rows[at] = row
+            at += 1
+            if at == k:
                 break
+
+
+@_njit
+def _largest(keys, n):
+    bits = carray(int32_pointer(keys), n)
+    largest = np.int32(_LEAST)
+    for i in range(n):
+        largest = max(largest, bits[i])
+    return np.int64(largest)
+
+
+@_njit
+def _bring_together(keys, places, count, target):
+    """The listed keys, filled up to a whole block with what is below all others."""
+    bits = carray(int32_pointer(keys), 1 << 31)
+    rows = carray(int32_pointer(places), count)
+    own = carray(int32_pointer(target), BLOCK * blocks_of(count))
+    for i in range(count):
+        own[i] = bits[rows[i]]
+    for i in range(count, BLOCK * blocks_of(count)):
+        own[i] = _LEAST

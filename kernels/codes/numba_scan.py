@@ -1,54 +1,37 @@
-"""Scores of all rows by their coarse codes: lanes are rows, so no sum runs across a register."""
+"""Weights of rows by their codes: queries in bytes, chunks of rows brought together, scored."""
 
 import numba
 import numpy as np
 from numba import carray
 
-from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import (
+    copy_bytes,
     fetch_increment,
     float32_pointer,
+    int8_pointer,
     int32_pointer,
-    int64_pointer,
     uint8_pointer,
 )
 
-from .layout import PER_WORD, SIGN, STEP_4
-from .numba_words import add_bits, add_twos
-
-_FIELDS = (
-    "q coarse fine scale table rows scores maxima totals starts lengths counts "  # addresses
-    "tasks heads kv_heads group coordinates most chunks by_sequence "
-    "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
-    "out_batch out_head capacity first_row max_tokens candidates "
-    "workspace next_worker next_task"
-).split()
-NEXT_WORKER = offset_of(_FIELDS, "next_worker")
-NEXT_TASK = offset_of(_FIELDS, "next_task")
-
-Job, SIGNATURE = job_type(_FIELDS, ("unused",))
-
-CHUNK = 1024
-"""Rows of a unit of work; their codes and sums stay in the first-level cache."""
-
-_UPPER, _UPPER_ZERO = np.float32(4 * STEP_4), np.float32(-6 * STEP_4)
-_SIGN, _SIGN_ZERO = np.float32(2 * SIGN), np.float32(-SIGN)
-_LOG2_E = np.float32(1.4426950408889634)
+from .layout import COARSE_PLANES, COARSE_STEPS, FINE_PLANES, QUERY_MAX, WHOLE_STEPS
+from .numba_job import (
+    CHUNK,
+    NEXT_TASK,
+    NEXT_WORKER,
+    blocks_of,
+    chunk_bytes,
+    place_of,
+    planes_bytes,
+    words_per_group,
+)
+from .numba_simd import BLOCK, LANES, WIDEST, fine_planes, scan
+from .numba_vectors import exponentials
 
 _njit = numba.njit(error_model="numpy")
 
-
-@_njit
-def workspace_floats(group):
-    return CHUNK * (group + 1)
-
-
-@_njit
-def place_of(job, task):
-    """Sequence, KV head and number of rows of a task."""
-    b = task // job.heads if job.by_sequence else np.int64(0)
-    kv_head = task % job.heads * job.kv_heads // job.heads
-    return b, kv_head, carray(int64_pointer(job.rows), b + 1)[b]
+# Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
+_STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
+_ZEROS = np.array([[1.5, 0.5, 0.5, 0], [7.5, 7.5, 1.5, 1.5]], "f4")
 
 
 def entry(stamp):
@@ -61,98 +44,145 @@ def entry(stamp):
     return scan_entry
 
 
+def prepare_entry(stamp):
+    def prepare(jobs):
+        _ = stamp
+        job = carray(jobs, 1)[0]
+        for task in range(job.tasks):
+            _prepare(job, task)
+
+    return prepare
+
+
+@_njit
+def weights_at(job, task, whole):
+    """Addresses of a task's rounded queries, of their offsets and of their factors."""
+    number = 2 * task + whole
+    weights = job.weights + number * job.group * job.coordinates
+    offsets = job.factors + number * job.group * 8
+    return weights, offsets, offsets + 4 * job.group
+
+
+@_njit
+def _prepare(job, task):
+    q = carray(float32_pointer(job.q + 4 * task * job.group * job.coordinates),
+               (job.group, job.coordinates))  # fmt: skip
+    quarter = job.coordinates // 4
+    for whole in range(2):
+        place, offset_place, factor_place = weights_at(job, task, whole)
+        weights = carray(int8_pointer(place), (job.group, job.coordinates))
+        offsets = carray(float32_pointer(offset_place), job.group)
+        factors = carray(float32_pointer(factor_place), job.group)
+        for g in range(job.group):
+            largest = np.float32(0.0)
+            for d in range(job.coordinates):
+                size = abs(q[g, d] * _STEPS[whole, d // quarter])
+                largest = size if not size <= largest else largest  # NaN stays
+            usable = largest > 0 and largest < np.inf
+            factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
+            offset = np.float32(0.0)
+            for d in range(job.coordinates):
+                weight = np.float32(0.0)
+                if usable:
+                    weight = np.rint(q[g, d] * _STEPS[whole, d // quarter] / factor)
+                weights[g, d] = np.int8(weight)
+                offset += weight * _ZEROS[whole, d // quarter]
+            offsets[g], factors[g] = offset, factor
+
+
 @_njit
 def _work(jobs):
     job = jobs[0]
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
-    space = job.workspace + 4 * workspace_floats(job.group) * worker
+    space = job.workspace + job.worker_bytes * worker
     while True:
         unit = fetch_increment(counters + NEXT_TASK)
         if unit >= job.tasks * job.chunks:
             break
-        _scan(job, unit // job.chunks, unit % job.chunks, space)
+        task = unit // job.chunks
+        weigh_chunk(job, task, unit % job.chunks, task, space)
 
 
 @_njit
-def _scan(job, task, chunk, space):
+def weigh_chunk(job, task, chunk, held, space):
+    """`exp(score - maximum)` of a chunk's rows for each head, and their maximum and sum.
+
+    They are number `held` of those that `job` has room for.
+    """
     b, kv_head, n = place_of(job, task)
     first = chunk * CHUNK
     length = min(CHUNK, n - first)
-    maxima = carray(float32_pointer(job.maxima + 4 * task * job.group * job.chunks),
-                    (job.group, job.chunks))  # fmt: skip
-    totals = carray(float32_pointer(job.totals + 4 * task * job.group * job.chunks),
-                    (job.group, job.chunks))  # fmt: skip
     if length <= 0:
-        for g in range(job.group):
-            maxima[g, chunk] = -np.inf
-            totals[g, chunk] = np.float32(0.0)
         return
-    q = carray(float32_pointer(job.q + 4 * task * job.group * job.coordinates),
-               (job.group, job.coordinates))  # fmt: skip
-    sums = carray(float32_pointer(space), (job.group, CHUNK))
-    code = carray(float32_pointer(space + 4 * CHUNK * job.group), CHUNK)
-    quarter = job.coordinates // 4
-    for g in range(job.group):
-        zero = np.float32(0.0)
-        for d in range(quarter):
-            zero += q[g, d] * _UPPER_ZERO
-        for d in range(quarter, 3 * quarter):
-            zero += q[g, d] * _SIGN_ZERO
-        for r in range(length):
-            sums[g, r] = zero
-    place = job.coarse + b * job.coarse_batch + kv_head * job.coarse_head + 4 * first
-    n_words = quarter // PER_WORD
-    for w in range(n_words):
-        at = w * PER_WORD
-        words = carray(int32_pointer(place + w * job.coarse_plane), length)
-        add_twos(words, q, at, _UPPER, length, job.group, sums)
-        words = carray(int32_pointer(place + (n_words + w) * job.coarse_plane), length)
-        add_bits(words, q, quarter + at, 2 * quarter + at, _SIGN, _SIGN, length, job.group, sums)
-    scale = carray(uint8_pointer(job.scale + b * job.scale_batch + kv_head * job.scale_head
-                                 + first), length)  # fmt: skip
-    table = carray(float32_pointer(job.table), 256)
-    for r in range(length):
-        code[r] = table[scale[r]]
-    scores = carray(float32_pointer(job.scores + 4 * task * job.group * job.most),
-                    (job.group, job.most))  # fmt: skip
-    for g in range(job.group):
-        best = np.float32(-np.inf)
-        for r in range(length):
-            score = sums[g, r] * code[r]
-            scores[g, first + r] = score
-            best = max(best, score)
-        maxima[g, chunk] = best
-        totals[g, chunk] = _total_of_powers(scores[g, first : first + length], best, sums[g])
-
-
-@_njit
-def _total_of_powers(scores, best, room):
-    for i in range(len(scores)):
-        room[i] = power(scores[i] - best)
-    return _total(room, len(scores))
-
-
-@numba.njit(error_model="numpy", fastmath={"reassoc"})
-def _total(values, length):
-    """A sum in whatever order: lanes are added up apart."""
-    total = np.float32(0.0)
+    rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
     for i in range(length):
-        total += values[i]
-    return total
+        rows[i] = first + i
+    bring(job, b, kv_head, length, job.whole, space)
+    room = job.chunks * CHUNK
+    heads = held * job.group
+    maxima = carray(float32_pointer(job.maxima), (heads + job.group, job.chunks))
+    totals = carray(float32_pointer(job.totals), (heads + job.group, job.chunks))
+    for g in range(job.group):
+        place = job.scores + 4 * ((heads + g) * room + first)
+        if g % WIDEST == 0:
+            maximum = job.maxima + 4 * ((heads + g) * job.chunks + chunk)
+            score(job, task, g, length, job.whole, space, place, 4 * room,
+                  maximum, 4 * job.chunks)  # fmt: skip
+        vectors = blocks_of(length) * (BLOCK // LANES)
+        totals[heads + g, chunk] = exponentials(place, vectors, maxima[heads + g, chunk])
 
 
 @_njit
-def power(x):
-    """e**x for x <= 0, to 3e-7 relative; 0 below e**-87. No calls, so loops become vectors."""
-    x = max(x * _LOG2_E, np.float32(-126.0))
-    whole = np.floor(x)
-    f = x - whole
-    # Minimax polynomial of 2**f on [0, 1).
-    y = np.float32(1.8775767e-3)
-    y = y * f + np.float32(8.9893397e-3)
-    y = y * f + np.float32(5.5826318e-2)
-    y = y * f + np.float32(2.4015361e-1)
-    y = y * f + np.float32(6.9315308e-1)
-    y = y * f + np.float32(9.9999994e-1)
-    return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+def bring(job, b, kv_head, length, whole, space):
+    """The words and scales of the listed rows, plane by plane, filled up to whole blocks.
+
+    The list of `length` rows lies in `space` behind the words; its last one fills it up.
+    """
+    n_words = words_per_group(job.coordinates)
+    rows_place = space + planes_bytes(job.coordinates)
+    rows = carray(int32_pointer(rows_place), CHUNK)
+    filled = BLOCK * blocks_of(length)
+    for i in range(length, filled):
+        rows[i] = rows[length - 1]
+    first = np.int64(rows[0])
+    follow = np.int64(rows[length - 1]) - first == length - 1
+    coarse = job.coarse + b * job.coarse_batch + kv_head * job.coarse_head
+    scale = job.scale + b * job.scale_batch + kv_head * job.scale_head
+    scales = rows_place + 4 * CHUNK
+    if follow:
+        for w in range(COARSE_PLANES * n_words):
+            copy_bytes(space + 4 * CHUNK * w, coarse + w * job.coarse_plane + 4 * first,
+                       4 * length)  # fmt: skip
+        copy_bytes(scales, scale + first, length)
+    else:
+        last = np.int64(rows[length - 1])
+        for w in range(COARSE_PLANES * n_words):
+            plane = carray(int32_pointer(coarse + w * job.coarse_plane), last + 1)
+            words = carray(int32_pointer(space + 4 * CHUNK * w), CHUNK)
+            for i in range(length):
+                words[i] = plane[rows[i]]
+        each = carray(uint8_pointer(scale), last + 1)
+        own = carray(uint8_pointer(scales), CHUNK)
+        for i in range(length):
+            own[i] = each[rows[i]]
+    if whole:
+        fine = job.fine + b * job.fine_batch + kv_head * job.fine_head
+        fine_planes(fine, FINE_PLANES * n_words, rows_place, blocks_of(length),
+                    space + 4 * CHUNK * COARSE_PLANES * n_words, 4 * CHUNK)  # fmt: skip
+
+
+@_njit
+def score(job, task, g, length, whole, space, out, out_bytes, maxima, maximum_bytes):
+    """Scores of up to `WIDEST` heads from g on with the rows brought; their maxima."""
+    heads = min(WIDEST, job.group - g)
+    n_words = words_per_group(job.coordinates)
+    weights, offsets, factors = weights_at(job, task, whole)
+    largest = space + chunk_bytes(job.coordinates) - 4 * WIDEST
+    scan(heads, whole, space, 4 * CHUNK, n_words,
+         space + planes_bytes(job.coordinates) + 4 * CHUNK, blocks_of(length), length,
+         weights + g * job.coordinates, offsets + 4 * g, factors + 4 * g,
+         out, out_bytes, largest)  # fmt: skip
+    found = carray(float32_pointer(largest), heads)
+    for h in range(heads):
+        carray(float32_pointer(maxima + h * maximum_bytes), 1)[0] = found[h]

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .layout import BINS, BINS_PER_UNIT, Codes, decode, decode_coarse
+from .layout import QUERY_MAX, Codes, decode, decode_coarse, steps_of
 
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    first_row: int, out: tuple[Tensor, Tensor],
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
     starts, lengths = out
@@ -21,7 +21,7 @@ def select_rows(
         n = n_rows[b]
         for h, heads in enumerate(own):
             kv = h * fine.shape[1] // len(own)
-            rows = chosen(
+            rows, scored[i, h] = chosen(
                 heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens, n_candidates
             )
             begins, counts = as_ranges(rows)
@@ -31,18 +31,29 @@ def select_rows(
     return starts[..., :most], lengths[..., :most]
 
 
-def chosen(q, fine, coarse, max_tokens: int, n_candidates: int) -> Tensor:
-    """The rows, ascending; of equal ones the oldest."""
+def chosen(q, fine, coarse, max_tokens: int, n_candidates: int) -> tuple[Tensor, int]:
+    """The rows, ascending, of equal ones the oldest; how many were scored by all of their code."""
     n = len(fine)
+    if max_tokens >= n:
+        return torch.arange(n), 0
     candidates = torch.arange(n)
-    if n_candidates < n and max_tokens < n:
-        scores = q @ coarse.T
-        key = (scores - scores.logsumexp(-1, keepdim=True)).amax(0)
-        distance = torch.nan_to_num(-key * BINS_PER_UNIT, nan=BINS - 1)
-        candidates = best(-distance.clamp(max=BINS - 1).int(), n_candidates)
-    scores = q @ fine[candidates].T
+    if n_candidates < n:
+        scores = in_bytes(q, whole=False) @ coarse.T
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        candidates = torch.cat([best(own, n_candidates) for own in weights]).unique()
+    scores = in_bytes(q, whole=True) @ fine[candidates].T
     weight = scores.softmax(-1).sum(0)
-    return candidates[best(weight, max_tokens)]
+    return candidates[best(weight, max_tokens)], len(candidates)
+
+
+def in_bytes(q: Tensor, *, whole: bool) -> Tensor:
+    """Queries as the codes' steps see them: whole numbers of a byte, with a scale for each."""
+    steps = steps_of(q.shape[-1], whole=whole).to(q.device)
+    largest = (q * steps).abs().amax(-1, keepdim=True)
+    usable = (largest > 0) & largest.isfinite()
+    factor = torch.where(usable, largest, torch.ones_like(largest)) / QUERY_MAX
+    rounded = (q * steps / factor).round() * factor / steps.clamp(min=1e-9)
+    return torch.where(usable, rounded, torch.zeros_like(rounded))
 
 
 def best(key: Tensor, k: int) -> Tensor:

@@ -49,7 +49,7 @@ def _compile(signature, entries: Sequence[Callable]) -> tuple[list, bool]:
 
 def stamp_of(folder: Path) -> int:
     """Changes with a kernel's source: Numba's cache sees only the file of the entry itself."""
-    sources = sorted([*folder.glob("numba_*.py"), *Path(__file__).parent.glob("*.py")])
+    sources = sorted([*folder.glob("*.py"), *Path(__file__).parent.glob("*.py")])
     return zlib.crc32(b"".join(source.read_bytes() for source in sources))
 
 

@@ -3,6 +3,7 @@ own."""
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 
@@ -21,6 +22,7 @@ float32_pointer = _pointer_to(types.float32)
 float64_pointer = _pointer_to(types.float64)
 int32_pointer = _pointer_to(types.int32)
 int64_pointer = _pointer_to(types.int64)
+int8_pointer = _pointer_to(types.int8)
 uint8_pointer = _pointer_to(types.uint8)
 
 
@@ -33,3 +35,16 @@ def fetch_increment(typing_context, address):
         return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "acq_rel")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def copy_bytes(typing_context, target, source, count):
+    """Copy `count` bytes between places that do not overlap."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        places = [builder.inttoptr(place, byte) for place in args[:2]]
+        cgutils.raw_memcpy(builder, *places, args[2], ir.IntType(64)(1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

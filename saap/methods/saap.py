@@ -32,15 +32,16 @@ SPARE = 256
 
 @dataclass(frozen=True)
 class SaapSearch:
-    """How many candidates have their whole code read.
+    """How many rows each query head lets through its coarse codes to the whole ones.
 
-    `width` None: every row, which loses nothing and reads most. A number: that many times the rows
-    of the budget, and at least `least`, chosen by the coarse code; what a rare query asks for can
-    get lost there (docs/routing.md).
+    `width` times the rows of the budget, and at least `least`. `width` None: every row, which
+    reads most. Each head has candidates of its own, for what a coarse score errs by is a share of
+    how far a head's scores are apart: chosen together, a peaked head's rows lose to those of flat
+    ones, and with them what a rare query asks for (docs/routing.md).
     """
 
-    width: float | None = None
-    least: int = 1024
+    width: float | None = 1.0
+    least: int = 256
 
     def __post_init__(self):
         if self.width is not None and not 1 <= self.width <= 1e6:
@@ -49,7 +50,7 @@ class SaapSearch:
             raise ValueError(f"least must be in 0..2**31; got {self.least}")
 
     def candidates(self, max_tokens: int, n_rows: int) -> int:
-        """Of how many rows of `n_rows` the whole code is read."""
+        """Rows of `n_rows` that a head lets through."""
         if self.width is None:
             return n_rows
         return min(n_rows, max(self.least, round(self.width * max_tokens)))
@@ -196,8 +197,8 @@ class SaapSelector(Selector):
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
         candidates = self.method.search_options.candidates(budget.max_tokens, n)
-        self._count(middle, heads, n, candidates, most)
-        return select_rows(
+        scored = torch.empty(len(q), heads, dtype=torch.int64)
+        ranges = select_rows(
             q,
             self.codes,
             middle.n_rows,
@@ -206,17 +207,15 @@ class SaapSelector(Selector):
             share=budget.share,
             first_row=middle.first_row,
             out=room.take(len(q), heads, most, q.device),
+            scored=scored,
             impl=query.impl,
         )
-
-    def _count(self, middle, heads, n, candidates, most) -> None:
-        codes, self.read = self.codes, self.coordinates.nbytes
+        self.read = self.coordinates.nbytes
         if most < n:
-            if candidates < n:
-                self.read += middle.n_kv * n * codes.coarse_bytes
-                self.read += heads * candidates * codes.fine_bytes
-            else:
-                self.read += middle.n_kv * n * (codes.coarse_bytes + codes.fine_bytes)
+            every = middle.n_kv * sum(middle.n_rows) / len(middle.n_rows)
+            whole = int(scored.sum()) / len(q)
+            self.read += every * self.codes.coarse_bytes + whole * self.codes.fine_bytes
+        return ranges
 
 
 class Saap(Method):

@@ -51,25 +51,33 @@ def test_zero_and_nan_keys_are_coded():
     x, _, importance = coded(n=8)
     x[0, 0, 3], x[0, 0, 4], x[0, 0, 5, 7] = 0.0, torch.nan, torch.inf
     found = decode(encode(x, importance))
-    assert (found[0, 0, 3:5] == 0).all()
+    assert (found[0, 0, 3:5].abs() < 0.01).all()
     assert found.isfinite().all()
 
 
-def expected_rows(q, codes, n, n_kv, k):
-    """By all of the codes, in float64; `q [Hq, P]`."""
+def best_weight(q, codes, n, n_kv, k, chosen):
+    """Share of the k best rows' weight that the chosen rows have, by all of the codes, in float64;
+    `q [Hq, P]`."""
     x = decode(codes)[0, :, :n].double()
     weights = (q.double().unflatten(0, (n_kv, -1)) @ x.mT).softmax(-1).sum(1)
-    return [sorted(own.argsort(descending=True)[:k].tolist()) for own in weights]
+    best = weights.topk(k).values.sum(-1)
+    return [
+        float(own[rows].sum() / most)
+        for own, rows, most in zip(weights, chosen, best, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("coordinates", [64, 128])
+@pytest.mark.parametrize("coordinates", [64, 128, 320])
 @pytest.mark.parametrize("group", [1, 3, 4, 6])
-def test_all_candidates_are_chosen_from_exactly(impl, coordinates, group):
-    _, codes, _ = coded(n=257, coordinates=coordinates)
+def test_all_candidates_are_chosen_from(impl, coordinates, group):
+    """A query in bytes puts a row here and there on the other side of an edge."""
+    _, codes, _ = coded(n=757, coordinates=coordinates)
     q = random(1, 2 * group, coordinates, seed=1) * 0.3
-    found = select_rows(q, codes, [250], max_tokens=40, n_candidates=250, impl=impl)
-    assert [rows(found, 0, h) for h in range(2)] == expected_rows(q[0], codes, 250, 2, 40)
+    found = select_rows(q, codes, [750], max_tokens=40, n_candidates=750, impl=impl)
+    chosen = [rows(found, 0, h) for h in range(2)]
+    assert all(len(own) == 40 for own in chosen)
+    assert min(best_weight(q[0], codes, 750, 2, 40, chosen)) > 0.995
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,8 +88,10 @@ def test_all_candidates_are_chosen_from_exactly(impl, coordinates, group):
     width=st.sampled_from([1, 2, 5, 100]),
     group=st.integers(1, 5),
     share=st.sampled_from(["group", "head"]),
+    threads=st.sampled_from([1, 3]),
 )
-def test_numba_chooses_as_the_reference(seed, n, max_tokens, width, group, share):
+def test_numba_chooses_as_the_reference(seed, n, max_tokens, width, group, share, threads):
+    """Three threads divide the rows of tasks, one does a task at a time."""
     _, codes, _ = coded(batch=2, n=n, seed=seed)
     q = random(2, 2 * group, 64, seed=seed + 1) * 0.5
     n_rows = [n, max(0, n - 37)]
@@ -90,8 +100,18 @@ def test_numba_chooses_as_the_reference(seed, n, max_tokens, width, group, share
     room = min(max_tokens, n)
     memory = torch.full((2, 2, heads, room + 8), CANARY, dtype=torch.int32)
     out = tuple(memory[..., 4 : 4 + room])
-    found = select_rows(q, codes, n_rows, **options, first_row=3, out=out, impl="numba")
+    scored = torch.full((2, 2, heads), CANARY)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = select_rows(
+            q, codes, n_rows, **options, first_row=3, out=out, scored=scored[0], impl="numba"
+        )
+    finally:
+        torch.set_num_threads(before)
+    options["scored"] = scored[1]
     true = select_rows(q, codes, n_rows, **options, first_row=3, impl="reference")
+    assert ((scored[0] - scored[1]).abs() <= 2 + scored[1] // 50).all()
     assert (memory[..., :4] == CANARY).all()
     assert (memory[..., 4 + room :] == CANARY).all()
     for i in range(2):
@@ -168,5 +188,5 @@ def test_codes_that_do_not_belong_together():
     with pytest.raises(ValueError, match=r"codes.fine must be \(1, 2, 300, 4\)"):
         select_rows(random(1, 4, 64), wrong, [300], max_tokens=10, n_candidates=40)
     strided = Codes(codes.coarse, codes.fine.mT.contiguous().mT, codes.scale)
-    with pytest.raises(ValueError, match=r"codes.fine must be contiguous"):
+    with pytest.raises(ValueError, match="fine words of a key must follow"):
         select_rows(random(1, 4, 64), strided, [300], max_tokens=10, n_candidates=40, impl="numba")

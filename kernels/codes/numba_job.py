@@ -1,0 +1,70 @@
+"""What one choice of rows works on, and the buffers of a worker."""
+
+import numba
+from numba import carray
+
+from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.jobs import job_type, offset_of
+from saap.kernels.cpu.memory import int64_pointer
+
+from .layout import COARSE_PLANES, FINE_PLANES, PER_WORD
+from .numba_simd import BLOCK, WIDEST
+
+FIELDS = (
+    "q coarse fine scale rows weights factors scores maxima totals starts lengths counts "  # at
+    "tasks heads kv_heads group coordinates most chunks by_sequence whole "
+    "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
+    "out_batch out_head capacity first_row max_tokens candidates "
+    "workspace worker_bytes next_worker next_task"
+).split()
+NEXT_WORKER = offset_of(FIELDS, "next_worker")
+NEXT_TASK = offset_of(FIELDS, "next_task")
+
+Job, SIGNATURE = job_type(FIELDS, ("unused",))
+
+CHUNK = 512
+"""Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""
+
+_njit = numba.njit(error_model="numpy")
+
+
+@_njit
+def words_per_group(coordinates):
+    return coordinates // (4 * PER_WORD)
+
+
+@_njit
+def planes_bytes(coordinates):
+    """Bytes of the words of a chunk, plane by plane."""
+    return 4 * CHUNK * (COARSE_PLANES + FINE_PLANES) * words_per_group(coordinates)
+
+
+@_njit
+def chunk_bytes(coordinates):
+    """Bytes that a chunk needs: words, numbers of rows, scales, the largest scores."""
+    return planes_bytes(coordinates) + 4 * CHUNK + CHUNK + 4 * WIDEST
+
+
+def whole_chunks(n: int) -> int:
+    """Rows filled up to whole chunks."""
+    return -(-n // CHUNK) * CHUNK
+
+
+def choice_bytes(most: int, candidates: int, group: int, coordinates: int) -> int:
+    """Bytes that choosing for one task needs beside its scores."""
+    room, found = whole_chunks(most), whole_chunks(candidates)
+    floats = 2 * room + 2 * (room + LANES) + group * (found + room // CHUNK + 1)
+    return chunk_bytes(coordinates) + 4 * (floats + floats % 2)
+
+
+@_njit
+def place_of(job, task):
+    """Sequence, KV head and number of rows of a task."""
+    b = task // job.heads if job.by_sequence else 0
+    kv_head = task % job.heads * job.kv_heads // job.heads
+    return b, kv_head, carray(int64_pointer(job.rows), b + 1)[b]
+
+
+@_njit
+def blocks_of(n):
+    return (n + BLOCK - 1) // BLOCK
