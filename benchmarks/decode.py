@@ -3,17 +3,19 @@
     python -m benchmarks.decode [--contexts 8192,32768,131072] [--budget 2048] [--threads 2]
 
 Two models: the shipped reference model, and random weights of Llama-3.2-1B's shape cut to two
-layers and a small vocabulary. Caches are filled with random keys and values, routers are random
-networks of the size that `saap.train` makes: what is timed does not depend on what they hold,
-except that random keys make lists of equal size. Three ways take turns:
+layers and a small vocabulary. Caches are filled with random keys and values; the routers of
+`blend` are random networks of the size that `saap.train` makes. What is timed hardly depends on
+what they hold, except that lists of random keys are of equal size and that the query heads of a
+group have no candidates in common: more of the whole codes are read than of a real text.
+The ways take turns:
 
 - `transformers`: its own SDPA over its `DynamicCache`, which copies the cache for every token;
 - `packed`: SDPA with the query heads of a group packed as query rows, over a cache written in
   place: the fair dense attention;
-- `saap`: `saap.attached`.
+- `saap`, `blend`: `saap.attached` with the method of that name.
 
-`attention_ms` is all that replaces dense attention: cache, RoPE removal, routing, selection,
-attention. JSON goes to `$OUT` or `benchmarks/results/<device>/decode.json`.
+`attention_ms` is all that replaces dense attention: cache, RoPE removal, choosing, attention.
+JSON goes to `$OUT` or `benchmarks/results/<device>/decode.json`.
 """
 
 import argparse
@@ -38,7 +40,6 @@ from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
 from saap.kv import KVStore
 from saap.kv import store as store_module
-from saap.methods.learned import RoutedSelector
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
 
@@ -49,7 +50,8 @@ from .reports import report_path, write
 HIDDEN = 64  # of the routers, as `saap.train` makes them
 SPARE = 2048
 STEPS_A_TURN = 4
-PARTS = ("append", "rope", "routing", "selection", "attention")
+PARTS = ("append", "rope", "choosing", "attention")
+METHODS = ("saap", "blend")
 
 
 def llama_1b_two_layers():
@@ -160,8 +162,7 @@ class Clock:
         places = {
             "append": (KVStore, "append"),
             "rope": (attention, "VARIANTS"),
-            "routing": (RoutedSelector, "scores"),
-            "selection": (KVStore, "select"),
+            "choosing": (KVStore, "select"),
             "attention": (store_module, "attend_ranges"),
             "glue": (Forward, "__call__"),
         }
@@ -187,46 +188,74 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
     layers = [torch.randn(2, *shape) for _ in range(about["num_layers"])]
     own_attention = model.config._attn_implementation
     token = torch.tensor([[5]])
-    with torch.no_grad(), saap.attached(model, random_index(about, nlist), budget) as saap_model:
-        sparse = saap_model.cache(capacity=context + SPARE)
-        begin = time.perf_counter()
-        for layer, (k, v) in zip(sparse.saap_layers, layers, strict=True):
-            layer.store.append(k, v, k)
-            layer.store.flush()
-            layer.slots = context
-        built = time.perf_counter() - begin
-        sparse.last_positions = [context - 1]
-        packed = DynamicCache(config=model.config)
-        packed.layers = [InPlaceLayer(k, v) for k, v in layers]
-        plain = DynamicCache(config=model.config)
-        for number, (k, v) in enumerate(layers):
-            plain.update(k, v, number)
-        del layers, k, v
+    packed = DynamicCache(config=model.config)
+    packed.layers = [InPlaceLayer(k, v) for k, v in layers]
+    plain = DynamicCache(config=model.config)
+    for number, (k, v) in enumerate(layers):
+        plain.update(k, v, number)
 
-        installed = model.config._attn_implementation
+    def dense_step(cache, implementation):
+        model.config._attn_implementation = implementation
+        try:
+            model(token, past_key_values=cache)
+        finally:
+            model.config._attn_implementation = own_attention
 
-        def step(cache, implementation=installed):
-            model.config._attn_implementation = implementation
-            try:
-                model(token, past_key_values=cache)
-            finally:
-                model.config._attn_implementation = installed
+    ways = {
+        "packed": lambda: dense_step(packed, "packed_sdpa"),
+        "transformers": lambda: dense_step(plain, own_attention),
+    }
+    records, spent, begun = {}, {}, {}
+    with torch.no_grad():
+        dense_attention = attention_of_packed(ways["packed"], packed)
+        for method in METHODS:
+            index = random_index(about, nlist) if method == "blend" else None
+            with saap.attached(model, index, budget, method=method) as saap_model:
+                begin = time.perf_counter()
+                cache = filled(saap_model, layers, context)
+                begun[method] = time.perf_counter() - begin
 
-        turns = {
-            "saap": [lambda: step(sparse)] * STEPS_A_TURN,
-            "packed": [lambda: step(packed, "packed_sdpa")] * STEPS_A_TURN,
-            "transformers": [lambda: step(plain, own_attention)],
-        }
-        spent = take_turns(turns, seconds)
-        parts = broken_down(lambda: step(sparse))
-        dense_attention = attention_of_packed(lambda: step(packed, "packed_sdpa"), packed)
-        flush = flush_ms(sparse)
-    held = sum(
-        2 * layer.store.k[:, :, : layer.store.length].nbytes for layer in sparse.saap_layers
-    )
-    saap_attention = sum(ms for name, ms in parts.items() if name != "projection")
+                def step(cache=cache):
+                    model(token, past_key_values=cache)
+
+                # Not all methods' turns at once: a model is attached to one of them at a time.
+                turns = {"saap": [step] * STEPS_A_TURN}
+                turns["packed"] = [lambda: detached(model, ways["packed"])] * STEPS_A_TURN
+                turns["transformers"] = [lambda: detached(model, ways["transformers"])]
+                spent = take_turns(turns, seconds)
+                records[method] = about_method(cache, step, spent, dense_attention)
+                records[method]["made_s"] = begun[method]
+                del cache, step
+    return {"context": context, "packed_attention_ms": dense_attention, "methods": records}
+
+
+def filled(saap_model, layers, context):
+    """A cache of random rows, indexed as by the first step of decoding."""
+    cache = saap_model.cache(capacity=context + SPARE)
+    for layer, (k, v) in zip(cache.saap_layers, layers, strict=True):
+        store = layer.store
+        store.append(k, v, k)
+        store.flush()
+        layer.slots = context
+    cache.last_positions = [context - 1]
+    return cache
+
+
+def detached(model, step):
+    """A step of the model's own, while it is attached: as `model.generate` without our cache."""
+    installed = model.config._attn_implementation
+    try:
+        step()
+    finally:
+        model.config._attn_implementation = installed
+
+
+def about_method(cache, step, spent, dense_attention) -> dict:
+    parts = broken_down(step)
+    held = sum(2 * layer.store.k[:, :, : layer.store.length].nbytes for layer in cache.saap_layers)
+    own = sum(ms for name, ms in parts.items() if name != "projection")
+    selectors = [layer.store.selector for layer in cache.saap_layers]
     return {
-        "context": context,
         "step_ms": {name: statistics.median(ms) for name, ms in spent.items()},
         "speedup": {
             name: statistics.median(
@@ -234,13 +263,13 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
             )
             for name in ("packed", "transformers")
         },
-        "saap_parts_ms": parts,
-        "attention_ms": {"saap": saap_attention, "packed": dense_attention},
-        "attention_speedup": dense_attention / saap_attention,
-        "flush_ms_per_token": flush,
-        "visited_share": sparse.visited_share,
-        "cache_bytes_per_kv_byte": sparse.nbytes / held,
-        "lists_built_s": built,
+        "parts_ms": parts,
+        "attention_ms": own,
+        "attention_speedup": dense_attention / own,
+        "flush_ms_per_token": flush_ms(cache),
+        "visited_share": cache.visited_share,
+        "kb_to_choose": sum(s.nbytes for s in selectors) / len(selectors) / 1e3,
+        "cache_bytes_per_kv_byte": cache.nbytes / held,
         "raw_ms": spent,
     }
 
@@ -324,18 +353,19 @@ def main() -> int:
 
 
 def print_record(r: dict) -> None:
-    steps = ", ".join(f"{name} {ms:.2f}" for name, ms in r["step_ms"].items())
-    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in r["saap_parts_ms"].items())
-    print(
-        f"{r['model']}, {r['context']:,} tokens: ms per step: {steps}; "
-        f"{r['speedup']['packed']:.1f}x packed, {r['speedup']['transformers']:.1f}x transformers\n"
-        f"  saap: {parts}; flush {r['flush_ms_per_token']:.2f} per token; "
-        f"visited {r['visited_share']:.1%}\n"
-        f"  attention alone: {r['attention_ms']['packed']:.2f} packed, "
-        f"{r['attention_ms']['saap']:.2f} saap, {r['attention_speedup']:.1f}x; "
-        f"{r['cache_bytes_per_kv_byte']:.3f} bytes held per byte of KV",
-        flush=True,
-    )
+    print(f"{r['model']}, {r['context']:,} tokens: {r['packed_attention_ms']:.2f} ms packed SDPA")
+    for name, own in r["methods"].items():
+        steps = ", ".join(f"{who} {ms:.2f}" for who, ms in own["step_ms"].items())
+        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in own["parts_ms"].items())
+        print(
+            f"  {name}: ms per step: {steps}; {own['speedup']['packed']:.1f}x packed, "
+            f"{own['speedup']['transformers']:.1f}x transformers\n"
+            f"    {parts}; flush {own['flush_ms_per_token']:.2f} per token\n"
+            f"    attention alone {own['attention_ms']:.2f}, {own['attention_speedup']:.1f}x; "
+            f"visited {own['visited_share']:.1%}, {own['kb_to_choose']:,.0f} kB to choose; "
+            f"{own['cache_bytes_per_kv_byte']:.3f} bytes held per byte of KV",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
