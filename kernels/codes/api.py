@@ -14,9 +14,9 @@ from torch import Tensor
 from . import reference
 from .layout import COARSE_PLANES, CODED, Codes
 
-Impl = Literal["reference", "numba"]
+Impl = Literal["reference", "numba", "triton"]
 Ranges = tuple[Int32[Tensor, "n H R"], Int32[Tensor, "n H R"]]
-BACKENDS = ("reference", "numba")
+BACKENDS = ("reference", "numba", "triton")
 
 
 def select_rows(
@@ -54,7 +54,8 @@ def select_rows(
         out: int32 `starts, lengths [n, H, capacity]` to write to, with room for `max_tokens`
             ranges; what is not used is set to 0.
         scored: int64 `[n, H]` to write to how many rows were scored by all of their code.
-        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+        impl: `"reference"`, `"numba"` (CPU), `"triton"` (GPU, or its interpreter), or None, the
+            best that can do it.
 
     Returns:
         `starts, lengths` int32 `[n, H, R]`, ascending; views of `out` if given. Ranges of length
@@ -73,7 +74,7 @@ def select_rows(
         out = starts, lengths
     _check_out(out, (n, heads), capacity)
     if scored is None:
-        scored = torch.empty(n, heads, dtype=torch.int64)
+        scored = torch.empty(n, heads, dtype=torch.int64, device=q.device)
     elif tuple(scored.shape) != (n, heads) or scored.dtype != torch.int64:
         raise ValueError(
             f"scored must be int64 {[n, heads]}; got {scored.dtype} {list(scored.shape)}"
@@ -127,23 +128,25 @@ def _check_out(out, shape, capacity) -> None:
 def _backend(impl: str | None, q: Tensor, codes: Codes, out) -> ModuleType:
     if impl not in (None, *BACKENDS):
         raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
-    if impl == "reference" or (impl is None and (q.device.type != "cpu" or not _has_numba())):
+    wanted = impl or ("triton" if q.device.type == "cuda" else "numba")
+    if wanted == "reference" or (impl is None and not _has(wanted)):
         return reference
-    if not _has_numba():
-        raise ValueError("impl 'numba' needs the package numba; it is not installed")
-    refusal = _numba().limit(q, codes, out)
+    if not _has(wanted):
+        raise ValueError(f"impl {wanted!r} needs the package {wanted}; it is not installed")
+    backend = _module(wanted)
+    refusal = backend.limit(q, codes, out)
     if refusal is None:
-        return _numba()
+        return backend
     if impl is None:
         return reference
     raise ValueError(refusal)
 
 
 @functools.cache
-def _numba() -> ModuleType:
-    return importlib.import_module(".numba", __package__)
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 @functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -39,6 +39,9 @@ STEP_4, STEP_2 = 0.335, 0.996
 WHOLE_STEPS, COARSE_STEPS = (STEP_4, STEP_4, STEP_2, STEP_2), (4 * STEP_4, 2 * SIGN, 2 * SIGN, 0.0)
 """Of each group of coordinates."""
 
+WHOLE_ZEROS, COARSE_ZEROS = (7.5, 7.5, 1.5, 1.5), (1.5, 0.5, 0.5, 0.0)
+"""The code that would stand for 0."""
+
 SCALE_SHIFT, SCALE_BASE = 19, (127 - 8) << 23
 """A scale is stored as a byte b, the float32 with the bits `(b << 19) + SCALE_BASE`: four bits of
 exponent and four of mantissa, from 2**-8 to 248."""
@@ -152,12 +155,6 @@ def decode_coarse(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
     first = (4 * _twos(coarse[0]) - 6.0) * STEP_4
     second, third = ((2 * bit - 1) * SIGN for bit in _bits(coarse[1]))
     return torch.cat([first, second, third, 0 * first], -1) * _scales(codes)
-
-
-def steps_of(coordinates: int, *, whole: bool) -> Float[Tensor, " P"]:
-    """How far two neighbouring codes of each coordinate are apart, of the whole or coarse code."""
-    steps = WHOLE_STEPS if whole else COARSE_STEPS
-    return torch.tensor(steps).repeat_interleave(coordinates // len(steps))
 
 
 def _scales(codes: Codes) -> Float[Tensor, "B Hkv n 1"]:

@@ -13,7 +13,15 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
-from .layout import COARSE_PLANES, COARSE_STEPS, FINE_PLANES, QUERY_MAX, WHOLE_STEPS
+from .layout import (
+    COARSE_PLANES,
+    COARSE_STEPS,
+    COARSE_ZEROS,
+    FINE_PLANES,
+    QUERY_MAX,
+    WHOLE_STEPS,
+    WHOLE_ZEROS,
+)
 from .numba_job import (
     CHUNK,
     NEXT_TASK,
@@ -31,7 +39,7 @@ _njit = numba.njit(error_model="numpy")
 
 # Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
 _STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
-_ZEROS = np.array([[1.5, 0.5, 0.5, 0], [7.5, 7.5, 1.5, 1.5]], "f4")
+_ZEROS = np.array([COARSE_ZEROS, WHOLE_ZEROS], "f4")
 
 
 def entry(stamp):

@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from .layout import QUERY_MAX, Codes, decode, decode_coarse, steps_of
+from .layout import (
+    COARSE_STEPS,
+    COARSE_ZEROS,
+    QUERY_MAX,
+    WHOLE_STEPS,
+    WHOLE_ZEROS,
+    Codes,
+    decode,
+    decode_coarse,
+)
 
 
 def select_rows(
@@ -38,22 +47,40 @@ def chosen(q, fine, coarse, max_tokens: int, n_candidates: int) -> tuple[Tensor,
         return torch.arange(n), 0
     candidates = torch.arange(n)
     if n_candidates < n:
-        scores = in_bytes(q, whole=False) @ coarse.T
+        scores = rounded(q, whole=False) @ coarse.T
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         candidates = torch.cat([best(own, n_candidates) for own in weights]).unique()
-    scores = in_bytes(q, whole=True) @ fine[candidates].T
+    scores = rounded(q, whole=True) @ fine[candidates].T
     weight = scores.softmax(-1).sum(0)
     return candidates[best(weight, max_tokens)], len(candidates)
 
 
-def in_bytes(q: Tensor, *, whole: bool) -> Tensor:
-    """Queries as the codes' steps see them: whole numbers of a byte, with a scale for each."""
-    steps = steps_of(q.shape[-1], whole=whole).to(q.device)
-    largest = (q * steps).abs().amax(-1, keepdim=True)
+def rounded(q: Tensor, *, whole: bool) -> Tensor:
+    """Queries as codes see them."""
+    weights, _, factor = in_bytes(q, whole=whole)
+    steps, _ = _steps_and_zeros(q, whole)
+    return torch.where(steps > 0, weights * factor[..., None] / steps, 0)
+
+
+def in_bytes(q: Tensor, *, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[..., P]` in whole numbers up to 127, `offset` and `factor [...]`:
+
+    a score is `factor * scale * (weights . code - offset)`, with the whole or the coarse code.
+    """
+    steps, zeros = _steps_and_zeros(q, whole)
+    largest = (q * steps).abs().amax(-1)
     usable = (largest > 0) & largest.isfinite()
-    factor = torch.where(usable, largest, torch.ones_like(largest)) / QUERY_MAX
-    rounded = (q * steps / factor).round() * factor / steps.clamp(min=1e-9)
-    return torch.where(usable, rounded, torch.zeros_like(rounded))
+    factor = torch.where(usable, largest / QUERY_MAX, 1)
+    weights = (q * steps / factor[..., None]).round()
+    weights = torch.where(usable[..., None], weights, 0)
+    return weights, weights @ zeros, factor
+
+
+def _steps_and_zeros(q: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """How far neighbouring codes of each coordinate are apart; which code would stand for 0."""
+    groups = (WHOLE_STEPS, WHOLE_ZEROS) if whole else (COARSE_STEPS, COARSE_ZEROS)
+    both = torch.tensor(groups, device=q.device, dtype=q.dtype)
+    return tuple(both.repeat_interleave(q.shape[-1] // len(groups[0]), -1))
 
 
 def best(key: Tensor, k: int) -> Tensor:

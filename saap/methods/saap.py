@@ -71,14 +71,20 @@ class SaapSelector(Selector):
         self.coordinates = coordinates
         self.codes: Codes | None = None
         self.n_coded: list[int] = []
-        self.read = 0.0
+        self.scored: Tensor | None = None  # whole codes that the latest step read
+        self.n_scanned = 0.0  # rows whose coarse codes it read, for each sequence and KV head
         if coordinates is not None:
             self.least_rows = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes per sequence: codes as the latest step read them, and the map of queries."""
-        return round(self.read)
+        if self.scored is None:
+            return 0
+        n_kv, rows = self.codes.scale.shape[1], self.n_scanned
+        whole = int(self.scored.sum()) / len(self.scored)  # waits for a GPU, a step does not
+        read = n_kv * rows * self.codes.coarse_bytes + whole * self.codes.fine_bytes
+        return round(self.coordinates.nbytes + read)
 
     @property
     def waits(self) -> bool:
@@ -197,7 +203,7 @@ class SaapSelector(Selector):
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
         candidates = self.method.search_options.candidates(budget.max_tokens, n)
-        scored = torch.empty(len(q), heads, dtype=torch.int64)
+        scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
         ranges = select_rows(
             q,
             self.codes,
@@ -210,11 +216,8 @@ class SaapSelector(Selector):
             scored=scored,
             impl=query.impl,
         )
-        self.read = self.coordinates.nbytes
-        if most < n:
-            every = middle.n_kv * sum(middle.n_rows) / len(middle.n_rows)
-            whole = int(scored.sum()) / len(q)
-            self.read += every * self.codes.coarse_bytes + whole * self.codes.fine_bytes
+        self.scored = scored
+        self.n_scanned = 0.0 if most == n else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
 
 

@@ -21,6 +21,8 @@ triton = pytest.importorskip("triton")
 
 from saap.kernels.attention import triton as backend  # noqa: E402
 from saap.kernels.attention.triton_plan import Device, Plan, make_plan  # noqa: E402
+from saap.kernels.codes import Codes  # noqa: E402
+from saap.kernels.codes import triton as codes_backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="the interpreter replaces the compiler"
@@ -43,6 +45,7 @@ CHIPS = {
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
 TRITON_TYPES = {
+    torch.uint8: "u8",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -201,6 +204,35 @@ def test_fits_the_chip(case, tmp_path):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_configuration_fits_the_chip(case, tmp_path):
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize(
+    ("coordinates", "whole", "listed"), [(128, False, False), (256, True, True)]
+)
+def test_scores_of_codes_fit_the_chip(capability, coordinates, whole, listed, tmp_path):
+    tasks, group, n, words = 32, 4, 131072, coordinates // 64
+
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = Codes(
+        meta(4, 8, 2 * words, n), meta(4, 8, n, 4 * words), meta(4, 8, n, dtype=torch.uint8)
+    )
+    launch = codes_backend.launch_of(
+        meta(tasks, coordinates, 16, dtype=torch.float16),
+        meta(tasks, 16, dtype=torch.float32),
+        meta(tasks, 16, dtype=torch.float32),
+        codes,
+        meta(4),
+        meta(tasks, 4096) if listed else None,
+        meta(tasks, group, 4096 if listed else n, dtype=torch.float32),
+        heads=8,
+        whole=whole,
+    )
+    usage = usage_of(launch, capability, tmp_path)
+    assert usage.stack <= 16, usage
+    assert usage.per_sm >= 4, usage
 
 
 @pytest.mark.parametrize("n_ranges", [1, 8])

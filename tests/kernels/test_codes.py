@@ -169,7 +169,11 @@ def bad(change, message):
         bad({"n_rows": [1, 2]}, "must be of 1 sequence or of 1; got 1 and 2"),
         bad({"max_tokens": -1}, "max_tokens must be an integer of at least 0; got -1"),
         bad({"share": "all"}, "share must be 'group' or 'head'; got 'all'"),
-        bad({"impl": "triton"}, "impl must be None or one of reference, numba; got 'triton'"),
+        bad({"impl": "fast"}, "impl must be None or one of reference, numba, triton; got 'fast'"),
+        bad({"impl": "triton"}, "q must be on a CUDA device for impl 'triton'; got cpu"),
+            {"impl": "triton"},
+            "impl must be None or one of reference, numba, triton; got 'triton'",
+        ),
         bad({"out": (torch.zeros(1, 2, 3, dtype=torch.int32),) * 2}, "at least 10"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_contract.py"]
+FILES = [f"tests/kernels/test_{name}.py" for name in ("triton", "triton_contract", "codes_triton")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU")

@@ -1,0 +1,136 @@
+"""Choice of rows by coded keys on a GPU: a kernel scores codes, torch's operators choose.
+
+Shapes depend on arguments alone and nothing waits for the GPU, so a step can be captured in a
+CUDA graph. Of rows with equal weights any come first. On CPU tensors it runs in Triton's
+interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .layout import CODED, Codes
+from .reference import in_bytes
+from .triton_kernels import score_codes
+
+INTERPRETED = not isinstance(score_codes, triton.JITFunction)
+BLOCK, MOST_HEADS = 64, 128
+_NONE = torch.iinfo(torch.int32).max
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
+    """What of validated arguments this backend cannot do, or None."""
+    if q.device.type != "cuda" and not INTERPRETED:
+        return (
+            f"q must be on a CUDA device for impl 'triton'; got {q.device}: use one, or set "
+            "TRITON_INTERPRET=1 before triton is imported"
+        )
+    for name in ("coarse", "fine", "scale"):
+        tensor = getattr(codes, name)
+        if tensor.device != q.device:
+            return f"codes.{name} must be on q's device, {q.device}; got {tensor.device}"
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"codes.{name} must be contiguous in its last dimension; got strides"
+    if codes.fine.stride(2) != codes.fine.shape[3]:
+        return "the fine words of a key must follow those of the one before; got strides"
+    return None
+
+
+def select_rows(
+    a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
+    n, heads, group, _ = a.shape
+    if group > MOST_HEADS:
+        raise ValueError(f"at most {MOST_HEADS} query heads can share a selection; got {group}")
+    most = max(n_rows)
+    counts = torch.tensor(n_rows, dtype=torch.int32, device=a.device)
+    of_task = counts.repeat_interleave(heads) if len(n_rows) > 1 else counts.expand(n * heads)
+    if n_candidates >= most:
+        weights = _softmax(_scores(a, codes, counts, most, None))
+        rows = torch.arange(most, dtype=torch.int32, device=a.device).expand(n * heads, -1)
+        inside = rows < of_task[:, None]
+        scored.copy_(of_task.view(n, heads))
+    else:
+        coarse = _scores(a, codes, counts, most, None, whole=False)
+        rows = coarse.topk(n_candidates, -1, sorted=False).indices.flatten(1).sort(-1).values
+        again = torch.zeros_like(rows, dtype=torch.bool)
+        again[:, 1:] = rows[:, 1:] == rows[:, :-1]
+        inside = ~again & (rows < of_task[:, None])
+        rows = torch.where(inside, rows, -1).int()
+        weights = _softmax(_scores(a, codes, counts, rows.shape[1], rows))
+        scored.copy_(inside.sum(-1).view(n, heads))
+    # Weights are not below 0: what is no row comes after all of them.
+    weights = torch.where(inside, weights, -1.0)
+    best = weights.topk(min(max_tokens, most), -1, sorted=False)
+    chosen = torch.where(best.values >= 0, rows.gather(-1, best.indices), _NONE)
+    return _ranges(chosen.sort(-1).values, first_row, out)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Added over the heads `[tasks, G, n]`; 0 for a sequence without rows."""
+    return scores.softmax(-1).nan_to_num(nan=0.0).sum(1)
+
+
+def _scores(a, codes, counts, n_listed, listed, *, whole=True) -> Tensor:
+    """float32 `[tasks, G, n_listed]`."""
+    n, heads, group, coordinates = a.shape
+    tasks, width = n * heads, max(16, triton.next_power_of_2(group))
+    weights, offset, factor = in_bytes(a.flatten(0, 1).float(), whole=whole)
+    padded = a.new_zeros(tasks, coordinates, width, dtype=torch.float16)
+    padded[..., :group] = weights.mT
+    offsets, factors = a.new_zeros(2, tasks, width, dtype=torch.float32)
+    offsets[:, :group], factors[:, :group] = offset, factor
+    out = torch.empty(tasks, group, n_listed, device=a.device)
+    launch = launch_of(
+        padded, offsets, factors, codes, counts, listed, out, heads=heads, whole=whole
+    )
+    launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    return out
+
+
+def launch_of(weights, offsets, factors, codes, counts, listed, out, *, heads, whole) -> Launch:
+    """How the rows that `listed` names, or all, are scored; see `score_codes`."""
+    tasks, group, n_listed = out.shape
+    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
+    arguments = {
+        "weights": weights, "offsets": offsets, "factors": factors, "coarse": coarse,
+        "fine": fine, "scale": scale, "counts": counts,
+        "listed": counts if listed is None else listed, "out": out, "heads": heads,
+        "kv_heads": scale.shape[1], "by_sequence": int(len(counts) > 1), "n_listed": n_listed,
+        "group": group, "coarse_batch": coarse.stride(0), "coarse_head": coarse.stride(1),
+        "coarse_plane": coarse.stride(2), "fine_batch": fine.stride(0),
+        "fine_head": fine.stride(1), "scale_batch": scale.stride(0),
+        "scale_head": scale.stride(1), "N_WORDS": codes.coordinates // CODED, "WHOLE": whole,
+        "LISTED": listed is not None, "BLOCK": BLOCK, "HEADS": weights.shape[2],
+    }  # fmt: skip
+    grid = (triton.cdiv(n_listed, BLOCK), tasks)
+    return Launch(score_codes, grid, arguments, {"num_warps": 4})
+
+
+def _ranges(rows: Tensor, first_row: int, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ascending rows `[tasks, k]`, `_NONE` for none at the end, as runs."""
+    starts, lengths = out
+    tasks, k = rows.shape
+    used = rows != _NONE
+    begins = used.clone()
+    begins[:, 1:] &= rows[:, 1:] != rows[:, :-1] + 1
+    run = begins.cumsum(-1) - 1
+    # One place more than there are runs takes what does not count.
+    first, length = rows.new_zeros(2, tasks, k + 1)
+    first.scatter_(-1, torch.where(begins, run, k), rows + first_row)
+    length.scatter_add_(-1, torch.where(used, run, k), torch.ones_like(rows))
+    shape = starts.shape[:2]
+    starts[..., :k], lengths[..., :k] = first[:, :k].view(*shape, k), length[:, :k].view(*shape, k)
+    starts[..., k:], lengths[..., k:] = 0, 0
+    return starts[..., :k], lengths[..., :k]

@@ -1,0 +1,77 @@
+"""Choice of rows by codes in Triton, against the reference; run where `triton_cases` says."""
+
+import pytest
+import torch
+
+from saap.kernels.codes import Codes, encode, select_rows
+
+from .triton_cases import DEVICE, MARKS
+
+pytestmark = MARKS
+
+
+def problem(n, group, coordinates, batch=2, n_kv=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n_kv, n, coordinates, generator=draw)
+    importance = torch.linspace(2.0, 0.1, coordinates).expand(1, n_kv, -1)
+    q = torch.randn(batch, n_kv * group, coordinates, generator=draw) * 0.4
+    codes = encode(x, importance)
+    return q.to(DEVICE), Codes(*(t.to(DEVICE) for t in (codes.coarse, codes.fine, codes.scale)))
+
+
+def rows(ranges, i, h):
+    pairs = zip(ranges[0][i, h].tolist(), ranges[1][i, h].tolist(), strict=True)
+    return [row for start, length in pairs for row in range(start, start + length)]
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "group", "share", "n_candidates"),
+    [
+        (64, 1, "group", 40),
+        (64, 3, "head", 40),
+        (64, 3, "group", 10**6),
+        (128, 4, "group", 40),
+        (128, 20, "group", 10**6),
+    ],
+)
+def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
+    q, codes = problem(300, group, coordinates)
+    n_rows = [300, 210]
+    heads = 2 if share == "group" else 2 * group
+    found, scored = {}, {}
+    for impl in ("reference", "triton"):
+        scored[impl] = torch.zeros(2, heads, dtype=torch.int64, device=DEVICE)
+        found[impl] = select_rows(
+            q, codes, n_rows, max_tokens=30, n_candidates=n_candidates, share=share, first_row=5,
+            scored=scored[impl], impl=impl,
+        )  # fmt: skip
+    assert (scored["triton"] - scored["reference"]).abs().max() <= 3
+    for i in range(2):
+        for h in range(heads):
+            own, other = (rows(found[impl], i, h) for impl in ("triton", "reference"))
+            assert own == sorted(set(own))
+            assert len(own) == 30
+            assert all(5 <= row < 5 + n_rows[i] for row in own)
+            assert len(set(own) - set(other)) <= 1
+
+
+def test_sequences_with_few_rows_or_none():
+    q, codes = problem(100, 2, 64)
+    for candidates in (12, 1000):
+        found = select_rows(
+            q, codes, [100, 7], max_tokens=10, n_candidates=candidates, impl="triton"
+        )
+        assert [len(rows(found, 0, h)) for h in range(2)] == [10, 10]
+        assert [rows(found, 1, h) for h in range(2)] == [list(range(7))] * 2
+        found = select_rows(
+            q, codes, [0, 100], max_tokens=10, n_candidates=candidates, impl="triton"
+        )
+        assert [len(rows(found, 0, h)) for h in range(2)] == [0, 0]
+
+
+def test_a_query_of_nan_chooses_as_many_rows():
+    q, codes = problem(100, 2, 64)
+    found = select_rows(
+        q * torch.nan, codes, [100, 100], max_tokens=10, n_candidates=20, impl="triton"
+    )
+    assert all(len(rows(found, i, h)) == 10 for i in range(2) for h in range(2))
