@@ -40,8 +40,8 @@ class SaapSearch:
     ones, and with them what a rare query asks for (docs/routing.md).
     """
 
-    width: float | None = 1.5
-    least: int = 384
+    width: float | None = 2.0
+    least: int = 512
 
     def __post_init__(self):
         if self.width is not None and not 1 <= self.width <= 1e6:
