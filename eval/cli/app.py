@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import decode, results, train
+from . import advise, decode, results, train
 
 app = typer.Typer(
     add_completion=False,
@@ -137,6 +137,7 @@ def evaluate(
     typer.echo(f"report  {report_path}")
 
 
+advise.register(app)
 results.register(app)
 decode.register(app)
 

@@ -19,7 +19,7 @@ from .models import (
     max_context,
     rope_variant,
 )
-from .reading import ReadContext, cache_from, read_context, rewind
+from .reading import ReadContext, cache_from, dynamic_cache_from, read_context, rewind
 
 __all__ = [
     "Handler",
@@ -32,6 +32,7 @@ __all__ = [
     "attention_modules",
     "cache_from",
     "describe",
+    "dynamic_cache_from",
     "fingerprint",
     "first_line",
     "load_model",

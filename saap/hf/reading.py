@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from saap.budget import Budget
 
@@ -106,6 +107,18 @@ def cache_from(saap_model: SaapModel, context: ReadContext, capacity: int = 0) -
             layer.slots = context.length
             layer.is_initialized = True
     rewind(cache, context)
+    return cache
+
+
+def dynamic_cache_from(model: nn.Module, context: ReadContext) -> DynamicCache:
+    """transformers' own cache with the tokens of `context`: to compare with."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    for number, layer in enumerate(context.cache.layers):
+        if isinstance(layer, SaapLayer):
+            k, v, _ = context.keys(number)
+            cache.update(k.clone(), v.clone(), number)
+        else:
+            cache.layers[number] = copy.deepcopy(layer)
     return cache
 
 

@@ -171,9 +171,6 @@ def bad(change, message):
         bad({"share": "all"}, "share must be 'group' or 'head'; got 'all'"),
         bad({"impl": "fast"}, "impl must be None or one of reference, numba, triton; got 'fast'"),
         bad({"impl": "triton"}, "q must be on a CUDA device for impl 'triton'; got cpu"),
-            {"impl": "triton"},
-            "impl must be None or one of reference, numba, triton; got 'triton'",
-        ),
         bad({"out": (torch.zeros(1, 2, 3, dtype=torch.int32),) * 2}, "at least 10"),
     ],
 )

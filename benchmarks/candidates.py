@@ -1,0 +1,148 @@
+"""Whose candidates: what of a coarse code's choice decides whether a hidden key is found.
+
+    python -m benchmarks.candidates [--documents 2]     # needs SmolLM2: `make models`
+
+Reads documents with hidden keys, as `saap demo` does, and asks for each key at 5 % of the rows.
+The rows whose whole code is read are chosen in several ways, by the coarse code or by parts of
+it, in plain PyTorch; the last step is that of `saap`. Figures go to `$OUT`, else to
+`benchmarks/results/<device>/candidates.json`, and then into `docs/routing.md`.
+"""
+
+import argparse
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from saap import hf
+from saap.budget import Budget
+from saap.eval.cli.demo_words import IN_WORDS, MODEL, document_with_keys
+from saap.eval.decoding import decoder
+from saap.eval.tasks.answering import encode
+from saap.kernels.codes import layout, reference
+from saap.methods import find_method
+from saap.methods import saap as saap_module
+
+from .cpu import cpu_name, environment
+from .reports import ROOT, put_table, report_path, write
+
+CONTEXT, SHARE = 8192, 0.05
+Choose = Callable[[Tensor], Tensor]
+"""Which rows are candidates, by the coarse scores `[G, n]` of a group's heads."""
+
+
+def of_group(count: int) -> Choose:
+    def choose(scores):
+        log_weights = scores - scores.logsumexp(-1, keepdim=True)
+        return reference.best(log_weights.amax(0), min(count, scores.shape[1]))
+
+    return choose
+
+
+def of_each_head(count: int) -> Choose:
+    def choose(scores):
+        return scores.topk(min(count, scores.shape[1]), -1).indices.unique()
+
+    return choose
+
+
+def everything(scores: Tensor) -> Tensor:
+    return torch.arange(scores.shape[1])
+
+
+# Label, how many groups of coordinates the coarse code may use, choice.
+WAYS = (
+    ("of the group, 1,024", 4, of_group(1024)),
+    ("of the group, 2,048", 4, of_group(2048)),
+    ("of each head, 256", 4, of_each_head(256)),
+    ("of each head, 512", 4, of_each_head(512)),
+    ("of each head, 512, by the first quarter's 2 bits alone", 1, of_each_head(512)),
+    ("every row", 4, everything),
+)
+
+
+class Choice:
+    """Stands in for `select_rows` in the selector of `saap`."""
+
+    def __init__(self, groups: int, choose: Choose):
+        self.groups, self.choose, self.read = groups, choose, []
+
+    def __call__(
+        self, q, codes, n_rows, *, max_tokens, n_candidates, share, first_row, out, scored, impl
+    ):
+        (n,) = n_rows
+        fine, coarse = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
+        coarse[..., self.groups * coarse.shape[-1] // 4 :] = 0
+        starts, lengths = (t.zero_() for t in out)
+        for h, heads in enumerate(q[0].unflatten(0, (len(fine), -1))):
+            candidates = self.choose(heads @ coarse[h].T)
+            weights = (heads @ fine[h, candidates].T).softmax(-1).sum(0)
+            rows = candidates[reference.best(weights, max_tokens)]
+            begins, counts = reference.as_ranges(rows)
+            starts[0, h, : len(begins)], lengths[0, h, : len(begins)] = begins + first_row, counts
+            scored[0, h] = len(candidates)
+            self.read.append(len(candidates))
+        return starts, lengths
+
+
+def ask(model, tokenizer, read, pairs, method) -> list[tuple[bool, float]]:
+    """Of each key: whether every token of it was the likeliest, and its log-probability."""
+    budget = Budget.for_selectivity(SHARE, read.length, n_sink=16, window=read.length // 32)
+    found = []
+    with decoder(model, read, method, budget, 64) as own:
+        for name, key in pairs:
+            own.restart(budget)
+            question = encode(tokenizer, IN_WORDS.question(name).encode(), special=False)
+            answer = encode(tokenizer, key.encode(), special=False)
+            logits = own.logits(torch.cat([question, answer]))[len(question) - 1 : -1]
+            likely = logits.log_softmax(-1).gather(-1, answer[:, None]).sum()
+            found.append((bool((logits.argmax(-1) == answer).all()), float(likely)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=2, help="each with six keys")
+    options = parser.parse_args()
+    model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
+    records = {label: {"read": [], "keys": []} for label, *_ in WAYS}
+    records["dense attention"] = {"read": [], "keys": []}
+    for seed in range(options.documents):
+        tokens, pairs = document_with_keys(tokenizer, CONTEXT - 64, seed)
+        read = hf.read_context(model, tokens, chunk=1024)
+        records["dense attention"]["keys"] += ask(
+            model, tokenizer, read, pairs, find_method("dense")()
+        )
+        for label, groups, choose in WAYS:
+            choice = Choice(groups, choose)
+            with mock.patch.object(saap_module, "select_rows", choice):
+                keys = ask(model, tokenizer, read, pairs, find_method("saap")())
+            records[label]["keys"] += keys
+            records[label]["read"] += [sum(choice.read) / len(choice.read)]
+            print(f"document {seed}, {label}: {sum(right for right, _ in keys)}", flush=True)
+    write(
+        report_path(cpu_name(), "candidates.json"),
+        {"environment": environment(), "context": CONTEXT, "share": SHARE, "records": records},
+    )
+    put_table(ROOT / "docs" / "routing.md", "python -m benchmarks.candidates", table(records))
+
+
+def table(records: dict) -> str:
+    """Log-probabilities are of the keys that dense attention answers."""
+    dense = records["dense attention"]["keys"]
+    known = [i for i, (right, _) in enumerate(dense) if right]
+    lines = [
+        f"| candidates | whole codes read | of {len(known)} keys | log-probability of these |",
+        "|---|---|---|---|",
+    ]
+    for label, own in records.items():
+        read = f"{sum(own['read']) / len(own['read']):,.0f}" if own["read"] else "–"
+        right = sum(own["keys"][i][0] for i in known)
+        likely = sum(own["keys"][i][1] for i in known)
+        lines.append(f"| {label} | {read} | {right} | {likely:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
