@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import advise, decode, results, train
+from . import advise, decode, explain, results, train
 
 app = typer.Typer(
     add_completion=False,
@@ -138,6 +138,7 @@ def evaluate(
 
 
 advise.register(app)
+explain.register(app)
 results.register(app)
 decode.register(app)
 

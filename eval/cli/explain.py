@@ -1,0 +1,77 @@
+"""The command `saap explain`: where a prompt's last token looks, and which methods visit it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+WIDTH = 44
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(explain)
+
+
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
+    ],
+    prompt_file: Annotated[Path, typer.Option(help="text; its last token is what asks")],
+    passage: Annotated[
+        str | None, typer.Option(help="text in the prompt whose heads are told; else the heaviest")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="comma-separated")
+    ] = "oracle-tokens,saap,pq,quest,streaming",
+    budget: Annotated[float, typer.Option(help="share of the context that is visited")] = 0.05,
+    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
+) -> None:
+    """Show which passages of a prompt its last token looks at, and which methods find them."""
+    from saap import hf
+    from saap.trained_index import TrainedIndex
+
+    from .. import corpus
+    from .. import explain as explained
+    from ..run import check_contexts
+    from ..variants import make_variants
+    from .app import choose, model_path
+    from .terminal import console
+
+    prompt = corpus.read_file(prompt_file).decode(errors="replace")
+    trained = TrainedIndex.load(index) if index else None
+    variants = make_variants(choose(methods, ()), trained, 0)
+    place = model_path(model)
+    loaded, tokenizer = hf.load_model(place), hf.load_tokenizer(place)
+    n = len(tokenizer(prompt)["input_ids"])
+    check_contexts((n,), hf.max_context(loaded), None)
+    with console.status(f"reading {n:,} tokens"):
+        found = explained.explain(
+            loaded, tokenizer, prompt, variants, share=budget, passage=passage
+        )
+    print_explanation(found, [variant.label for variant in variants])
+
+
+def print_explanation(found, methods: list[str]) -> None:
+    from .terminal import console, plain_table
+
+    def shares(of: dict[str, float]) -> list[str]:
+        return [f"{of[name]:.0%}" for name in methods]
+
+    console.print(
+        f"{found.context:,} tokens, {found.rows:,} rows visited per head. {found.middle_mass:.1%} "
+        "of the attention is between the first tokens and the recent window.\n",
+        highlight=False,
+    )
+    rows = [["all of these tokens", f"{found.middle_mass:.1%}", *shares(found.found)]]
+    for passage in found.passages:
+        text = " ".join(passage.text.split())
+        text = text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+        rows.append([text, f"{passage.mass:.2%}", *shares(passage.found)])
+    plain_table("passages, and how much of it is found", ("", "attention", *methods), rows)
+    heads = [
+        [f"layer {h.layer}, head {h.head}", f"{h.mass:.1%}", f"{h.rank:,}", *shares(h.found)]
+        for h in found.heads
+    ]
+    console.print()
+    title = "heads that look at the first passage most; rank of its best token"
+    plain_table(title, ("", "attention", "rank", *methods), heads)
