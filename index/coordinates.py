@@ -21,6 +21,9 @@ BLOCK = 8
 RIDGE = 1e-3
 GROUPS, MULTIPLE = 4, 64
 
+AT_ONCE = 16384
+"""Keys that are held in float64 at once."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -35,10 +38,11 @@ class Moments:
 
     @classmethod
     def of(cls, queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]) -> "Moments":
-        q, k = queries.double(), keys.double()
-        mean = k.mean(1)
-        k = k - mean[:, None]
-        return cls(q.mT @ q / q.shape[1], k.mT @ k / k.shape[1], mean.float())
+        sums = MomentSums()
+        sums.add_queries(queries)
+        for first in range(0, keys.shape[1], AT_ONCE):
+            sums.add_keys(keys[:, first : first + AT_ONCE])
+        return sums.moments()
 
 
 class MomentSums:
@@ -50,11 +54,18 @@ class MomentSums:
 
     def add(self, q: Float[Tensor, "Hq n D"], k: Float[Tensor, "Hkv n D"]) -> None:
         """Add queries and keys of some tokens, both as attention sees them."""
-        q = q.unflatten(0, (len(k), -1)).flatten(1, 2).double()
-        k = k.double()
+        self.add_queries(q.unflatten(0, (len(k), -1)).flatten(1, 2))
+        self.add_keys(k)
+
+    def add_queries(self, q: Float[Tensor, "Hkv n D"]) -> None:
+        """Queries of all heads of each KV head."""
+        q = q.double()
         self.n_queries += q.shape[1]
-        self.n_keys += k.shape[1]
         self.queries = self.queries + q.mT @ q
+
+    def add_keys(self, k: Float[Tensor, "Hkv n D"]) -> None:
+        k = k.double()
+        self.n_keys += k.shape[1]
         self.keys = self.keys + k.mT @ k
         self.sum = self.sum + k.sum(1)
 

@@ -119,22 +119,21 @@ def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"])
     length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
     x = x / length.clamp(min=torch.finfo(torch.float32).tiny)
     half, group = x.shape[-1] // 2, x.shape[-1] // 4
-    four = (x[..., :half] / STEP_4 + 7.5).round().clamp(0, 15).int()
-    two = (x[..., half:] / STEP_2 + 1.5).round().clamp(0, 3).int()
+    four = (x[..., :half] / STEP_4 + 7.5).round().clamp(0, 15).to(torch.uint8)
+    two = (x[..., half:] / STEP_2 + 1.5).round().clamp(0, 3).to(torch.uint8)
     decoded = torch.cat([(four - 7.5) * STEP_4, (two - 1.5) * STEP_2], -1)
     own = (x * x * weight).sum(-1)
     match = (decoded * x * weight).sum(-1)
     scale = length[..., 0] * (own / match.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=4)
     first, second, third, fourth = *four.split(group, -1), *two.split(group, -1)
-    coarse = _words(_two_bits(first >> 2), _one_bit(second >> 3, third >> 1))
-    fine = _words(
+    coarse = torch.cat([_two_bits(first >> 2), _one_bit(second >> 3, third >> 1)], -1)
+    parts = [
         _two_bits(first & 3),
         _two_bits(second >> 1 & 3),
         _one_bit(second & 1, third & 1),
         _two_bits(fourth),
-    )
-    coarse = coarse.transpose(-1, -2)
-    return Codes(coarse.contiguous(), fine.contiguous(), _stored(scale))
+    ]
+    return Codes(coarse.transpose(-1, -2).contiguous(), torch.cat(parts, -1), _stored(scale))
 
 
 def decode(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
@@ -161,28 +160,29 @@ def _scales(codes: Codes) -> Float[Tensor, "B Hkv n 1"]:
     return scales_of(codes.scale)[..., None]
 
 
-def _words(*planes: Int[Tensor, "*any n words"]) -> Int32[Tensor, "*any n all"]:
-    words = torch.cat(planes, -1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
-
-
 def _planes(words: Int32[Tensor, "*any n all"], count: int) -> list[Int[Tensor, "*any n words"]]:
     return [plane.long() & (2**32 - 1) for plane in words.chunk(count, -1)]
 
 
-def _two_bits(codes: Int[Tensor, "*any n coordinates"]) -> Int[Tensor, "*any n words"]:
+def _two_bits(codes: UInt8[Tensor, "*any n coordinates"]) -> Int32[Tensor, "*any n words"]:
     """Sixteen 2-bit codes in a word: code j in byte j % 4, from bit 2 (j // 4) on."""
-    parts = codes.long().unflatten(-1, (-1, PER_WORD))
-    return (parts << _places(2, PER_WORD, codes.device)).sum(-1)
+    return _packed(codes.unflatten(-1, (-1, BYTES, BYTES)), 2)
 
 
 def _one_bit(
-    lower: Int[Tensor, "*any n coordinates"], upper: Int[Tensor, "*any n coordinates"]
-) -> Int[Tensor, "*any n words"]:
+    lower: UInt8[Tensor, "*any n coordinates"], upper: UInt8[Tensor, "*any n coordinates"]
+) -> Int32[Tensor, "*any n words"]:
     """Sixteen bits of one group and sixteen of another: bit j in byte j % 4, as bit j // 4."""
-    halves = [t.long().unflatten(-1, (-1, PER_WORD)) for t in (lower, upper)]
-    parts = torch.cat(halves, -1)
-    return (parts << _places(1, 2 * PER_WORD, parts.device)).sum(-1)
+    halves = [t.unflatten(-1, (-1, BYTES, BYTES)) for t in (lower, upper)]
+    return _packed(torch.cat(halves, -2), 1)
+
+
+def _packed(codes: UInt8[Tensor, "*any words steps 4"], bits: int) -> Int32[Tensor, "*any words"]:
+    each = codes.unbind(-2)
+    packed = each[0].clone()
+    for step, own in enumerate(each[1:], 1):
+        packed |= own << (bits * step)
+    return packed.view(torch.int32)[..., 0]
 
 
 def _places(bits: int, count: int, device: torch.device) -> Int[Tensor, " count"]:

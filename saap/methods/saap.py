@@ -28,6 +28,7 @@ from .base import Method
 
 MOST_OBSERVED = 2048  # queries of a prompt whose covariance is taken
 SPARE = 256
+CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,13 @@ class SaapSelector(Selector):
         self._reserve(middle)
         codes = self.codes
         for b, n in enumerate(middle.n_rows):
-            rows = slice(min(before[b], n), n)
             own = self.coordinates.of_sequence(b)
-            new = encode(own.keys(middle.k[b : b + 1, :, rows]), own.importance)
-            codes.coarse[b, ..., rows] = new.coarse[0]
-            codes.fine[b, :, rows] = new.fine[0]
-            codes.scale[b, :, rows] = new.scale[0]
+            for first in range(before[b], n, CODED_AT_ONCE):
+                rows = slice(first, min(first + CODED_AT_ONCE, n))
+                new = encode(own.keys(middle.k[b : b + 1, :, rows]), own.importance)
+                codes.coarse[b, ..., rows] = new.coarse[0]
+                codes.fine[b, :, rows] = new.fine[0]
+                codes.scale[b, :, rows] = new.scale[0]
         self.n_coded = list(middle.n_rows)
 
     def _learn(self, middle: Middle) -> None:
