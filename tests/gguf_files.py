@@ -14,7 +14,7 @@ def byte_tokens() -> list[str]:
     for byte in range(256):
         letters[byte] = chr(byte) if byte in plain else chr(256 + spare)
         spare += byte not in plain
-    return ["<s>", "</s>", *letters.values(), "th"]
+    return ["<s>", "</s>", *letters.values(), "th", "ht"]
 
 
 def write_gguf(
@@ -42,8 +42,8 @@ def write_gguf(
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
-        writer.add_token_types([3, 3] + [1] * 257)
-        writer.add_token_merges(["t h"])
+        writer.add_token_types([3, 3] + [1] * 258)
+        writer.add_token_merges(["t h", "h t"])  # transformers 5.17 cannot read a single one
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
         if chat:

@@ -48,7 +48,8 @@ class SaapLayer(CacheLayerMixin):
         left = self.slots - n_slots
         return [max(0, left - (self.slots - n)) for n in self.store.lengths]
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes 0 or less, minus the tokens to remove; got {tokens_to_remove}"
@@ -142,7 +143,8 @@ class SaapCache(Cache):
         if all(layer.get_seq_length() == forward.slots_after for layer in self.layers):
             self.last_positions, self._lengths = forward.ends, forward.lengths_after
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        tokens_to_remove = int(tokens_to_remove)
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._lengths = [max(0, n + tokens_to_remove) for n in self._lengths]
