@@ -39,7 +39,7 @@ def test_the_model_is_a_plain_one(file, model, tmp_path):
     half = hf.load_model(str(file), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert hf.max_context(model) == CONTEXT
-    assert model.config.vocab_size == 259
+    assert model.config.vocab_size == 260
 
 
 def test_the_tokenizer_comes_with_it(file):
@@ -67,7 +67,7 @@ def test_attached_equals_dense_at_full_budget(model):
 
 def test_a_file_that_lacks_the_tokenizer(tmp_path):
     file = write_gguf(tmp_path / "bare.gguf", tokenizer=False)
-    assert hf.load_model(file).config.vocab_size == 259
+    assert hf.load_model(file).config.vocab_size == 260
     with pytest.raises(ValueError, match=r"bare\.gguf: a GGUF file must have a tokenizer; got no"):
         hf.load_tokenizer(file)
 
