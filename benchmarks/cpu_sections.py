@@ -75,7 +75,7 @@ def sdpa_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def selections(bench: Bench, rows: int, share: float, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Different ones, as many as make a pass larger than the caches, of `size` bytes a row."""
+    """Different ones, as many as make a pass larger than the caches, of `size` bytes per row."""
     nlist = max(1, min(MAX_NLIST, rows // ROWS_PER_BUCKET))
     wanted = int(share * rows)
     count = max(1, min(MAX_CALLS, -(-cold_bytes() // max(1, wanted * KV_HEADS * size))))

@@ -103,7 +103,7 @@ def group_weights(case: Case, router: MLPRouter) -> Tensor:
 def table(found: dict[str, dict]) -> str:
     lines = [
         f"| network, at {SHARE:.0%} of {CONTEXT:,} tokens | recall of the middle | output error "
-        "| kB a layer in 8 bits |",
+        "| kB per layer in 8 bits |",
         "|---|---|---|---|",
     ]
     lines += [

@@ -62,7 +62,7 @@ VARIANTS = (
     ("blend, 32", "mlp", 32, 0.5, "group"),
     ("blend, 16, a quarter trained", "mlp", 16, 0.25, "group"),
     ("blend, 16, three quarters trained", "mlp", 16, 0.75, "group"),
-    ("blend, 16, a selection a query head", "mlp", 16, 0.5, "head"),
+    ("blend, 16, a selection per query head", "mlp", 16, 0.5, "head"),
 )
 
 

@@ -40,7 +40,7 @@ FIT_STEPS = 150
 
 @dataclass
 class Case:
-    """A layer of a text: n queries, G query heads a KV head, cells and M rows of the middle."""
+    """A layer of a text: n queries, G query heads per KV head, cells and M rows of the middle."""
 
     layer: int
     logits: Tensor  # of the network [n, Hkv, G, nlist + 1]
@@ -114,7 +114,7 @@ def case_of(read: hf.ReadContext, info: LayerInfo, index: TrainedIndex) -> Case:
 
 
 def weight_a_key(case: Case, trained=0.5, turned=0.5, normalised=0.0) -> Tensor:
-    """Predicted attention `[n, Hkv, G, cells]`; exponents may be one a head, `[Hkv, G]`.
+    """Predicted attention `[n, Hkv, G, cells]`; exponents may be one per head, `[Hkv, G]`.
 
     With `normalised` 1 every head's weights add up to 1, with 0 to the mass of its middle.
     """
@@ -262,7 +262,7 @@ def measure(cases: list[Case], fitting: list[Case], index: TrainedIndex) -> dict
     n_rows = rows_of_middle()
     found = {"**as it is**": outcome(cases, usual)}
     exponents = fitted_exponents(fitting, len(index.layers))
-    found["exponents of the blend fitted, two a head"] = outcome(
+    found["exponents of the blend fitted, two per head"] = outcome(
         cases, lambda c: chosen_rows(c, weight_a_key(c, *exponents[c.layer]).sum(2), n_rows)
     )
     for part in (0.5, 1.0):

@@ -1,4 +1,4 @@
-"""What training costs: seconds a head, of the reference model and of a Llama-3-8B layer.
+"""What training costs: seconds per head, of the reference model and of a Llama-3-8B layer.
 
     python -m benchmarks.training                    # here: a small part of the large layer
     python -m benchmarks.training --device cuda --texts 24 --steps 400 --dtype bfloat16

@@ -56,7 +56,7 @@ class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
     A layer with a sliding window, which is never searched, is None. `metadata`: `model` (shapes,
-    RoPE, fingerprint), `nlist`, `router` (the default one), `n_segments` (time segments a bucket),
+    RoPE, fingerprint), `nlist`, `router` (the default one), `n_segments` (time segments per bucket),
     `interleaved` and `sm_scale` (a layer), `seed`, `context`, `n_sink`, `window`, `corpus` (hash
     and number of tokens), `recall` (middle recall a router, layer and query head on a held-out
     part, as measured after training).

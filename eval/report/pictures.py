@@ -141,7 +141,7 @@ def keys_and_queries(heads: list[dict], path: Path) -> Path:
 
 
 def bucket_sizes(heads: list[dict], path: Path) -> Path:
-    """Histogram of rows a bucket, the mean marked, for the same heads."""
+    """Histogram of rows per bucket, the mean marked, for the same heads."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(heads), figsize=(WIDTH, 2.6), squeeze=False, sharey=True, layout="constrained"

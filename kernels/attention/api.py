@@ -46,7 +46,7 @@ def attend_ranges(
         k, v: `[B, Hkv, N, D]`, one dtype; `Hq` is a multiple of `Hkv`. Strided views are read
             in place as long as D is contiguous.
         starts, lengths: int32 `[B, Hkv, R]`, one selection for all query heads of a KV head, or
-            `[B, Hq, R]`, one a query head. Range `i` is rows `[start, start + length)`; length
+            `[B, Hq, R]`, one per query head. Range `i` is rows `[start, start + length)`; length
             0 is unused. The ranges of one row must not overlap: the reference checks it.
         sm_scale: factor of the scores; None is `D ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)`; None is off.

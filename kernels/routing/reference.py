@@ -127,7 +127,7 @@ def select_lists(
 ) -> tuple[Tensor, Tensor]:
     """As `api.select_lists`, whose validation is taken for granted, on any device.
 
-    Ranges come in the order of the scores, one a list.
+    Ranges come in the order of the scores, one per list.
     """
     validate.check_offset_values(offsets, first_row)
     batch, heads, n_lists = scores.shape

@@ -95,7 +95,7 @@ def train(
     """Partitions and routers for every layer of a Hugging Face model, one layer at a time.
 
     `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
-    to measure the recorded recall. `nlist`: buckets a KV head (`default_nlist` of the longest
+    to measure the recorded recall. `nlist`: buckets per KV head (`default_nlist` of the longest
     sequence). `router`: the default router of the result, "mlp" (Saap's classifier), "linear" or
     "centroid" (nothing but k-means is trained). `n_segments`: time segments into which decoding
     cuts the buckets (`saap.routing`), 1 for whole buckets.
