@@ -74,7 +74,7 @@ def fitted_in_all_ways(targets, options) -> dict[str, MLPRouter]:
         "128 hidden": fit(hidden=128),
         "200 steps": fit(steps=200),
         "800 steps": fit(steps=800),
-        "mass a bucket, whatever its size": fit(sizes=None, block_of=None),
+        "mass per bucket, whatever its size": fit(sizes=None, block_of=None),
         "the largest bucket of each query alone": fit(mass=largest_only(mass)),
         "every query alike": fit(mass=middle_alone(mass)),
         "one network a KV group, 64 hidden": fit(

@@ -22,7 +22,8 @@ class Budget:
     attention is: nothing on heads that look at the sinks, much on tokens that ask for something
     far back; less error for the same mean (docs/routing.md).
 
-    `share`: "group" makes one selection for the query heads of a KV head; "head" makes one for each query head.
+    `share`: "group" makes one selection for the query heads of a KV head; "head" makes one for
+    each query head.
     `flush_every`: tokens that leave the window join the indexed rows this many at a time, so a
     step visits up to `flush_every - 1` tokens more than the window; None, the default, takes 8,
     and more for long contexts (1/256 of their length), where a flush moves more rows.

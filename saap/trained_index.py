@@ -56,9 +56,10 @@ class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
     A layer with a sliding window, which is never searched, is None. `metadata`: `model` (shapes,
-    RoPE, fingerprint), `nlist`, `router` (the default one), `n_segments` (time segments per bucket),
-    `interleaved` and `sm_scale` (a layer), `seed`, `context`, `n_sink`, `window`, `corpus` (hash
-    and number of tokens), `recall` (middle recall a router, layer and query head on a held-out
+    RoPE, fingerprint), `nlist`, `router` (the default one), `n_segments` (time segments per
+    bucket), `interleaved` and `sm_scale` (of each layer), `seed`, `context`, `n_sink`, `window`,
+    `corpus` (hash and number of tokens), `recall` (of each router, layer and query head: recall of
+    the middle on a held-out
     part, as measured after training).
     """
 
