@@ -195,9 +195,14 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
             s.selection(bench, batch, "128k", share)
         s.single_tokens(bench, "171k", 0.05)
 
+    def choices(bench: s.Bench) -> None:
+        for batch, context in ((1, "32k"), (1, "128k"), (8, "128k"), (1, "512k")):
+            s.choice(bench, batch, context)
+
     return [
         ("dense headline", 40, lambda bench: s.dense(bench, headline, uniform)),
         ("selections", 60, selections),
+        ("choice by codes", 30, choices),
         ("ragged", 60, lambda bench: s.ragged(bench, [8, 32], every)),
         ("eight bits", 20, lambda bench: s.eight_bits(bench, "128k")),
         ("host", 10, lambda bench: s.host_time(bench, "128k")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saap.kernels.attention import triton as backend
+from saap.kernels.codes import COARSE_PLANES, CODED, FINE_PLANES, Codes, select_rows
 
 from . import gpu_peers as peers
 from . import workloads
@@ -233,6 +234,45 @@ def eight_bits(bench: Bench, context: str) -> None:
             "storage": str(dtype),
         }
         bench.time("eight-bits", "saap", calls, KV_HEADS * rows, **shape)
+
+
+def choice(bench: Bench, batch: int, context: str) -> None:
+    """What `saap` adds to a step: the choice of 4,096 rows by codes, coarse and then whole."""
+    rows, n_words = bench.context(context), HEAD_DIM // CODED
+
+    def words(*shape: int) -> Tensor:
+        drawn = torch.randint(-(2**31), 2**31, (batch, KV_HEADS, *shape), device=bench.device)
+        return drawn.int()
+
+    budget = min(4096, rows // 4)
+    calls = []
+    for _ in range(2):
+        codes = Codes(
+            words(COARSE_PLANES * n_words, rows), words(rows, FINE_PLANES * n_words),
+            torch.full((batch, KV_HEADS, rows), 128, dtype=torch.uint8, device=bench.device),
+        )  # fmt: skip
+        out = tuple(torch.zeros(2, batch, KV_HEADS, budget, dtype=torch.int32,
+                                device=bench.device))  # fmt: skip
+        scored = torch.zeros(batch, KV_HEADS, dtype=torch.int64, device=bench.device)
+        q = bench.queries(batch).float() / 16
+
+        def call(q=q, codes=codes, out=out, scored=scored) -> None:
+            select_rows(
+                q, codes, [rows] * batch, max_tokens=budget, n_candidates=2 * budget, out=out,
+                scored=scored, impl="triton",
+            )  # fmt: skip
+
+        calls.append(call)
+    record = {"section": "choice", "impl": "saap", "batch": batch, "context": context}
+    try:
+        ms, graph = time_calls(calls, bench.device)
+    except (RuntimeError, ValueError) as failure:
+        record["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
+    else:
+        scanned = batch * KV_HEADS * rows * codes.coarse_bytes
+        record |= {"ms": ms, "timed": "graph" if graph else "eager", "bytes": scanned}
+        record |= {"gbps": scanned / ms / 1e6}
+    bench.records.append(record)
 
 
 def host_time(bench: Bench, context: str) -> None:

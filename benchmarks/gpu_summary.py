@@ -33,6 +33,8 @@ def summarise(records: list[Record], copy_gbps: float) -> dict[str, Any]:
         peer = fastest(peers_of(dense["171k"]))
         summary[f"{name}_us"] = round(1e3 * r["ms"], 1)
         summary[f"{name}_vs_best_dense_peer"] = peer and round(peer / r["ms"], 2)
+    for r in select(timed, section="choice"):
+        summary[f"choice_{r['context']}_b{r['batch']}_us"] = round(1e3 * r["ms"], 1)
     summary["not_measured"] = sum("ms" not in r and "us" not in r for r in records)
     return summary
 

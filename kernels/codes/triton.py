@@ -5,6 +5,7 @@ CUDA graph. Of rows with equal weights any come first. On CPU tensors it runs in
 interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def select_rows(
     if group > MOST_HEADS:
         raise ValueError(f"at most {MOST_HEADS} query heads can share a selection; got {group}")
     most = max(n_rows)
-    counts = torch.tensor(n_rows, dtype=torch.int32, device=a.device)
+    counts = _counts(tuple(n_rows), a.device)
     of_task = counts.repeat_interleave(heads) if len(n_rows) > 1 else counts.expand(n * heads)
     if n_candidates >= most:
         weights = _softmax(_scores(a, codes, counts, most, None))
@@ -75,6 +76,12 @@ def select_rows(
     best = weights.topk(min(max_tokens, most), -1, sorted=False)
     chosen = torch.where(best.values >= 0, rows.gather(-1, best.indices), _NONE)
     return _ranges(chosen.sort(-1).values, first_row, out)
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(n_rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since a layer has as many rows as the one before it, and a copy cannot be captured."""
+    return torch.tensor(n_rows, dtype=torch.int32, device=device)
 
 
 def _softmax(scores: Tensor) -> Tensor:
