@@ -7,8 +7,10 @@ from saap.budget import Budget
 from saap.index.routers import CentroidRouter, MLPRouter
 from saap.kernels.attention import reference
 from saap.kv import KVStore, attend_chunk
+from saap.methods import find_method
 from saap.methods.learned import RoutedSelector
 from saap.routing import LayerRouting
+from saap.selector import LayerInfo
 
 HKV, HQ, DIM, NLIST = 2, 4, 16, 8
 FULL = Budget(nprobe=NLIST, n_sink=4, window=8, flush_every=8)
@@ -544,3 +546,18 @@ def test_the_tail_of_the_default_leaves_room_in_a_small_share():
     """5.4 % of 8,192 tokens can be visited: sinks and tail alone are less."""
     budget = Budget(max_tokens=0)
     assert 8192 - budget.rows_in_lists(8192) < 0.037 * 8192
+
+
+def test_bytes_of_codes_are_told():
+    """25 bytes for each key of 64 dimensions, beside 512 of key and value."""
+    n, heads = 4000, 2
+    k, v = torch.randn(2, 1, heads, n, 64, generator=torch.Generator().manual_seed(0))
+    stores = [
+        KVStore(find_method(name)().selector(LayerInfo(0.125)), Budget(max_tokens=64))
+        for name in ("saap", "streaming")
+    ]
+    for store in stores:
+        store.append(k, v, k)
+        store.settle()
+    more = stores[0].nbytes - stores[1].nbytes
+    assert 25 * heads * n * 0.9 < more < 25 * heads * n * 1.5 + 4 * 64 * 64 * 4 * heads

@@ -20,6 +20,7 @@ from saap.selector import Middle, Query, Ranges, Selector
 
 from .checks import check_append, check_query
 from .chunks import OutAndLse, attend_chunk
+from .memory import held_bytes
 from .ranges import StepRanges
 
 ASSIGNED_AT_ONCE = 2048
@@ -76,9 +77,14 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values, numbers of lists and tokens, ranges, pending keys."""
+        """Bytes held: keys, values, numbers of lists and tokens, ranges, pending keys, and what
+        the selector keeps: codes, pages, graphs."""
         pending = 0 if self._pending is None else self._pending.nbytes
-        return self.rows.nbytes + pending + self._ranges.nbytes
+        own = list(self.rows.vectors.values())
+        return (
+            self.rows.nbytes + pending + self._ranges.nbytes
+            + held_bytes(self.selector, besides=own)
+        )  # fmt: skip
 
     @property
     def visited_rows(self) -> float:
