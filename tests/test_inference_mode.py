@@ -25,6 +25,8 @@ def test_a_cache_filled_under_inference_mode_goes_on_outside(family, method):
             found += decoded(model, torch.tensor([found[-1:]]), mixed, n=4)
         found += decoded(model, torch.tensor([found[-1:]]), mixed, n=9)
         assert found == expected
+        if family == "gemma3":  # a window that has moved on cannot be moved back
+            return
         with torch.inference_mode():
             for cache in (whole, mixed):
                 cache.crop(-5)

@@ -28,11 +28,17 @@ COMMANDS = {
 }  # fmt: skip
 NEEDED = {"train": ["--corpus", "--out"], "eval": ["--out"], "prefill": ["--out"],
           "index": ["--out"], "generate": ["--prompt-file"]}  # fmt: skip
-VALUES = ("0", "-1", "1", "2", "512", "0.05", "1e999", "nan", "x", "", " ", "all", "dense",
-          "saap,quest", "attention", "reference", "doc.txt", "docs", "bad.st", "none", "out",
-          "file/x", "n" * 300, str(2**70), "../..", "/dev/null", "a.b=c", "saap.x=1", "=", 
+VALUES = ("0", "-1", "1", "2", "512", str(2**70), "0.05", "1e999", "nan", "x", "", " ", "all",
+          "dense", "saap,quest", "attention", "reference", "doc.txt", "docs", "bad.st", "none",
+          "out", "file/x", "n" * 300, "../..", "/dev/null", "a.b=c", "saap.x=1", "=", 
           "\udcff", "sweep.yaml", "blend", "mlp", "out.png", "doc.txt,doc.txt",
           "[x]", "bytes.bin")  # fmt: skip
+
+
+PLACES = {"demo": 0, "compare": 2, "prefill": 2, "index": 2, "ask": 3}  # others: 1
+NUMBERS = {"--context", "--seed", "--texts", "--nlist", "--window", "--steps", "--prompts",
+           "--jobs", "--threads", "--level", "--chunk", "--tokens", "--max-tokens", "--nprobe",
+           "--top-p", "--min-weight"}  # fmt: skip
 
 
 class Reached(ValueError):
@@ -62,14 +68,16 @@ def folder(tmp_path, monkeypatch):
 
 def arguments(own) -> list[str]:
     command = own.choice(sorted(COMMANDS))
-    found = [command, *(own.choice(VALUES) for _ in range(own.choice((0, 1, 1, 1, 2, 2, 3))))]
+    count = PLACES.get(command, 1) if own.random() < 0.9 else own.randrange(4)
+    found = [command, *(own.choice(VALUES) for _ in range(count))]
     names = [own.choice(COMMANDS[command]) for _ in range(own.choice((0, 1, 2, 4)))]
     if own.random() < 0.9:
         names += NEEDED.get(command, [])
     for name in names:
         found.append(name)
         if name not in ("--strict", "--all", "--compare"):
-            found.append(own.choice(VALUES))
+            numbers = name in NUMBERS and own.random() < 0.9
+            found.append(own.choice(VALUES[:6] if numbers else VALUES))
     return found
 
 

@@ -39,14 +39,17 @@ class Twin:
     def random(self, *shape):
         return torch.randn(*shape, generator=self.generator)
 
+    def lengths(self, batch):
+        return self.store.lengths or [0] * batch
+
     def append(self):
         batch = len(self.held) or self.own.choice((1, 1, 2, 3))
         n = self.own.choice((1, 1, 1, 1, 2, 7, 30, 100))
         k, v = self.random(2, batch, HKV, n, DIM)
         mask = None
         if n > 1 and self.own.random() < 0.3:
-            mask = torch.arange(n) >= torch.tensor([[self.own.randrange(n)] for _ in range(batch)])
-            mask[self.own.randrange(batch)] = True
+            padding = [0 if held else self.own.randrange(n) for held in self.lengths(batch)]
+            mask = torch.arange(n) >= torch.tensor(padding)[:, None]
         self.store.append(k, v, k, mask)
         self.held = self.held or [(k[0, :, :0], v[0, :, :0])] * batch
         new = [n] * batch if mask is None else mask.sum(1).tolist()
@@ -99,10 +102,10 @@ class Twin:
         """What is to be refused, and to leave everything as it was."""
         before, batch = list(self.store.lengths), len(self.held) or 1
         good = torch.zeros(batch, HKV, 2, DIM)
-        other = self.own.choice(
-            (good[:, :, :0], good[..., :8], good[:, :1].expand(-1, 5, -1, -1), good[0], good[:0],
-             good.double() if self.held else good[0])
-        )  # fmt: skip
+        others = [good[:, :, :0], good[0], good[:0]]
+        if self.held:  # the first append may bring any of these
+            others += [good[..., :8], good[:, :1].expand(-1, 5, -1, -1), good.double()]
+        other = self.own.choice(others)
         attempts = (
             lambda: self.store.append(other, other, other),
             lambda: self.store.append(good, other, good),
