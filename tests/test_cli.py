@@ -163,3 +163,17 @@ def test_help_is_quick_and_names_the_commands():
     for command in ("demo", "train", "eval", "report", "info"):
         assert command in done.stdout
     assert " torch\n" not in done.stderr
+
+
+def test_budgets_that_no_task_asks_at_are_not_checked(reference_model, reference_tokenizer):
+    """512 tokens cannot keep 5 % with sinks and window: no matter where nothing is asked."""
+    from saap.eval.run import EvalConfig, make_bench
+
+    def bench(task):
+        config = EvalConfig(methods=("dense",), contexts=(512,), budgets=(0.5,), tasks=(task,))
+        return make_bench(reference_model, reference_tokenizer, None, b"text", config)
+
+    assert bench("attention").config.tasks == ("attention",)
+    assert bench("geometry").config.tasks == ("geometry",)
+    with pytest.raises(ValueError, match="selectivity must be above"):
+        bench("passkey")

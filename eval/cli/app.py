@@ -108,6 +108,9 @@ def evaluate(
         say,
     )
 
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
     check_output_folder(out, [model, index, sweep, *(corpus or [])])
     options = {
         "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),

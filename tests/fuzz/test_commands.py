@@ -83,7 +83,7 @@ def arguments(own) -> list[str]:
 
 def test_command_lines(folder, monkeypatch):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for own, counts in cases("command lines", 120):
+    for own, counts in cases("command lines", 60):
         given = arguments(own)
         out, err = io.StringIO(), io.StringIO()
         monkeypatch.setattr(sys, "argv", ["saap", *given])

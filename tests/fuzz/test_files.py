@@ -81,7 +81,7 @@ def decode(model, saap_model, cache):
 def test_index_files(files, by, tmp_path):
     model, _, folder = files
     data, path = (folder / "index.st").read_bytes(), tmp_path / "index.st"
-    for own, counts in cases(f"index files by {by}", 60):
+    for own, counts in cases(f"index files by {by}", 30):
         if by == "damage":
             path.write_bytes(damaged(own, data))
         elif not crafted(own, folder / "index.st", index_file.FORMAT, path):
@@ -103,7 +103,7 @@ def test_context_files(files, by, tmp_path):
     model, index, folder = files
     data, path = (folder / "context.st").read_bytes(), tmp_path / "context.st"
     with saap.attached(model, index, SMALL, method="blend") as saap_model:
-        for own, counts in cases(f"context files by {by}", 60):
+        for own, counts in cases(f"context files by {by}", 30):
             path.unlink(missing_ok=True)  # the one before may be mapped
             if by == "damage":
                 path.write_bytes(damaged(own, data))
@@ -126,7 +126,7 @@ TEXT = {"task": "perplexity", "context": 512, "method": "dense", "budget": "0.05
 
 
 def test_result_folders(tmp_path):
-    for own, counts in cases("result folders", 200):
+    for own, counts in cases("result folders", 100):
         run, lines = RUN, []
         for number in range(3):
             for record in (ATTENTION, {**ATTENTION, "method": "dense"}, ANSWER, TEXT):
