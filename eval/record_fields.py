@@ -14,6 +14,8 @@ NEEDED = {
     "perplexity": (*COSTS, "nll", "tokens"),
     "speed": (*COSTS, *PARTS, "build_ms", "load"),
 }
+# A metric is a ratio: what it is divided by.
+PARTNERS = {"middle_caught": "middle_mass", "output_error": "queries", "nll": "tokens"}
 OF_A_HEAD = ("layer", "head", "middle_mass_share", "explained", "keys", "queries")  # no method's
 
 
@@ -71,6 +73,7 @@ def check_records(path: Path, records: list) -> None:
         check_fields(path, record, (*PLACE, *(("method", "budget") if of_method else OF_A_HEAD)))
         kinds = KINDS if of_method else KINDS | POINTS
         check_fields(path, record, [name for name in record if name in kinds])
+        check_fields(path, record, [to for name, to in PARTNERS.items() if name in record])
         for names in (HEADS, PARTS):
             for name in names:
                 size = len(record[name]) if name in record else None

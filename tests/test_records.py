@@ -43,6 +43,7 @@ def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
         bad({**ATTENTION, "middle_mass": [1.0]}, "must be 2 numbers, as in others; got 1"),
         bad({**ATTENTION, "queries": 0}, "queries of unit 'x' must be an integer from 1; got 0"),
         bad({"task": "attention", "context": 1}, "layer of unit 'x' must be an integer from 0"),
+        bad(without("middle_mass"), "middle_mass of unit 'x' must be a list of numbers; got none"),
         bad({**ATTENTION, "budget": ""}, "budget of unit 'x' must be"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 import saap
 from saap import TrainedIndex, context_file, index_file
 from saap.eval import records as eval_records
-from saap.eval.checks import suspicions
+from saap.eval.checks import check_folder
 from saap.eval.compare import compare
 from saap.eval.scores import score_run
 from saap.index import tensor_files
@@ -144,7 +144,7 @@ def test_result_folders(tmp_path):
         (tmp_path / eval_records.RECORDS).write_bytes(content)
         for read_folder in (
             score_run,
-            lambda path: suspicions(eval_records.read_run(path)[1]),
+            check_folder,
             lambda path: compare(path, path),
             lambda path: eval_records.RecordFile(path, {**RUN, "version": "1"}),
         ):
