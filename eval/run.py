@@ -12,8 +12,9 @@ from saap.budget import Budget
 from saap.trained_index import TrainedIndex
 from saap.training import default_window
 
+from .claims import claimed
 from .environment import environment, version
-from .records import RUN, RecordFile, read_settings
+from .records import RUN, RecordFile, is_begun, read_settings
 from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 from .variants import N_SINK, check_method_entry, make_variants
@@ -140,10 +141,11 @@ def run(
     progress: Progress | None = None,
 ) -> None:
     """Write `run.json` and `records.jsonl` into `out`, continuing what is there already."""
-    bench = make_bench(model, tokenizer, index, text, config)
-    records = open_records(bench, index, out, model_name, environment())
-    units = [unit for unit in plan(config) if str(unit) not in records.done]
-    write_all(records, units, (work(bench, unit) for unit in units), progress)
+    with claimed(out):
+        bench = make_bench(model, tokenizer, index, text, config)
+        records = open_records(bench, index, out, model_name, environment())
+        units = [unit for unit in plan(config) if str(unit) not in records.done]
+        write_all(records, units, (work(bench, unit) for unit in units), progress)
 
 
 def run_with_workers(
@@ -161,18 +163,19 @@ def run_with_workers(
     A run that continues keeps its number of threads, and so its figures. Tasks that are timed run
     when all others are done, one at a time, with all cores.
     """
-    model, tokenizer, index = load_for_eval(source.model, source.index)
-    trained = None if index is None else index.metadata["context"]
-    for line in check_contexts(config.contexts, hf.max_context(model), trained):
-        warn(line)
-    bench = make_bench(model, tokenizer, index, source.text, config)
-    need = memory_need(model, max(config.contexts))
-    crew = crew_for(need, jobs, threads or threads_before(out))
-    described = {**environment(), "threads": crew.threads}
-    records = open_records(bench, index, out, source.name, described)
-    del model, bench  # the workers need the memory
-    units = [unit for unit in plan(config) if str(unit) not in records.done]
-    write_all(records, units, by_crew(source, config, units, crew), progress)
+    with claimed(out):
+        model, tokenizer, index = load_for_eval(source.model, source.index)
+        trained = None if index is None else index.metadata["context"]
+        for line in check_contexts(config.contexts, hf.max_context(model), trained):
+            warn(line)
+        bench = make_bench(model, tokenizer, index, source.text, config)
+        need = memory_need(model, max(config.contexts))
+        crew = crew_for(need, jobs, threads_before(out) if threads is None else threads)
+        described = {**environment(), "threads": crew.threads}
+        records = open_records(bench, index, out, source.name, described)
+        del model, bench  # the workers need the memory
+        units = [unit for unit in plan(config) if str(unit) not in records.done]
+        write_all(records, units, by_crew(source, config, units, crew), progress)
 
 
 def by_crew(source: Source, config: EvalConfig, units: list[Unit], crew: Crew) -> Iterable:
@@ -187,8 +190,9 @@ def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Benc
     variants = make_variants(config.methods, index, config.seed)
     bench = Bench(model, tokenizer, text, variants, config)
     searched = [layer.info for layer in hf.model_layers(model) if layer.is_full]
+    asked = {TASKS[name].budgets for name in config.tasks} - {None}
     for context in config.contexts:
-        for shares in (config.budgets, config.answer_budgets):
+        for shares in (getattr(config, name) for name in sorted(asked)):
             for variant, points in bench.points(context, shares):
                 for layer in searched[:1]:
                     selector = variant.method.selector(layer)
@@ -237,9 +241,9 @@ def memory_need(model, context: int) -> int:
 
 def threads_before(out: Path) -> int | None:
     """How many threads the run in that folder was begun with; None where there is none."""
-    if not (out / RUN).exists():
+    if not is_begun(out):
         return None
-    return read_settings(out / RUN)["environment"].get("threads")
+    return read_settings(out / RUN).get("environment", {}).get("threads")
 
 
 def write_all(

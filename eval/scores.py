@@ -14,7 +14,8 @@ import numpy as np
 from saap.index.tensor_files import write_atomically
 
 from .bootstrap import ratio_difference
-from .records import read_run
+from .record_fields import check_scored
+from .records import RECORDS, read_run
 from .units import by_unit, paired
 
 SCORES = "scores.json"
@@ -24,6 +25,7 @@ FAR_HEAD_SHARE = 0.05
 def score_run(folder: Path) -> list[dict]:
     """Score a result folder and write `scores.json` into it."""
     run, records = read_run(folder)
+    check_scored(folder / RECORDS, records)
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for record in records:
         if "method" not in record:
@@ -36,7 +38,7 @@ def score_run(folder: Path) -> list[dict]:
         scores.append(
             {
                 "method": method,
-                "model": run["model"],
+                "model": run.get("model"),
                 "task": task,
                 "context": context,
                 "budget": budget,

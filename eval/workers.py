@@ -42,8 +42,9 @@ def crew_for(need: int, jobs: int | None = None, threads: int | None = None) -> 
     """
     cores = usable_cores()
     room = max(1, int(0.8 * total_memory() // need))
-    threads = threads or max(1, cores // min(cores, room))
-    return Crew(min(room, max(1, cores // threads)) if jobs is None else jobs, threads)
+    threads = max(1, cores // min(cores, room)) if threads is None else threads
+    jobs = min(room, max(1, cores // max(1, threads))) if jobs is None else jobs
+    return Crew(jobs, threads)
 
 
 def usable_cores() -> int:
@@ -97,7 +98,8 @@ class Worker:
         self.process = context.Process(
             target=serve, args=(open_bench, work, theirs), name="saap worker", daemon=True
         )
-        with variables(dict.fromkeys(THREAD_VARIABLES, str(threads))):
+        own = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        with variables(own), without_interrupts():
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
@@ -160,6 +162,19 @@ def serve(open_bench, work, pipe: Connection) -> None:
 def end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+@contextmanager
+def without_interrupts():
+    """Processes started inside see no Ctrl-C, from their first instruction; we see it after."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

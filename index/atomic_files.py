@@ -53,6 +53,23 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{path}: must be a file or a new name; got a folder or a device")
 
 
+def check_writable(path: Path) -> None:
+    """Raise ValueError when `write_atomically` could not write this file now: before the work.
+
+    Permissions alone do not tell, so a file is made and removed. A folder that is missing yet is
+    as writable as the nearest one above it.
+    """
+    try:
+        check_replaceable(path)
+        target = Path(path).resolve()
+        nearest = next(folder for folder in target.parents if folder.exists())
+        handle, temporary = _locked_file(nearest / target.name)
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 def remove_leftovers(target: Path) -> None:
     """Remove unfinished writes of this file by processes that are gone: they hold no lock."""
     if fcntl is None:

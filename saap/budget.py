@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 LEAST_FLUSH, FLUSHES = 8, 256
+MOST = 2**31 - 1  # rows are numbered by int32
 BOUNDS = ("nprobe", "max_tokens", "top_p", "min_weight")
 
 
@@ -56,6 +57,8 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not is_integer(value, least):
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+            if value is not None and value > MOST:
+                raise ValueError(f"{name} must be an integer below 2 ** 31; got {value}")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p!r}")
         if self.min_weight is not None and not (

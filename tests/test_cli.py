@@ -82,6 +82,14 @@ def bad(arguments, message):
         bad(["report", "EMPTYDIR"], "got one without run.json"),
         bad(["info", "EMPTY"], "must be a whole safetensors file"),
         bad(["demo", "--context", "100000"], "context must be at most the model's"),
+        bad(["train", "reference", "--corpus", "SHORT", "--texts", "0"], "texts must be at least"),
+        bad(["train", "reference", "--corpus", "SHORT", "--context", "0"], "context must be at l"),
+        bad(["train", "reference", "--corpus", "n" * 300], "File name too long"),
+        bad(["train", "n" * 300, "--corpus", "SHORT"], "n" * 300),
+        bad(["info", "n" * 300], "File name too long"),
+        bad(["report", "n" * 300], "File name too long"),
+        bad(["info", "INDEX", "--plot", "map.xyz"], "must end in one of"),
+        bad(["eval", "reference", "--threads", "0"], "threads must be at least 1; got 0"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message):
@@ -118,7 +126,7 @@ def test_unwritable_output(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "eval", "reference", "--methods", "dense", "--out", blocker / "x"
     )
     assert code == 2
-    assert "cannot be written to" in err
+    assert "cannot be written" in err
 
 
 def test_info_shows_recall_a_head(monkeypatch, capsys, index_file):
@@ -138,6 +146,15 @@ def test_info_draws_a_picture(monkeypatch, capsys, index_file, tmp_path):
     assert picture.is_file()
 
 
+def test_a_picture_has_the_name_that_was_asked_for(monkeypatch, capsys, index_file, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_cli(monkeypatch, capsys, "info", index_file, "--plot", "plot")
+    assert code == 0
+    assert "wrote plot\n" in out
+    assert (tmp_path / "plot").read_bytes()[:4] == b"\x89PNG"
+    assert [p.name for p in tmp_path.iterdir()] == ["plot"]
+
+
 def test_help_is_quick_and_names_the_commands():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "saap.eval.cli", "--help"],
@@ -146,3 +163,17 @@ def test_help_is_quick_and_names_the_commands():
     for command in ("demo", "train", "eval", "report", "info"):
         assert command in done.stdout
     assert " torch\n" not in done.stderr
+
+
+def test_budgets_that_no_task_asks_at_are_not_checked(reference_model, reference_tokenizer):
+    """512 tokens cannot keep 5 % with sinks and window: no matter where nothing is asked."""
+    from saap.eval.run import EvalConfig, make_bench
+
+    def bench(task):
+        config = EvalConfig(methods=("dense",), contexts=(512,), budgets=(0.5,), tasks=(task,))
+        return make_bench(reference_model, reference_tokenizer, None, b"text", config)
+
+    assert bench("attention").config.tasks == ("attention",)
+    assert bench("geometry").config.tasks == ("geometry",)
+    with pytest.raises(ValueError, match="selectivity must be above"):
+        bench("passkey")

@@ -80,6 +80,12 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
             ["ask", "reference", "CONTEXT", "x", "--top-p", "2"],
             "top_p must be above 0 and at most 1",
         ),
+        bad(["ask", "reference", "CONTEXT", "x", "--max-tokens", str(2**70)], "max_tokens must"),
+        bad(["ask", "reference", "CONTEXT", "x", "--nprobe", str(2**70)], "nprobe must"),
+        bad(["ask", "reference", "CONTEXT", "x", "--tokens", "0"], "--tokens must be at least 1"),
+        bad(["ask", "reference", "CONTEXT", "x", "--tokens", str(2**70)], "--tokens must be at"),
+        bad(["prefill", "reference", "DOC", "--chunk", "0"], "--chunk must be at least 1; got 0"),
+        bad(["generate", "reference", "--prompt-file", "DOC", "--tokens", "-3"], "got -3"),
         bad(
             ["prefill", "reference", "EMPTY", "--index", "INDEX"],
             "the corpus must hold at least a few contexts of text",

@@ -83,7 +83,7 @@ def test_picture(tiny_index, tmp_path, layers, heads):
 
 
 def test_a_picture_that_cannot_be_written(tiny_index, tmp_path):
-    with pytest.raises(ValueError, match="no picture can be written there"):
+    with pytest.raises(ValueError, match=r"cannot be written|must end in one of"):
         quality_map(tiny_index, "mlp", tmp_path / "none" / "x.png")
-    with pytest.raises(ValueError, match="no picture can be written there"):
+    with pytest.raises(ValueError, match=r"cannot be written|must end in one of"):
         quality_map(tiny_index, "mlp", tmp_path / "x.tree")

@@ -1,5 +1,6 @@
 """The command `saap`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -96,6 +97,7 @@ def evaluate(
     from ..scores import read_scores
     from ..sweep import read_sweep, with_parameters
     from ..tasks.registry import TASKS
+    from .outputs import check_output_folder
     from .terminal import (
         one_bar,
         print_against_dense,
@@ -103,8 +105,13 @@ def evaluate(
         print_speed,
         print_suspicions,
         print_warning,
+        say,
     )
 
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
+    check_output_folder(out, [model, index, sweep, *(corpus or [])])
     options = {
         "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
         "contexts": numbers(contexts, int, "contexts"),
@@ -119,7 +126,6 @@ def evaluate(
     if sweep is not None:
         options.update(read_sweep(sweep))
     config = EvalConfig(**options)
-    check_writable(out)
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
     source = Source(model_path(model), index, text, model)
     with one_bar("evaluate") as progress:
@@ -134,7 +140,7 @@ def evaluate(
     print_against_dense(scores)
     print_speed(scores, main_budget(scores))
     print_suspicions(check_folder(out))
-    typer.echo(f"report  {report_path}")
+    say(f"report  {report_path}\n")
 
 
 advise.register(app)
@@ -162,28 +168,46 @@ def numbers(text: str, kind: type, name: str) -> tuple:
         raise ValueError(f"--{name} must be numbers separated by commas; got {text!r}") from None
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError when no file can be written to `folder`, before any work is done.
-
-    It writes a temporary file, because permissions alone do not tell.
-    """
-    import tempfile
-
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from error
+USER_ERRORS = (
+    ValueError, ImportError, FloatingPointError, MemoryError, ChildProcessError, OSError,
+)  # fmt: skip
 
 
 def main() -> None:
-    """Bad input ends in one line on standard error and exit code 2."""
+    """Bad input, and a disk that is full, end in one line on standard error and exit code 2."""
+    code: object = 0
     try:
-        app(standalone_mode=True)
-    except (ValueError, ImportError, FloatingPointError, MemoryError, ChildProcessError) as error:
-        line = " ".join(str(error).split())
+        try:
+            app(standalone_mode=True)
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has read enough: the exit code stays
+        discard(sys.stdout)
+    except USER_ERRORS as error:
+        line = " ".join(told(error).split())
         print(f"saap: {line}", file=sys.stderr)
-        sys.exit(2)
+        discard(sys.stdout)  # what could not be written is not tried again at the end
+        code = 2
+    sys.exit(code)
+
+
+def told(error: BaseException) -> str:
+    """What the user is told; errors of the system say which file."""
+    reason = getattr(error, "strerror", None)
+    if not reason:
+        return str(error) or type(error).__name__
+    if error.filename is None:
+        return f"output: cannot be written ({reason})"
+    return f"{error.filename}: cannot be read or written ({reason})"
+
+
+def discard(stream) -> None:
+    """From now on, what is written to this stream goes nowhere."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

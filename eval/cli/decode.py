@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+MOST_TOKENS = 10**7
 Model = Annotated[
     str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
 ]
@@ -43,11 +44,13 @@ def prefill(
 ) -> None:
     """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
     import saap
-    from saap.index.tensor_files import check_replaceable
 
+    from .outputs import check_output
     from .terminal import console, one_bar
 
-    check_replaceable(out)
+    if chunk < 1:
+        raise ValueError(f"--chunk must be at least 1; got {chunk}")
+    check_output(out, [model, document, index])
     loaded, tokenizer, trained = load(model, index)
     tokens = read_tokens(tokenizer, document, loaded)
     with saap.attached(loaded, trained, budget_of(trained), method=method) as saap_model:
@@ -60,6 +63,7 @@ def prefill(
                 chunk=chunk,
                 progress=lambda done, total: bar(f"{total:,} tokens", done, total),
             )
+        out.parent.mkdir(parents=True, exist_ok=True)
         note = {} if index is None else {"index_file": str(index.resolve())}
         saap_model.save_context(cache, tokens, out, note=note)
     console.print(
@@ -97,6 +101,7 @@ def ask(
     from saap import context_file
     from saap.hf.text import generate_text
 
+    check_tokens(tokens)
     header, _ = context_file.read(file)
     if index is None and "index_file" in header:
         index = Path(header["index_file"])
@@ -130,6 +135,7 @@ def generate(
 
     from .terminal import console
 
+    check_tokens(tokens)
     loaded, tokenizer, trained = load(model, index)
     prompt = read_tokens(tokenizer, prompt_file, loaded)
     budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
@@ -146,6 +152,11 @@ def generate(
                 same = place
                 break
         console.print(f"[dim]same tokens: the first {same} of {len(dense.tokens)}[/]")
+
+
+def check_tokens(tokens: int) -> None:
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"--tokens must be at least 1 and at most {MOST_TOKENS:,}; got {tokens}")
 
 
 def load(model: str, index: Path | None):
@@ -198,7 +209,9 @@ def budget_of(trained, max_tokens=None, nprobe=None, top_p=None, min_weight=None
 
 
 def write(text: str) -> None:
-    typer.echo(text, nl=False)
+    from .terminal import say
+
+    say(text)
 
 
 def tell(name: str, n_context: int, share: float, found) -> None:

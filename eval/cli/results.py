@@ -20,9 +20,9 @@ def report(
     """Score and plot a result folder again; needs neither model nor index."""
     from ..checks import check_folder
     from ..report.page import make_report
-    from .terminal import print_suspicions
+    from .terminal import print_suspicions, say
 
-    typer.echo(make_report(folder))
+    say(f"{make_report(folder)}\n")
     found = check_folder(folder)
     print_suspicions(found)
     if found and strict:

@@ -1,6 +1,8 @@
 """What the command line shows: progress with time left, tables, one-line errors."""
 
 import functools
+import os
+import sys
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,8 +15,26 @@ from ..report.page import COLUMNS, at_budget, cell, table_rows
 from ..report.tables import ANSWER_HEAD, SPEED_HEAD, answer_rows, speed_rows
 from ..units import share_of
 
-console = Console()
-errors = Console(stderr=True)
+
+class Terminal(Console):
+    """A console whose reader may go, as `head` does: the command goes on, for its exit code."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = Terminal()
+errors = Terminal(stderr=True)
+
+
+def say(text: str) -> None:
+    """Write plain text to standard output at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        console.on_broken_pipe()
 
 
 @contextmanager

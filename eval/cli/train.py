@@ -50,17 +50,18 @@ def train(
     again. Several processes (torchrun --no-python --nproc-per-node N saap train ...) share the
     layers.
     """
-    from saap.index.tensor_files import check_replaceable
     from saap.training import Processes, TrainingOptions, train_file
 
-    from .app import check_writable
+    from .outputs import check_output
     from .terminal import console, progress_bars
 
+    for name, value in (("context", context), ("texts", texts)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
     options = TrainingOptions(
         nlist=nlist, router=router, seed=seed, window=window, steps=steps, baselines=baselines
     )
-    check_replaceable(out)
-    check_writable(out.parent)
+    check_output(out, [model, *corpus])
     loaded, training = load(
         model, corpus, options, context=context, texts=texts, text_field=text_field,
         device=device, dtype=dtype,
@@ -139,13 +140,15 @@ def info(
     router: Annotated[
         str | None, typer.Option(help="whose recall is mapped; the default one if not given")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file: the map as a picture")] = None,
+    plot: Annotated[Path | None, typer.Option(help="the map as a picture: PNG, SVG, ...")] = None,
 ) -> None:
     """What an index file holds, and a map of the recall of each head, measured when trained."""
     from saap.trained_index import TrainedIndex
 
     from ..info import check_router, print_index
 
+    if plot is not None:
+        check_picture(plot, file)
     index = TrainedIndex.load(file)
     router = check_router(index, router)
     print_index(file, index, router)
@@ -154,3 +157,12 @@ def info(
         from .terminal import console
 
         console.print(f"wrote {quality_map(index, router, plot)}", highlight=False)
+
+
+def check_picture(path: Path, index: Path) -> None:
+    """ValueError for a name that no picture can have; without a suffix it is a PNG."""
+    from ..report.plots import picture_format
+    from .outputs import check_output
+
+    check_output(path, [index])
+    picture_format(path)

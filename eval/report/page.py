@@ -156,9 +156,9 @@ def make_report(folder: Path) -> Path:
     leaderboards = [table(scores, c, main_budget(scores), run) for c in contexts]
     figures = [figure(name, path) for name, path in made.items()]
     write_atomically(folder / "scores.csv", csv_text(scores).encode())
-    config, environment = run["config"], run["environment"]
+    config, environment = run["config"], run.get("environment", {})
     page = Template(TEMPLATE.read_text()).substitute(
-        title=html.escape(f"Saap on {Path(run['model']).name}"),
+        title=html.escape(f"Saap on {Path(str(run.get('model'))).name}"),
         headline=headline(scores),
         suspicions=warning(suspicions(records)),
         content="".join(
@@ -173,11 +173,11 @@ def make_report(folder: Path) -> Path:
         ),
         settings=definition_list(
             {
-                "model": run["model"],
+                "model": run.get("model"),
                 **{k: v for k, v in config.items()},
-                **{k: environment[k] for k in ("device", "cores", "threads", "python")},
-                **environment["packages"],
-                **({"index": run["index"]} if run["index"] else {}),
+                **{k: environment.get(k) for k in ("device", "cores", "threads", "python")},
+                **(environment.get("packages") or {}),
+                **({"index": run["index"]} if run.get("index") else {}),
             }
         ),
     )

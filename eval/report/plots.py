@@ -1,5 +1,6 @@
 """Pictures of scores, one function each; PNG files that stand alone."""
 
+import io
 import zlib
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import PercentFormatter
+
+from saap.index.tensor_files import write_atomically
 
 from ..units import share_of, told_search
 
@@ -61,9 +65,27 @@ def color(method: str) -> str:
 
 
 def save(figure, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    plt.close(figure)
+    """Write a picture whole or not at all; ValueError when it cannot be written."""
+    kind = picture_format(path)
+    metadata = {"Software": None} if kind == "png" else None
+    content = io.BytesIO()
+    try:
+        figure.savefig(
+            content, format=kind, bbox_inches="tight", facecolor="white", metadata=metadata
+        )
+    finally:
+        plt.close(figure)
+    write_atomically(path, content.getvalue())
     return path
+
+
+def picture_format(path: Path) -> str:
+    """The kind that the name asks for: PNG without a suffix; ValueError for what is no picture."""
+    kind = path.suffix[1:].lower() or "png"
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"{path}: a picture must end in one of {', '.join(known)}; got {kind}")
+    return kind
 
 
 def answer_bars(scores: list[dict], path: Path) -> Path:

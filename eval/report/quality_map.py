@@ -48,11 +48,7 @@ def quality_map(index: TrainedIndex, router: str, path: Path) -> Path:
             f"grey: under {SEES_LITTLE:.0%} of the head's attention is in the middle",
             fontsize=8.5, color="#666666", x=0.01, ha="left",
         )  # fmt: skip
-        try:
-            return save(figure, path)
-        except (OSError, ValueError) as error:
-            plt.close(figure)
-            raise ValueError(f"{path}: no picture can be written there ({error})") from error
+        return save(figure, path)
 
 
 def draw_panel(axis, values, mass, cmap, *, judged_only: bool) -> None:

@@ -129,7 +129,7 @@ def rounded(values: Tensor) -> list[float]:
 class Attention(Task):
     """Recall and output error of every layer and head on held-out text."""
 
-    name = "attention"
+    name, budgets = "attention", "budgets"
 
     def n_units(self, config):
         return config.n_texts

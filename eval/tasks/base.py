@@ -32,10 +32,14 @@ class Bench:
 
 
 class Task(ABC):
-    """`name` is its key in `TASKS`; `timed` tasks run alone, when nothing else keeps the cores."""
+    """`name` is its key in `TASKS`; `timed` tasks run alone, when nothing else keeps the cores.
+
+    `budgets`: the field of the settings whose shares it judges methods at, None for no method.
+    """
 
     name: ClassVar[str]
     timed: ClassVar[bool] = False
+    budgets: ClassVar[str | None] = "answer_budgets"
 
     @abstractmethod
     def n_units(self, config) -> int:

@@ -18,7 +18,7 @@ N_POINTS, N_HEADS, N_SINK, WINDOW = 300, 3, 16, 256
 
 
 class Geometry(Task):
-    name = "geometry"
+    name, budgets = "geometry", None
 
     def n_units(self, config):
         return 1

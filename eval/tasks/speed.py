@@ -34,7 +34,7 @@ PARTS = ("route", "select", "attend", "other")
 
 
 class Speed(Task):
-    name = "speed"
+    name, budgets = "speed", "budgets"
     timed = True
 
     def n_units(self, config):

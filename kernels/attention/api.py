@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from . import validate
+from . import operator, validate
 from .merge import merge_states
 
 __all__ = ["attend_dense", "attend_ranges", "attend_shared_prefix", "merge_states"]
@@ -56,12 +56,15 @@ def attend_ranges(
     Returns:
         `out [B, Hq, D]` in q's dtype and `lse [B, Hq]`, float32, natural-log log-sum-exp of the
         scaled scores; 0 and -inf where a row's ranges are all empty. Rows that no range selects
-        are never used, whatever they hold. No gradient.
+        are never used, whatever they hold. No gradient. In a function that `torch.compile`
+            compiles this is one operator of its graph.
 
     Raises:
         ValueError: an argument that does not fit, naming its value and the limit. Values of
             `starts, lengths` are checked on the CPU always, on a GPU if `SAAP_DEBUG=1`.
     """
+    if torch.compiler.is_compiling():
+        return operator.attend_ranges(q, k, v, starts, lengths, sm_scale, softcap, impl)
     validate.check_tensors(q, k, v)
     validate.check_float_dtypes(q, k)
     validate.check_ranges(q, k, starts, lengths)

@@ -17,6 +17,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         ("k", k, 4, "[B, Hkv, N, D]"),
         ("v", v, 4, "[B, Hkv, N, D]"),
     ):
+        check_is_tensor(name, tensor)
         if tensor.dim() != rank:
             raise ValueError(f"{name} must be {layout}; got {tuple(tensor.shape)}")
         if tensor.device != q.device:
@@ -34,6 +35,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must have a multiple of the {kv_heads} heads of k; got {q_heads}")
 
 
+def check_is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
 def check_float_dtypes(q: Tensor, k: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dtype not in DTYPES:
@@ -47,6 +53,7 @@ def check_ranges(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor) -> None:
     On a GPU values are only checked under `SAAP_DEBUG=1`, because that waits for the GPU.
     """
     for name, tensor in (("starts", starts), ("lengths", lengths)):
+        check_is_tensor(name, tensor)
         if tensor.dtype != torch.int32:
             raise ValueError(f"{name} must have dtype int32; got {tensor.dtype}")
         if tensor.device != q.device:
@@ -89,6 +96,7 @@ def check_range_values(starts: Tensor, lengths: Tensor, rows: int) -> None:
 
 def check_prefix(prefix_k: Tensor, prefix_v: Tensor, k: Tensor) -> None:
     for name, tensor in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        check_is_tensor(name, tensor)
         if tensor.dim() != 3 or tensor.shape[::2] != k.shape[1::2]:
             raise ValueError(
                 f"{name} must be [Hkv, P, D] with Hkv = {k.shape[1]} and D = {k.shape[3]}; got "

@@ -111,6 +111,8 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> None:
     for name, value in (("max_tokens", max_tokens), ("n_candidates", n_candidates)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+        if value >= 2**63:  # it would wrap on its way to the kernel
+            raise ValueError(f"{name} must be an integer below 2 ** 63; got {value}")
     if share not in ("group", "head"):
         raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -81,6 +82,12 @@ class SaapModel:
                 "with cache() of this block"
             )
         check_installed(self.model)
+        config = self.model.config.get_text_config()
+        if keywords.get("output_attentions", config.output_attentions):
+            raise ValueError(
+                "output_attentions must be False over a SaapCache, whose kernels keep no weights; "
+                "got True"
+            )
         tokens = keywords.get("input_ids", arguments[0] if arguments else None)
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
         forward = cache.begin_forward(
@@ -96,8 +103,12 @@ class SaapModel:
         return f"SaapModel({self.method.name!r}, {self.budget})"
 
 
+@torch.compiler.disable(recursive=False)
 def _forward(decoder, *arguments, **keywords):
     """Stands in for the forward of an attached model's decoder.
+
+    Of a compiled model, a forward over our cache runs as it is written, and so gives the same
+    tokens: what it does depends on the cache, which grows at each step. Any other is compiled.
 
     A copy of the decoder, which has this function too, is attached to nothing and computes what
     its class does.
@@ -108,6 +119,11 @@ def _forward(decoder, *arguments, **keywords):
     cache = keywords.get("past_key_values")
     if not isinstance(cache, SaapCache):
         return saap_model.own_forward(*arguments, **keywords)
+    return _forward_over(saap_model, cache, arguments, keywords)
+
+
+@torch.compiler.disable
+def _forward_over(saap_model: SaapModel, cache: SaapCache, arguments: tuple, keywords: dict):
     with saap_model.forward_over(cache, arguments, keywords):
         return saap_model.own_forward(*arguments, **keywords)
 

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saap.rope import VARIANTS
+from saap.stateful import stateful
 
 from .families import ModelLayer, model_layers
 from .models import attention_modules
@@ -140,6 +141,7 @@ def _registered(original: str) -> str:
     return name
 
 
+@stateful
 def _keep_tables(module, _, keywords: dict) -> None:
     """Before an attention layer runs: the `cos, sin` of that very forward.
 
@@ -150,6 +152,7 @@ def _keep_tables(module, _, keywords: dict) -> None:
         running.tables[module.layer_idx] = keywords.get("position_embeddings")
 
 
+@stateful
 def _mask(original: str, *arguments, attention_mask=None, config=None, **options):
     """Padding is taken from the model's own argument, once per forward: no mask is needed then."""
     if config is not None and id(config) in _threads.running:
@@ -158,6 +161,7 @@ def _mask(original: str, *arguments, attention_mask=None, config=None, **options
     return make(*arguments, attention_mask=attention_mask, config=config, **options)
 
 
+@stateful
 def _attention(
     original: str, module, query, key, value, attention_mask=None, *, scaling=None, **options
 ):

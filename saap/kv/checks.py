@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from saap.kernels.attention.validate import check_is_tensor
+
 
 def check_append(
     k_rope: Tensor,
@@ -18,6 +20,8 @@ def check_append(
 
     `n_kv`: KV heads of its selector's partition, None where it has none.
     """
+    for name, given in (("k_rope", k_rope), ("v", v), ("k_derope", k_derope)):
+        check_is_tensor(name, given)
     if k_rope.ndim != 4 or 0 in k_rope.shape[:3]:
         raise ValueError(f"k_rope must be [B, Hkv, T, D], none empty; got {tuple(k_rope.shape)}")
     for name, given in (("v", v), ("k_derope", k_derope)):
@@ -47,6 +51,7 @@ def check_append(
 
 def check_query(q: Tensor, *, batch: int, n_new: int) -> None:
     """Check queries `[B, Hq, T, D]` of the `n_new` last tokens of each of `batch` sequences."""
+    check_is_tensor("q_rope", q)
     if n_new == 0:
         raise ValueError("attend must follow the append of its tokens at once; got none since")
     if q.shape[2] != n_new or len(q) != batch:

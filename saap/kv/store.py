@@ -17,6 +17,7 @@ from saap.budget import Budget
 from saap.index.rows import BucketRows, merged_order
 from saap.kernels.attention.api import attend_ranges
 from saap.selector import Middle, Query, Ranges, Selector
+from saap.stateful import stateful
 
 from .checks import check_append, check_query
 from .chunks import OutAndLse, attend_chunk
@@ -112,12 +113,14 @@ class KVStore:
         parts = (t[:, :, first:] for t in (rows.vectors["k"], rows.lists, rows.tokens))
         return Middle(*parts, self.middles, first)
 
+    @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
         """Make room for n tokens per sequence now. MemoryError leaves everything as it was."""
         if like is None and not self.rows.vectors:
             raise ValueError("reserve needs like=keys before the first append; got none")
         self.rows.reserve(n, self.k if like is None else like, self.length)
 
+    @stateful
     def append(
         self,
         k_rope: Float[Tensor, "B Hkv T D"],
@@ -154,6 +157,7 @@ class KVStore:
         self.lengths = [a + b for a, b in zip(self.lengths, new, strict=True)]
         self._new, self._length_new = new, length
 
+    @stateful
     def attend(
         self,
         q_rope: Float[Tensor, "B Hq T D"],
@@ -185,6 +189,7 @@ class KVStore:
         )
         return out.unsqueeze(2), lse.unsqueeze(2)
 
+    @stateful
     def select(
         self,
         q_rope: Float[Tensor, "n Hq D"],
@@ -235,6 +240,7 @@ class KVStore:
                 )
         return out, lse
 
+    @stateful
     def flush(self) -> None:
         """Put into the middle what is due: after it, where rows lie depends on the tokens alone.
 
@@ -244,6 +250,7 @@ class KVStore:
             self._new = []
         self._flush(at_step=False)
 
+    @stateful
     def settle(self) -> None:
         """As `flush`, and every token has the number of its list: ready to be saved."""
         self.flush()
@@ -297,6 +304,7 @@ class KVStore:
             self.rows.permute(b, first, order)
         self.reordered = orders is not None
 
+    @stateful
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
         """Forget the last tokens of each sequence; the window before them is whole again.
 
@@ -337,6 +345,7 @@ class KVStore:
         self.rows.permute(b, first, key.argsort(dim=1))
         self.middles[b] = n_middle
 
+    @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
         """Sequence i becomes what `sequences[i]` was: beams, their repetition, fewer sequences."""
         chosen = torch.as_tensor(sequences, device="cpu")

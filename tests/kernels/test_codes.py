@@ -168,6 +168,7 @@ def bad(change, message):
         bad({"n_rows": [301]}, r"n_rows must be in 0..300; got \[301\]"),
         bad({"n_rows": [1, 2]}, "must be of 1 sequence or of 1; got 1 and 2"),
         bad({"max_tokens": -1}, "max_tokens must be an integer of at least 0; got -1"),
+        bad({"max_tokens": 2**70}, "max_tokens must be an integer below 2 .. 63; got"),
         bad({"share": "all"}, "share must be 'group' or 'head'; got 'all'"),
         bad({"impl": "fast"}, "impl must be None or one of reference, numba, triton; got 'fast'"),
         bad({"impl": "triton"}, "q must be on a CUDA device for impl 'triton'; got cpu"),

@@ -1,0 +1,103 @@
+"""What a record has to hold, so that whatever reads records can rely on it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+COSTS = ("selectivity", "bytes_read", "router_bytes")
+HEADS = ("middle_mass", "middle_caught", "all_caught")
+PARTS = tuple(f"{part}_us" for part in ("route", "select", "attend", "other", "step", "dense"))
+PLACE = ("unit", "task", "context")
+# What scores are made of, by task; every other task is judged by its answers.
+NEEDED = {
+    "attention": (*COSTS, "layer", "queries", "output_error", *HEADS),
+    "perplexity": (*COSTS, "nll", "tokens"),
+    "speed": (*COSTS, *PARTS, "build_ms", "load"),
+}
+# A metric is a ratio: what it is divided by.
+PARTNERS = {"middle_caught": "middle_mass", "output_error": "queries", "nll": "tokens"}
+OF_A_HEAD = ("layer", "head", "middle_mass_share", "explained", "keys", "queries")  # no method's
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_numbers(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_number, value))
+
+
+def is_points(value) -> bool:
+    return isinstance(value, list) and all(is_numbers(p) and len(p) == 2 for p in value)
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_some(value) -> bool:
+    return is_count(value) and value > 0
+
+
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(("unit", "task", "method", "budget"), (is_text, "a text")),
+    **dict.fromkeys(("context", "layer", "head"), (is_count, "an integer from 0")),
+    **dict.fromkeys(("queries", "tokens"), (is_some, "an integer from 1")),
+    **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
+    **dict.fromkeys(
+        (*COSTS, "output_error", "nll", "accuracy", "build_ms", "load", "middle_mass_share",
+         "explained"),
+        (is_number, "a number"),
+    ),
+    "depth": (lambda value: value is None or is_number(value), "a number or none"),
+    "bucket_sizes": (is_numbers, "a list of numbers"),
+}  # fmt: skip
+POINTS = {"keys": (is_points, "points"), "queries": (is_points, "points")}
+MISSING = object()
+
+
+def check_records(path: Path, records: list) -> None:
+    """Raise ValueError for the first record that lacks its place, or whose values are no values.
+
+    `path`: the file, for the message.
+    """
+    sizes: dict[tuple, int] = {}
+    for record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: a record must be a mapping; got {record!r:.60}")
+        of_method = "method" in record
+        check_fields(path, record, (*PLACE, *(("method", "budget") if of_method else OF_A_HEAD)))
+        kinds = KINDS if of_method else KINDS | POINTS
+        check_fields(path, record, [name for name in record if name in kinds])
+        check_fields(path, record, [to for name, to in PARTNERS.items() if name in record])
+        for names in (HEADS, PARTS):
+            for name in names:
+                size = len(record[name]) if name in record else None
+                expected = sizes.setdefault((record["task"], names), size or 0)
+                if size is not None and size != (expected or size):
+                    raise wrong(path, record, name, f"{expected} numbers, as in others", size)
+
+
+def check_scored(path: Path, records: list[dict]) -> None:
+    """Raise ValueError for the first record that lacks what its task is scored by."""
+    for record in records:
+        if "method" in record:
+            check_fields(path, record, NEEDED.get(record["task"], (*COSTS, "accuracy")))
+
+
+def check_fields(path: Path, record: dict, names) -> None:
+    kinds = KINDS if "method" in record else KINDS | POINTS
+    for name in names:
+        holds, kind = kinds[name]
+        value = record.get(name, MISSING)
+        if not holds(value):
+            raise wrong(path, record, name, kind, "none" if value is MISSING else repr(value))
+
+
+def wrong(path: Path, record: dict, name: str, kind: str, value) -> ValueError:
+    unit = record.get("unit")
+    return ValueError(f"{path}: {name} of unit {unit!r:.60} must be {kind}; got {value!s:.60}")

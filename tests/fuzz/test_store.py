@@ -1,0 +1,137 @@
+"""Random steps of a KV store at full budget: dense attention over what the steps left."""
+
+import pytest
+import torch
+
+from saap.budget import Budget
+from saap.kv import KVStore, attend_chunk, state
+
+from ..conftest import random_model
+from ..test_generate import random_index
+from .hostile import canaries, cases, torch_seed
+
+pytestmark = pytest.mark.bad_input
+HKV, HQ, DIM = 2, 4, 16
+METHODS = ("blend", "quest", "kmeans", "moments-pages", "saap", "oracle-tokens", None)
+
+
+@pytest.fixture(scope="module")
+def selectors():
+    from saap import hf
+    from saap.methods import find_method
+
+    model = random_model("llama")
+    index, layer = random_index(model), hf.model_layers(model)[0].info
+
+    def make(name):
+        return None if name is None else find_method(name)(index).selector(layer)
+
+    return make
+
+
+class Twin:
+    """A store, and what it has to hold: `k, v [Hkv, n, D]` of each sequence."""
+
+    def __init__(self, own, selector, budget):
+        self.own, self.generator = own, torch_seed(own)
+        self.store, self.held = KVStore(selector, budget), []
+
+    def random(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def lengths(self, batch):
+        return self.store.lengths or [0] * batch
+
+    def append(self):
+        batch = len(self.held) or self.own.choice((1, 1, 2, 3))
+        n = self.own.choice((1, 1, 1, 1, 2, 7, 30, 100))
+        k, v = self.random(2, batch, HKV, n, DIM)
+        mask = None
+        if n > 1 and self.own.random() < 0.3:
+            padding = [0 if held else self.own.randrange(n) for held in self.lengths(batch)]
+            mask = torch.arange(n) >= torch.tensor(padding)[:, None]
+        self.store.append(k, v, k, mask)
+        self.held = self.held or [(k[0, :, :0], v[0, :, :0])] * batch
+        new = [n] * batch if mask is None else mask.sum(1).tolist()
+        self.held = [
+            tuple(
+                torch.cat([old, t[b, :, n - m :]], 1) for old, t in zip(pair, (k, v), strict=True)
+            )
+            for b, (pair, m) in enumerate(zip(self.held, new, strict=True))
+        ]
+        q = self.random(batch, HQ, n, DIM)
+        with canaries():
+            out, lse = (t.clone() for t in self.store.attend(q, q))
+        for b, ((hk, hv), m) in enumerate(zip(self.held, new, strict=True)):
+            true = attend_chunk(q[b : b + 1, :, n - m :], hk[None], hv[None], sm_scale=DIM**-0.5)
+            for got, exact in zip((out, lse), true, strict=True):
+                assert (got[b : b + 1, :, n - m :] - exact).abs().max() < 1e-4
+
+    def flush(self):
+        self.store.flush()
+
+    def truncate(self):
+        least = self.store.budget.n_sink
+        dropped = [
+            self.own.choice((0, max(0, min(self.own.randrange(40), n - min(n, least))), n))
+            for n in self.store.lengths
+        ]
+        self.store.truncate(dropped)
+        self.held = [
+            tuple(t[:, : t.shape[1] - d] for t in pair)
+            for pair, d in zip(self.held, dropped, strict=True)
+        ]
+
+    def select(self):
+        if not self.held:
+            return
+        batch = len(self.held)
+        chosen = [self.own.randrange(batch) for _ in range(self.own.choice((batch, 1, batch + 1)))]
+        chosen = chosen[:4]
+        self.store.select_sequences(chosen)
+        self.held = [self.held[i] for i in chosen]
+
+    def save(self, make):
+        if not self.held or not any(self.store.lengths):
+            return
+        header, tensors = state.saved(self.store)
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        self.store = state.restored(header, tensors, make(), self.store.budget)
+
+    def wrong(self):
+        """What is to be refused, and to leave everything as it was."""
+        before, batch = list(self.store.lengths), len(self.held) or 1
+        good = torch.zeros(batch, HKV, 2, DIM)
+        others = [good[:, :, :0], good[0], good[:0]]
+        if self.held:  # the first append may bring any of these
+            others += [good[..., :8], good[:, :1].expand(-1, 5, -1, -1), good.double()]
+        other = self.own.choice(others)
+        attempts = (
+            lambda: self.store.append(other, other, other),
+            lambda: self.store.append(good, other, good),
+            lambda: self.store.append(good, good, good, torch.zeros(batch, 3).bool()),
+            lambda: self.store.truncate([n + 1 for n in before] or [1]),
+            lambda: self.store.select_sequences([len(before)] if before else [0, None]),
+            lambda: self.store.attend(good[:, :, :0], good[:, :, :0]),
+        )
+        attempt = self.own.choice(attempts)
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            attempt()
+        assert self.store.lengths == before
+
+
+def test_store_steps(selectors):
+    for own, counts in cases("store steps", 12):
+        name = own.choice(METHODS)
+        budget = Budget(
+            max_tokens=10**6, n_sink=own.choice((0, 1, 4)), window=own.choice((1, 8, 20)),
+            flush_every=own.choice((None, 1, 8, 16)),
+        )  # fmt: skip
+        twin = Twin(own, selectors(name), budget)
+        for _ in range(own.choice((5, 20, 60))):
+            step = own.choice(("append",) * 8 + ("flush", "truncate", "select", "save", "wrong"))
+            if step == "save":
+                twin.save(lambda name=name: selectors(name))
+            else:
+                getattr(twin, step)()
+            counts["steps"] = counts.get("steps", 0) + 1

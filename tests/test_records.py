@@ -1,0 +1,78 @@
+"""Records that somebody changed: `report` and `compare` say what is wrong in one line."""
+
+import json
+
+import pytest
+
+from saap.eval.records import RECORDS, RUN, RecordFile
+
+from .test_cli import bad, run_cli
+
+COSTS = {"selectivity": 0.1, "bytes_read": 10, "router_bytes": 1}
+HEADS = {"middle_mass": [0.5, 1], "middle_caught": [0.5, 1], "all_caught": [1, 1]}
+ATTENTION = {"task": "attention", "context": 512, "method": "saap", "budget": "0.05", "layer": 0,
+             "queries": 2, "output_error": 0.1, **COSTS, **HEADS}  # fmt: skip
+
+
+def without(name, record=ATTENTION):
+    return {key: value for key, value in record.items() if key != name}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    file = RecordFile(tmp_path, {"config": {"seed": 1}, "model": "m", "version": "1"})
+    file.write("attention/512/0", [ATTENTION])
+    return tmp_path
+
+
+def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
+    code, _, err = run_cli(monkeypatch, capsys, "report", folder)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        bad(without("task"), "task of unit 'x' must be a text; got none"),
+        bad(without("budget"), "budget of unit 'x' must be a text; got none"),
+        bad({**ATTENTION, "context": "512"}, "context of unit 'x' must be an integer from 0"),
+        bad({**ATTENTION, "selectivity": None}, "selectivity of unit 'x' must be a number"),
+        bad({**ATTENTION, "output_error": float("nan")}, "output_error of unit 'x' must be"),
+        bad({**ATTENTION, "middle_mass": 3}, "middle_mass of unit 'x' must be a list of numbers"),
+        bad({**ATTENTION, "middle_mass": [1.0]}, "must be 2 numbers, as in others; got 1"),
+        bad({**ATTENTION, "queries": 0}, "queries of unit 'x' must be an integer from 1; got 0"),
+        bad({"task": "attention", "context": 1}, "layer of unit 'x' must be an integer from 0"),
+        bad(without("middle_mass"), "middle_mass of unit 'x' must be a list of numbers; got none"),
+        bad({**ATTENTION, "budget": ""}, "budget of unit 'x' must be"),
+    ],
+)
+def test_a_record_that_is_none(folder, monkeypatch, capsys, command, record, message):
+    with open(folder / RECORDS, "a") as file:
+        file.write(json.dumps({"unit": "x", **record}) + "\n")
+    folders = [folder] if command == "report" else [folder, folder]
+    code, _, err = run_cli(monkeypatch, capsys, command, *folders)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [*COSTS, *HEADS, "queries", "output_error"])
+def test_a_record_without_what_it_is_scored_by(folder, monkeypatch, capsys, name):
+    with open(folder / RECORDS, "a") as file:
+        file.write(json.dumps({"unit": "x", **without(name)}) + "\n")
+    code, _, err = run_cli(monkeypatch, capsys, "report", folder)
+    assert code == 2
+    assert f"{name} of unit 'x' must be" in err
+    assert err.strip().endswith("got none")
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "3", "[" * 100_000, '{"config": {}, "environment": 1}']
+)
+def test_settings_that_are_none(folder, monkeypatch, capsys, content):
+    (folder / RUN).write_text(content)
+    code, _, err = run_cli(monkeypatch, capsys, "report", folder)
+    assert code == 2
+    assert "run.json: " in err
+    assert len(err.splitlines()) == 1
