@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Attention as vector search: train indexes of a model's KV cache and judge methods.",
 )
-Names = Annotated[str, typer.Option(help="comma-separated; or 'all'")]
+Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
 
 
 @app.command()
@@ -55,34 +55,60 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="folder for records, scores and report")],
     index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
     methods: Names = "all",
-    contexts: Annotated[str, typer.Option(help="tokens, comma-separated")] = "8192",
+    contexts: Annotated[
+        str, typer.Option(help="context lengths in tokens, separated by commas")
+    ] = "8192",
     budgets: Annotated[
-        str, typer.Option(help="shares of the context")
+        str, typer.Option(help="shares of the context to visit, for the attention task")
     ] = "0.04,0.05,0.075,0.1,0.2",
     answer_budgets: Annotated[
-        str, typer.Option(help="shares of the context, for tasks that ask or predict text")
+        str,
+        typer.Option(help="shares of the context to visit, for tasks that ask or predict text"),
     ] = "0.05",
-    tasks: Annotated[str, typer.Option(help="comma-separated; or 'all'")] = "attention,passkey",
+    tasks: Annotated[
+        str, typer.Option(help="names, separated by commas, or 'all'")
+    ] = "attention,passkey",
     corpus: Annotated[
-        list[Path] | None, typer.Option(help="held-out text; shipped if not given")
+        list[Path] | None,
+        typer.Option(
+            help="text to judge on: files, folders, prose, prose2 or code; else a shipped one"
+        ),
     ] = None,
-    share: Annotated[str, typer.Option(help="one selection a 'group' or a 'head'")] = "group",
-    texts: Annotated[int, typer.Option(help="texts a context, attention task")] = 8,
-    prompts: Annotated[int, typer.Option(help="prompts a context of each task that asks")] = 20,
+    share: Annotated[
+        str,
+        typer.Option(
+            help="one choice of rows for each 'group' of query heads, or for each 'head'"
+        ),
+    ] = "group",
+    texts: Annotated[
+        int, typer.Option(help="texts for each context length, in the attention task")
+    ] = 8,
+    prompts: Annotated[
+        int, typer.Option(help="prompts for each context length, in each task that asks")
+    ] = 20,
     sweep: Annotated[
-        Path | None, typer.Option(help="YAML file; its keys replace these options")
+        Path | None, typer.Option(help="YAML file whose keys replace these options")
     ] = None,
     build: Annotated[
-        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: an index for each value")
+        list[str] | None,
+        typer.Option(
+            help="METHOD.KEY=V1,V2: compare values of a parameter that the index is built with"
+        ),
     ] = None,
     search: Annotated[
-        list[str] | None, typer.Option(help="METHOD.KEY=V1,V2: the same index, asked differently")
+        list[str] | None,
+        typer.Option(
+            help="METHOD.KEY=V1,V2: compare values of a parameter that only the search uses"
+        ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="processes; as many as cores and memory allow if not given")
+        int | None, typer.Option(help="processes; if not given, as many as cores and memory allow")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="of each process; figures may depend on it, never on jobs")
+        int | None,
+        typer.Option(
+            help="threads of each process; results may depend on it, but never on --jobs"
+        ),
     ] = None,
     seed: int = 0,
 ) -> None:

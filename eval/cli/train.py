@@ -24,14 +24,19 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option(help="the index file to write")],
-    context: Annotated[int, typer.Option(help="tokens a sequence")] = 8192,
-    texts: Annotated[int, typer.Option(help="sequences, spread over the corpus")] = 24,
-    text_field: Annotated[str, typer.Option(help="of JSON lines and datasets")] = "text",
+    context: Annotated[int, typer.Option(help="tokens in each training sequence")] = 8192,
+    texts: Annotated[int, typer.Option(help="how many sequences, spread over the corpus")] = 24,
+    text_field: Annotated[
+        str, typer.Option(help="name of the text field in .jsonl files and datasets")
+    ] = "text",
     nlist: Annotated[
-        int | None, typer.Option(help="buckets a KV head; by context if not given")
+        int | None,
+        typer.Option(help="buckets per KV head; chosen by the context length if not given"),
     ] = None,
     router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
-    window: Annotated[int | None, typer.Option(help="recent tokens that stay dense")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="how many recent tokens are always visited")
+    ] = None,
     steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
     baselines: Annotated[
         bool, typer.Option(help="also fit what is only compared with: linear, kmeans-rope")
