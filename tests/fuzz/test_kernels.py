@@ -110,7 +110,9 @@ def test_attend_ranges():
             assert torch.equal(got.isnan() | got.isposinf(), no_number), name
             got, exact = got.double(), exact.double()
             same = (got == exact) | no_number
-            scale = 1 + torch.where(exact.isfinite(), exact.abs(), 0)
+            # Errors of the weights count by the values, which may cancel in the sum.
+            of = given["v"].double() if name == "out" else exact
+            scale = 1 + max(torch.where(of.isfinite(), of.abs(), 0).flatten().tolist(), default=0)
             assert bool((same | ((got - exact).abs() <= limit * scale)).all()), name
 
 
