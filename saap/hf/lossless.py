@@ -89,9 +89,12 @@ def decode(
     cache = model_kwargs["past_key_values"]
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"verify decodes greedily or by sampling; got {mode.value}")
+        raise ValueError(
+            "the generation mode must be greedy_search or sample where verify is set; got "
+            f"{mode.value}"
+        )
     if len(input_ids) != 1:
-        raise ValueError(f"verify decodes one sequence at a time; got a batch of {len(input_ids)}")
+        raise ValueError(f"the batch must be 1 where verify is set; got {len(input_ids)}")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"{name} must be False where verify is set; got True")
