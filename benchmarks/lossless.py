@@ -3,8 +3,8 @@
     make models
     python -m benchmarks.lossless [--contexts 2048,4096] [--prompts 4] [--tokens 64] [--threads 2]
 
-Prompts are pieces of Python's documentation (`prose2`) and of its standard library (`code`), in
-turn. Each is read once, densely; then continued greedily
+Prompts are pieces of Python's documentation (`prose2`) and of its standard library (`code`), or of
+`--corpora`, in turn. Each is read once, densely; then continued greedily
 
 - by `transformers`: the model's own attention over its `DynamicCache`;
 - by `dense`: ours over the same store, every row visited;
@@ -41,17 +41,17 @@ from .cpu import cpu_name, environment
 from .cpu_timing import load
 from .reports import report_path, write
 
-CORPORA = ("prose2", "code")
+CORPORA = "prose2,code"
 N_SINK, WINDOW = 4, 16  # small, so that 2 % of 2,048 tokens are more than they
 BYTES_A_TOKEN = 8
 
 
-def prompts(tokenizer, context: int, n: int) -> Iterator[tuple[str, Tensor]]:
+def prompts(
+    tokenizer, texts: dict[str, bytes], context: int, n: int
+) -> Iterator[tuple[str, Tensor]]:
     """The corpus and `tokens [context]` of each prompt, from places spread over the corpora."""
-    texts = {name: read_corpus([Path(name)]) for name in CORPORA}
     for number in range(n):
-        name = CORPORA[number % len(CORPORA)]
-        text = texts[name]
+        name, text = list(texts.items())[number % len(texts)]
         start = (2 * number + 1) * len(text) // (2 * n)
         tokens = encode(tokenizer, text[start : start + BYTES_A_TOKEN * context])[:context]
         if len(tokens) < context:
@@ -176,6 +176,7 @@ def print_summary(s: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--corpora", default=CORPORA, help="names, files or folders of text")
     parser.add_argument("--contexts", default="2048,4096")
     parser.add_argument("--budgets", default="0.02,0.05,0.1,0.2", help="shares of the context")
     parser.add_argument("--prompts", type=int, default=4, help="of each context")
@@ -188,9 +189,12 @@ def main() -> int:
     shares = [float(part) for part in options.budgets.split(",")]
     model, tokenizer = hf.load_model(options.model), hf.load_tokenizer(options.model)
     model.generation_config.eos_token_id = None  # as many tokens of every prompt
+    names = [Path(part) for part in options.corpora.split(",")]
+    texts = {name.name: read_corpus([name]) for name in names}
     records = []
     for context in [int(part) for part in options.contexts.split(",")]:
-        for number, (corpus, tokens) in enumerate(prompts(tokenizer, context, options.prompts)):
+        chosen = prompts(tokenizer, texts, context, options.prompts)
+        for number, (corpus, tokens) in enumerate(chosen):
             place = {"context": context, "prompt": number, "corpus": corpus}
             prompt = Prompt(model, tokenizer, tokens, options.tokens)
             for record in measure(prompt, shares, options.drafts):

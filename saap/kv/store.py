@@ -321,13 +321,14 @@ class KVStore:
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
         """Forget the last tokens of each sequence; the window before them is whole again.
 
-        Raises ValueError when sinks would go while rows are in lists: either all tokens go, or so
+        Raises ValueError when sinks would go of a sequence that has rows in lists: either all tokens go, or so
         few that the sinks are left.
         """
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
-        for n, after, middle in zip(self.lengths, left, self.middles, strict=True):
-            if after > n or after < 0 or (middle and 0 < after < self.budget.n_sink):
+        for n, after in zip(self.lengths, left, strict=True):
+            cuts_sinks = self._due(n) and 0 < after < self.budget.n_sink
+            if after > n or after < 0 or cuts_sinks:
                 raise ValueError(
                     f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
                     f"because the first {self.budget.n_sink} are sinks; got {after} of {n}"
