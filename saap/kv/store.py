@@ -321,8 +321,8 @@ class KVStore:
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
         """Forget the last tokens of each sequence; the window before them is whole again.
 
-        Raises ValueError when sinks would go of a sequence that has rows in lists: either all tokens go, or so
-        few that the sinks are left.
+        Raises ValueError when sinks would go of a sequence long enough for lists: either all its
+        tokens go, or so few that the sinks are left.
         """
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
