@@ -111,17 +111,14 @@ class Prompt:
         return {"same": False, "parts_at": at, "gap": first - second}
 
 
-def measure(prompt: Prompt, shares: list[float], drafts: int) -> list[dict]:
+def measure(prompt: Prompt, shares: list[float], drafts: int) -> Iterator[dict]:
     """Records of one prompt: dense first, then each budget."""
-    found = [
-        {"way": "transformers", "tokens_per_s": prompt.transformers.tokens_per_second},
-        {"way": "dense", **prompt.record("dense", DENSE, None)},
-    ]
+    yield {"way": "transformers", "tokens_per_s": prompt.transformers.tokens_per_second}
+    yield {"way": "dense", **prompt.record("dense", DENSE, None)}
     for share, budget in budgets(shares, len(prompt.tokens)).items():
         for way, adapt in (("fixed", False), ("adapting", True)):
             own = prompt.record("saap", budget, Verify(drafts, adapt=adapt))
-            found.append({"way": way, "share": share, **own})
-    return found
+            yield {"way": way, "share": share, **own}
 
 
 def summaries(records: list[dict]) -> list[dict]:

@@ -113,6 +113,18 @@ def test_any_method_drafts(llama, method):
     assert_holds(model, cache, ours)
 
 
+@pytest.mark.parametrize("method", ["streaming", "kmeans"])
+def test_drafts_never_move_rows(llama, monkeypatch, method):
+    """A flush that counted drafts would be undone with them."""
+    model, index = llama
+    monkeypatch.setattr(saap.KVStore, "_lay_out", lambda *_: pytest.fail("rows moved back"))
+    with attached(model, index, METHODS[method], method) as saap_model:
+        cache = saap_model.cache()
+        ours = generated(model, inputs_of(prompt(1, 60)), past_key_values=cache)
+    assert_holds(model, cache, ours)
+    assert cache.layers[0].store.middles[0] > 60 - 4 - 8
+
+
 @pytest.mark.parametrize("length", [1, 3, 12])
 def test_short_prompts(llama, length):
     model, index = llama
