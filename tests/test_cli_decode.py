@@ -61,9 +61,23 @@ def test_ask_answers_as_generate_does(context, monkeypatch, capsys):
     assert "100.0%" not in small
 
 
+def test_lossless_has_the_tokens_of_dense(context, monkeypatch, capsys):
+    code, out, err = run_cli(
+        monkeypatch, capsys, "generate", "reference", "--prompt-file", context / "document.txt",
+        "--method", "streaming", "--max-tokens", 0, "--tokens", 12, "--lossless", "--compare",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "tokens per verification" in out
+    assert "same tokens: the first 12 of 12" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        bad(
+            ["generate", "reference", "--prompt-file", "DOC", "--lossless", "--drafts", "0"],
+            "verify must be an integer of at least 1; got 0",
+        ),
         bad(["ask", "reference", "none", "why"], "none: must be a file that"),
         bad(["ask", "reference", "CUT", "why"], "must be a whole safetensors file"),
         bad(

@@ -123,6 +123,10 @@ def generate(
     index: Index = None,
     method: Method = "saap",
     compare: Annotated[bool, typer.Option(help="the dense run too, and where they part")] = False,
+    lossless: Annotated[
+        bool, typer.Option(help="what dense attention gives: drafted sparsely, verified exactly")
+    ] = False,
+    drafts: Annotated[int, typer.Option(help="most tokens drafted at once, for --lossless")] = 8,
     tokens: NumberOfTokens = 64,
     max_tokens: MaxTokens = None,
     nprobe: Nprobe = None,
@@ -131,18 +135,23 @@ def generate(
 ) -> None:
     """Continue a text with Saap; tells context length, share of the cache visited, speed."""
     import saap
+    from saap.hf import Verify
     from saap.hf.text import generate_text, read_document
 
     from .terminal import console
 
     check_tokens(tokens)
+    verify = Verify(drafts) if lossless else None
     loaded, tokenizer, trained = load(model, index)
     prompt = read_tokens(tokenizer, prompt_file, loaded)
     budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
-    with saap.attached(loaded, trained, budget, method=method) as saap_model:
+    with saap.attached(loaded, trained, budget, method=method, verify=verify) as saap_model:
         cache = read_document(saap_model, prompt[:-1], spare=tokens + 64)
         found = generate_text(loaded, tokenizer, prompt, tokens, cache=cache, write=write)
-        tell(method, sum(cache.lengths), cache.visited_share, found)
+        if lossless:
+            tell_lossless(method, sum(cache.lengths), cache.pace.tally, found)
+        else:
+            tell(method, sum(cache.lengths), cache.visited_share, found)
     if compare:
         dense = generate_text(loaded, tokenizer, prompt, tokens, write=write)
         tell("dense", len(prompt) + len(dense.tokens), 1.0, dense)
@@ -219,6 +228,18 @@ def tell(name: str, n_context: int, share: float, found) -> None:
 
     console.print(
         f"\n[dim]{name}: {n_context:,} tokens of context, {share:.1%} of the cache visited, "
+        f"{found.tokens_per_second:.1f} tokens/s[/]",
+        highlight=False,
+    )
+
+
+def tell_lossless(name: str, n_context: int, tally, found) -> None:
+    from .terminal import console
+
+    console.print(
+        f"\n[dim]{name}, lossless: {n_context:,} tokens of context, "
+        f"{tally.accepted_per_verification:.1f} tokens per verification, "
+        f"{tally.accepted} of {tally.drafted} drafts accepted, {tally.exact_steps} exact steps, "
         f"{found.tokens_per_second:.1f} tokens/s[/]",
         highlight=False,
     )

@@ -161,7 +161,7 @@ def attend_shared_prefix(
 
 def _backend(impl: str | None, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     if impl is None:
-        return _best(q, k, v)
+        return _module(best_impl(q, k, v))
     if impl not in BACKENDS:
         raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
     backend = _module(impl)
@@ -171,12 +171,13 @@ def _backend(impl: str | None, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     return backend
 
 
-def _best(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
+def best_impl(q: Tensor, k: Tensor, v: Tensor) -> Impl:
+    """The backend that `impl=None` takes for these tensors."""
     if q.device.type == "cuda":
-        return _module("triton")
+        return "triton"
     if not _has_numba() or _module("numba").limit(q, k, v) is not None:
-        return _module("reference")
-    return _module("numba")
+        return "reference"
+    return "numba"
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from .models import (
     max_context,
     rope_variant,
 )
+from .pace import Tally, Verify
 from .reading import ReadContext, cache_from, dynamic_cache_from, read_context, rewind
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "ReadContext",
     "SaapCache",
     "SaapModel",
+    "Tally",
+    "Verify",
     "attached",
     "attention_modules",
     "cache_from",

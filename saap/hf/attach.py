@@ -3,8 +3,8 @@
 import threading
 import types
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from saap.kv import KVStore
 from saap.methods import Method, find_method
 from saap.trained_index import TrainedIndex
 
+from . import lossless
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .families import model_layers
 from .models import describe
+from .pace import Verify
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, SaapModel]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -28,10 +30,14 @@ _lock = threading.Lock()
 class SaapModel:
     """An attached model: makes caches for it. `budget` holds for the caches made from now on."""
 
-    def __init__(self, model: nn.Module, method: Method, budget: Budget):
+    def __init__(
+        self, model: nn.Module, method: Method, budget: Budget, verify: Verify | None = None
+    ):
+        if verify is not None:
+            lossless.check_tables(model)
         if method.index is not None:
             method.index.check_model(describe(model))
-        self.model, self.method, self.budget = model, method, budget
+        self.model, self.method, self.budget, self.verify = model, method, budget, verify
         self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
@@ -128,6 +134,40 @@ def _forward_over(saap_model: SaapModel, cache: SaapCache, arguments: tuple, key
         return saap_model.own_forward(*arguments, **keywords)
 
 
+def _generate(model, *arguments, **keywords):
+    """Stands in for `generate()` of a model that is attached with `verify`."""
+    saap_model = _attached.get(model.get_decoder())
+    if saap_model is None:
+        return type(model).generate(model, *arguments, **keywords)
+    if saap_model.verify is None:  # a copy of a model that had `verify` brought this along
+        return saap_model.own_generate(*arguments, **keywords)
+    return lossless.generate(model, saap_model.own_generate, *arguments, **keywords)
+
+
+@contextmanager
+def _put_in_place(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """While open, the method `name` of `owner` alone is `function`."""
+    before = vars(owner).get(name)
+    if getattr(before, "__func__", None) is function:
+        before = None  # a copy of an attached model brings this along
+    setattr(owner, name, types.MethodType(function, owner))
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(owner).pop(name, None)
+        else:
+            setattr(owner, name, before)
+
+
+def _own(owner: nn.Module, name: str, function: Callable) -> Callable:
+    """The method of `owner` that `function` is put in the place of."""
+    before = vars(owner).get(name)  # accelerate puts one of its own there
+    if before is None or getattr(before, "__func__", None) is function:
+        return types.MethodType(getattr(type(owner), name), owner)
+    return before
+
+
 @contextmanager
 def attached(
     model: nn.Module,
@@ -135,6 +175,7 @@ def attached(
     budget: Budget | None = None,
     *,
     method: str | Method = "saap",
+    verify: int | Verify | None = None,
 ) -> Iterator[SaapModel]:
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
@@ -151,7 +192,8 @@ def attached(
     needs no `index`: each layer learns two covariance matrices from the prompt's own queries and
     keys at the first decode step; prompts with fewer than 512 tokens between sinks and window stay
     dense until they have grown. `budget`: `Budget.default()`
-    if not given.
+    if not given. `verify`: `generate()` gives what the dense model gives; at most so many tokens
+    are drafted over the budget and verified in one exact forward (docs/lossless.md).
 
     Raises ValueError for a model that is not supported or not the index's, for an unknown method,
     one that needs an index and got none, and for a budget that it cannot follow.
@@ -162,12 +204,12 @@ def attached(
         raise ValueError(
             "index must be None beside a Method object, which brings its own; got another one"
         )
+    if verify is not None and not isinstance(verify, Verify):
+        verify = Verify(verify)
     decoder = model.get_decoder()
-    saap_model = SaapModel(model, method, budget or Budget.default())
-    before = vars(decoder).get("forward")  # accelerate puts one of its own there
-    if getattr(before, "__func__", None) is _forward:
-        before = None  # a copy of an attached model brings this along
-    saap_model.own_forward = before or types.MethodType(type(decoder).forward, decoder)
+    saap_model = SaapModel(model, method, budget or Budget.default(), verify)
+    saap_model.own_forward = _own(decoder, "forward", _forward)
+    saap_model.own_generate = _own(model, "generate", _generate)
     with _lock:
         if decoder in _attached:
             raise ValueError(
@@ -175,12 +217,11 @@ def attached(
             )
         _attached[decoder] = saap_model
     try:
-        with installed(model):
-            decoder.forward = types.MethodType(_forward, decoder)
+        with ExitStack() as opened:
+            opened.enter_context(installed(model))
+            opened.enter_context(_put_in_place(decoder, "forward", _forward))
+            if verify is not None:
+                opened.enter_context(_put_in_place(model, "generate", _generate))
             yield saap_model
     finally:
-        if before is None:
-            vars(decoder).pop("forward", None)
-        else:
-            decoder.forward = before
         del _attached[decoder]

@@ -1,6 +1,8 @@
 """A cache for `generate()` whose layers of full attention are KV stores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from saap.kv import KVStore
 
 from .attention import LayerCall
 from .forward import Forward
+from .pace import Pace
 
 
 class SaapLayer(CacheLayerMixin):
@@ -48,6 +51,12 @@ class SaapLayer(CacheLayerMixin):
         left = self.slots - n_slots
         return [max(0, left - (self.slots - n)) for n in self.store.lengths]
 
+    def cut(self, slots: int, lengths: list[int]) -> None:
+        """Keep so many slots and tokens of each sequence; a forward may have broken off."""
+        held = self.store.lengths
+        self.store.truncate([n - left for n, left in zip(held, lengths, strict=True)])
+        self.slots = slots
+
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
@@ -76,6 +85,13 @@ class SaapLayer(CacheLayerMixin):
         raise ValueError("a SaapCache must stay on the device of its model; got offloading=True")
 
 
+@dataclass
+class Trial:
+    """How many of the tokens that came on trial stay."""
+
+    keep: int = 0
+
+
 class SaapCache(Cache):
     """Made by `SaapModel.cache()`; pass it as `past_key_values`.
 
@@ -91,6 +107,10 @@ class SaapCache(Cache):
         self._forward: Forward | None = None
         self.observer: Callable[[LayerCall], None] | None = None
         """Called with every attention call over this cache: for measuring."""
+        self.pace: Pace | None = None
+        """What lossless decoding over this cache has learned and counted; None before it."""
+        self.exact = False
+        """Whether a forward of one token visits every row too, as one of several does."""
 
     @property
     def saap_layers(self) -> list[SaapLayer]:
@@ -142,6 +162,42 @@ class SaapCache(Cache):
         forward, self._forward = self._forward, None
         if all(layer.get_seq_length() == forward.slots_after for layer in self.layers):
             self.last_positions, self._lengths = forward.ends, forward.lengths_after
+
+    @contextmanager
+    def on_trial(self) -> Iterator[Trial]:
+        """Of the tokens that come while it is open, the first `Trial.keep` stay.
+
+        So the cache holds what it should where a forward breaks off, too.
+        """
+        slots, lengths, positions = self.get_seq_length(), self.lengths, self.last_positions
+        sliding = [layer for layer in self.layers if not isinstance(layer, SaapLayer)]
+        recorded = [layer.record_past for layer in sliding]
+        self.activate_past_recording()  # else a window cannot be moved back
+        trial = Trial()
+        try:
+            yield trial
+        finally:
+            kept = [n + trial.keep for n in lengths]
+            for layer in self.saap_layers:
+                layer.cut(slots + trial.keep, kept)
+            for layer, before in zip(sliding, recorded, strict=True):
+                layer.crop(slots + trial.keep - layer.get_seq_length())
+                layer.record_past = before
+            self._lengths = kept
+            self.last_positions = [n + trial.keep for n in positions]
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """While open, forwards of one token are sparse, and leave nothing behind."""
+        with ExitStack() as opened:
+            opened.enter_context(self.on_trial())
+            for layer in self.saap_layers:
+                opened.enter_context(layer.store.resting())
+            exact, self.exact = self.exact, False
+            try:
+                yield
+            finally:
+                self.exact = exact
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         tokens_to_remove = int(tokens_to_remove)

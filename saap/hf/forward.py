@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from saap.budget import Budget
 from saap.kv import attend_chunk
 
 from .attention import LayerCall
+
+EVERY_ROW = Budget(max_tokens=0, dense_below=2**62)
 
 
 class Forward:
@@ -44,8 +47,9 @@ class Forward:
             return attend_sliding(call, self.lengths_after)
         layer.store.append(call.k_rope, call.v, call.k_derope, self.new_mask)
         layer.slots += call.q_rope.shape[2]
+        budget = EVERY_ROW if self.cache.exact else None
         return layer.store.attend(
-            call.q_rope, call.q_derope, sm_scale=call.sm_scale, softcap=call.softcap
+            call.q_rope, call.q_derope, budget, sm_scale=call.sm_scale, softcap=call.softcap
         )
 
     def _new_of_mask(self, mask: Tensor, held: list[int], length: int) -> Tensor | None:

@@ -24,10 +24,12 @@ def read_document(
 ) -> SaapCache:
     """A cache of `tokens [N]`, read exactly and in chunks, with room for `spare` more."""
     cache = saap_model.cache(capacity=len(tokens) + spare)
+    cache.exact = True  # the last chunk may be one token
     for start in range(0, len(tokens), chunk):
         part = tokens[None, start : start + chunk].to(saap_model.model.device)
         saap_model.model(part, past_key_values=cache, logits_to_keep=1)
         progress(min(start + chunk, len(tokens)), len(tokens))
+    cache.exact = False
     return cache
 
 

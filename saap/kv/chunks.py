@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saap.kernels.attention.api import attend_dense, best_impl
 from saap.kernels.attention.merge import merge_states
 
 SCORES_AT_ONCE = 1 << 24
+SHORT = 16  # tokens; so few are read beside the past by the kernel of single tokens, on the CPU
 
 OutAndLse = tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]
 
@@ -34,6 +36,8 @@ def attend_chunk(
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     if sliding_window is not None and k.shape[2] <= sliding_window:
         sliding_window = None
+    if sliding_window is None and past and q.shape[2] <= SHORT and best_impl(q, k, v) == "numba":
+        return _short(q, k, v, sm_scale, softcap)
     fused = None if softcap is not None or sliding_window is not None else _fused_kernel(q)
     if fused is None:
         return _blockwise(q, k, v, sm_scale, softcap, sliding_window)
@@ -46,6 +50,17 @@ def attend_chunk(
     out, lse = fused(packed, k[:, :, :past], v[:, :, :past], False, sm_scale)
     out = out.unflatten(2, (group, -1)).flatten(1, 2)
     return merge_states(out.contiguous(), lse.unflatten(2, (group, -1)).flatten(1, 2), *own)
+
+
+def _short(q, k, v, sm_scale, softcap) -> OutAndLse:
+    """Memory-bound: each past row is read once for all query rows of its KV head."""
+    past = k.shape[2] - q.shape[2]
+    seqlens = torch.full((len(q),), past, dtype=torch.int32)
+    options = {"sm_scale": sm_scale, "softcap": softcap}
+    out, lse = attend_dense(q.flatten(1, 2), k, v, seqlens, **options)
+    shape = q.shape[1:3]
+    own = attend_chunk(q, k[:, :, past:], v[:, :, past:], **options)
+    return merge_states(out.unflatten(1, shape), lse.unflatten(1, shape), *own)
 
 
 def _fused_kernel(q: Tensor):

@@ -6,7 +6,8 @@ those that have left the window join the middle, some at a time (Saap, arXiv 250
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class KVStore:
         self._n_pending = 0
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
+        self._resting = False  # whether rows stay where they are, whatever comes
 
     @property
     def batch(self) -> int:
@@ -178,7 +180,8 @@ class KVStore:
         new = self._length_new if self._new else 0
         check_query(q_rope, batch=self.batch, n_new=new)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        if self.selector is not None and (q_rope.shape[2] > 1 or self.selector.waits):
+        waits = self.selector is not None and self.selector.waits and not self._resting
+        if self.selector is not None and (q_rope.shape[2] > 1 or waits):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
             return self._attend_chunk(q_rope, sm_scale, softcap)
@@ -208,7 +211,7 @@ class KVStore:
         self._flush(at_step=True)
         budget = budget or self.budget
         chosen = None
-        if self.selector is not None and any(self.middles) and self.length > budget.dense_below:
+        if self._chooses(budget):
             # Triton's kernels are of attention alone.
             impl = None if impl == "triton" else impl
             query = Query(
@@ -251,6 +254,31 @@ class KVStore:
         self._flush(at_step=False)
 
     @stateful
+    def chooses(self) -> bool:
+        """Whether a step of one token now would leave out rows; flushes as that step would."""
+        self._flush(at_step=True)
+        return self._chooses(self.budget)
+
+    def _chooses(self, budget: Budget) -> bool:
+        some = self.selector is not None and any(self.middles)
+        return some and self.length > budget.dense_below
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While open, no row moves and the selector learns nothing: what comes is in the tail.
+
+        Drafts are forgotten again. A flush that counted them would be undone with them, which
+        moves all rows of the middle.
+        """
+        self.flush()
+        self._flush(at_step=True)
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
+
+    @stateful
     def settle(self) -> None:
         """As `flush`, and every token has the number of its list: ready to be saved."""
         self.flush()
@@ -259,7 +287,7 @@ class KVStore:
 
     def _flush(self, *, at_step: bool) -> None:
         """`at_step`: a decode step asks; a selector that waits is built then."""
-        if self.selector is None or not self.selector.ready:
+        if self.selector is None or not self.selector.ready or self._resting:
             return
         if self.selector.waits and not at_step:
             return
@@ -308,20 +336,24 @@ class KVStore:
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
         """Forget the last tokens of each sequence; the window before them is whole again.
 
-        Raises ValueError when sinks would go while later tokens stay: either all tokens go, or so
-        few that the sinks are left.
+        Raises ValueError when sinks would go of a sequence long enough for lists: either all its
+        tokens go, or so few that the sinks are left.
         """
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
         for n, after in zip(self.lengths, left, strict=True):
-            if after > n or 0 < after < min(n, self.budget.n_sink) or after < 0:
+            cuts_sinks = self._due(n) and 0 < after < self.budget.n_sink
+            if after > n or after < 0 or cuts_sinks:
                 raise ValueError(
                     f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
                     f"because the first {self.budget.n_sink} are sinks; got {after} of {n}"
                 )
         if not any(dropped):
             return
-        self._assign_pending()
+        if len(set(dropped)) == 1 and dropped[0] <= self._n_pending:
+            self._n_pending -= dropped[0]  # drafts go before they have a list
+        else:
+            self._assign_pending()
         before = list(self.middles)
         for b, n in enumerate(left):
             if n - self.budget.n_sink - self.middles[b] < self.budget.window:
