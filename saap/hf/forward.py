@@ -8,7 +8,7 @@ from saap.kv import attend_chunk
 
 from .attention import LayerCall
 
-EVERY_ROW = Budget(max_tokens=0, dense_below=2**62)
+EVERY_ROW = Budget(max_tokens=0, dense_below=2**31 - 1)
 
 
 class Forward:
