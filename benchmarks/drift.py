@@ -2,13 +2,16 @@
 
     python -m benchmarks.drift [--texts 2]     # needs SmolLM2: `make models`
 
-Coordinates are learned from the first 1,024 tokens of a text (queries and keys), or from all of
-it; the codes of later tokens use them. The last 32 queries then ask the context, at 5 % of the
-rows. Both are held against the rows with the largest true weights. Figures go to `$OUT`, else to
-`benchmarks/results/<device>/drift.json`, and then into `docs/real_models.md`.
+Coordinates are learned from the first 1,024 tokens of a text (queries and keys), once or again
+whenever the context has grown by half, or from all of it. The last 32 queries then ask the
+context, at 5 % of the rows. All are held against the rows with the largest true weights. Figures
+go to `$OUT`, else to `benchmarks/results/<device>/drift.json`, and then into
+`docs/real_models.md`.
 """
 
 import argparse
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -17,60 +20,71 @@ from saap.budget import Budget
 from saap.eval.corpora import read_named
 from saap.eval.tasks.attention import LayerProblem
 from saap.eval.tasks.base import text_tokens
-from saap.kv import KVStore
 from saap.methods import find_method
+from saap.methods import saap as saap_module
 from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
 
 MODEL, CORPUS, COMMAND = "smollm2", "prose2", "python -m benchmarks.drift"
-LEARNED, CONTEXTS, SHARE, N_QUERIES = 1024, (2048, 4096, 8192), 0.05, 32
+LEARNED, PIECE, CONTEXTS, SHARE, N_QUERIES = 1024, 256, (2048, 4096, 8192), 0.05, 32
 EVERY = 3
 """One layer of so many is measured."""
 
 
-def grown(problem: LayerProblem, first: hf.ReadContext, method, budget: Budget) -> KVStore:
-    """A store that learned from the tokens of `first` and then was given all others."""
-    number = problem.info.number
-    store = KVStore(method.selector(problem.info), budget)
-    keys = [t[:, :, : problem.n_context] for t in problem.keys]
-    store.append(*(t[:, :, :LEARNED] for t in keys))
-    store.selector.observe(first.latest[number], [first.latest[number].shape[2]])
-    store.settle()
-    store.append(*(t[:, :, LEARNED:] for t in keys))
-    return store
+@contextmanager
+def grown(model, tokens: torch.Tensor, budget: Budget, again: bool):
+    """The stores of a cache that learned from the first tokens, and then read all others.
+
+    `again`: whether it may learn again as the context grows, as it does where people use it.
+    """
+    growth = saap_module.GROWTH if again else float("inf")
+    with (
+        mock.patch.object(saap_module, "GROWTH", growth),
+        hf.attached(model, method="saap", budget=budget) as saap_model,
+    ):
+        cache = saap_model.cache()
+        model(tokens[None, :LEARNED], past_key_values=cache, logits_to_keep=1)
+        model(tokens[None, LEARNED : LEARNED + 1], past_key_values=cache)  # learns
+        for first in range(LEARNED + 1, len(tokens), PIECE):
+            piece = tokens[None, first : first + PIECE]
+            model(piece, past_key_values=cache, logits_to_keep=1)
+        for layer in cache.saap_layers:
+            layer.store.settle()
+        yield [layer.store for layer in cache.layers]
 
 
 def measure(model, tokenizer, text: bytes, n_texts: int) -> list[dict]:
     saap, oracle = find_method("saap")(), find_method("oracle-tokens")()
-    layers = [layer.info for layer in hf.model_layers(model) if layer.is_full][::EVERY]
     records = []
     for number in range(n_texts):
         tokens = text_tokens(tokenizer, text, max(CONTEXTS), number, n_texts)
-        first = hf.read_context(model, tokens[:LEARNED])
         for context in CONTEXTS:
-            read = hf.read_context(model, tokens[:context], n_queries=N_QUERIES)
             n = context - N_QUERIES
+            read = hf.read_context(model, tokens[:context], n_queries=N_QUERIES)
             places = {"n_sink": 16, "window": default_window(n)}
             budget = Budget.for_selectivity(SHARE, n, **places)
-            for info in layers:
-                problem = LayerProblem(read, info, Budget(max_tokens=0, **places))
-                stores = {
-                    "oracle": problem.store_for(oracle, budget),
-                    "all": problem.store_for(saap, budget),
-                    "prompt": grown(problem, first, saap, budget),
-                }
-                for name, store in stores.items():
-                    found = problem.measure(store, budget)
+            layers = [layer.info for layer in hf.model_layers(model) if layer.is_full][::EVERY]
+            problems = [LayerProblem(read, i, Budget(max_tokens=0, **places)) for i in layers]
+
+            def note(name, stores, context=context, number=number, problems=problems):
+                for problem, store in zip(problems, stores, strict=True):
+                    found = problem.measure(store, store.budget)
                     records.append(
                         {
-                            "text": number, "context": context, "layer": info.number,
+                            "text": number, "context": context, "layer": problem.info.number,
                             "learned_from": name, "caught": sum(found["middle_caught"]),
                             "mass": sum(found["middle_mass"]),
                             "error": found["output_error"] / found["queries"],
                         }
                     )  # fmt: skip
+
+            note("oracle", [p.store_for(oracle, budget) for p in problems])
+            note("all", [p.store_for(saap, budget) for p in problems])
+            for again in (False, True):
+                with grown(model, tokens[:n], budget, again) as stores:
+                    note("again" if again else "once", [stores[i.number] for i in layers])
             print(f"text {number}, {context:,} tokens: done", flush=True)
     return records
 
@@ -81,11 +95,12 @@ def table(records: list[dict]) -> str:
         return sum(r["caught"] for r in own) / sum(r["mass"] for r in own)
 
     lines = [
-        f"| context | oracle | learned from all | learned from the first {LEARNED:,} tokens |",
-        "|---|---|---|---|",
+        f"| context | oracle | from all | from {LEARNED:,} tokens, once | and again as it grows |",
+        "|---|---|---|---|---|",
     ]
     for context in CONTEXTS:
-        cells = " | ".join(f"{recall(context, name):.1%}" for name in ("oracle", "all", "prompt"))
+        names = ("oracle", "all", "once", "again")
+        cells = " | ".join(f"{recall(context, name):.1%}" for name in names)
         lines.append(f"| {context:,} | {cells} |")
     return "\n".join(lines)
 

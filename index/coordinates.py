@@ -5,8 +5,8 @@ they hardly do, and not the same ones. The *balanced* coordinates of a pair of c
 IEEE TAC 1981, for linear systems) are those in which both are the same diagonal matrix: the
 variance of a key's coordinate and of a query's are equal, and their product, which is what an
 error in that coordinate costs, falls from one to the next as fast as any linear map can make it.
-Bits are then spent on the first ones. Nothing about single keys is learned, so there is nothing
-that could drift away from in a long generation.
+Bits are then spent on the first ones. Nothing about single keys is learned, but RoPE turns later
+keys and queries in other directions: a context that grows has to be learned from again.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class MomentSums:
     def moments(self) -> Moments:
         mean = self.sum / self.n_keys
         keys = self.keys / self.n_keys - mean[..., None] * mean[:, None]
-        return Moments(self.queries / self.n_queries, keys, mean.float())
+        return Moments(self.queries / max(1, self.n_queries), keys, mean.float())
 
 
 @dataclass(frozen=True)

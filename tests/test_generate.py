@@ -173,7 +173,10 @@ def test_keys_and_queries_lose_their_rope(case, monkeypatch):
     monkeypatch.setattr(
         saap.KVStore,
         "attend",
-        lambda self, q, q_derope, **o: (seen.append(q_derope), attend(self, q, q_derope, **o))[1],
+        lambda self, q, q_derope, *a, **o: (
+            seen.append(q_derope),
+            attend(self, q, q_derope, *a, **o),
+        )[1],
     )
     model = copy.deepcopy(model)
     for module in hf.attention_modules(model):

@@ -1,5 +1,8 @@
 """`saap`: coordinates that keys and queries share, codes as tokens come, and what is saved."""
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from saap.budget import Budget
 from saap.index.coordinates import Coordinates, Moments, MomentSums, balanced, padded
 from saap.kv import KVStore
 from saap.methods import find_method
+from saap.methods import saap as saap_module
 from saap.methods.saap import SaapSearch
 from saap.selector import LayerInfo
 
@@ -207,3 +211,42 @@ def test_coordinates_of_an_index_are_used():
     found = balanced(Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=1)))
     assert isinstance(found, Coordinates)
     assert found.nbytes == HKV * padded(DIM) * DIM * 4
+
+
+def turned(x, first, base=10_000.0):
+    """Rows of `x [H, n, D]` with RoPE of consecutive positions put on."""
+    half = x.shape[-1] // 2
+    inv_freq = base ** (-torch.arange(half) / half)
+    angle = (first + torch.arange(x.shape[1]))[:, None] * inv_freq
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def test_what_was_learned_is_learned_again_as_the_context_grows():
+    """Later positions turn keys and queries in directions that the first ones did not have."""
+    draw = torch.Generator().manual_seed(0)
+    n, dim = 6000, 64
+    spread = torch.linspace(2, 0.2, dim)
+    mean = 8 * torch.randn(dim, generator=draw)
+    k = turned(torch.randn(1, n, dim, generator=draw) * spread + mean, 0)[None]
+    q = turned(torch.randn(2, n, dim, generator=draw) * spread + mean, 0)[None]
+    recalls = {}
+    for growth in (saap_module.GROWTH, math.inf):
+        with mock.patch.object(saap_module, "GROWTH", growth):
+            selector = find_method("saap")().selector(LayerInfo(dim**-0.5))
+            store = KVStore(selector, Budget(max_tokens=150, n_sink=4, window=32))
+            for first in range(0, n, 600):
+                piece = slice(first, first + 600)
+                store.append(k[:, :, piece], k[:, :, piece], k[:, :, piece])
+                selector.observe(q[:, :, piece], [600])
+                store.settle()
+            asked = q[:, :, -1]
+            starts, lengths = store.select(asked, asked, store.budget, positions=torch.tensor([n]))
+        weights = (asked[0] @ k[0, 0, 4:-32].T * dim**-0.5).softmax(-1).sum(0)
+        rows = [
+            row - 4
+            for s, m in zip(starts[0, 0, 2:].tolist(), lengths[0, 0, 2:].tolist(), strict=True)
+            for row in range(s, s + m)
+        ]
+        recalls[growth] = float(weights[rows].sum() / weights.topk(len(rows)).values.sum())
+    assert recalls[saap_module.GROWTH] > recalls[math.inf] + 0.3

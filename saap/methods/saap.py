@@ -11,6 +11,7 @@ A KV group adds its heads' softmax over the candidates.
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saap.index.coordinates import Coordinates, Moments, balanced, padded
@@ -27,6 +28,9 @@ from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Selector
 from .base import Method
 
 MOST_OBSERVED = 2048  # queries of a prompt whose covariance is taken
+GROWTH = 1.5
+"""Coordinates are learned again when the rows are so many times those that they came from."""
+
 SPARE = 256
 CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 
@@ -57,6 +61,48 @@ class SaapSearch:
         return min(n_rows, max(self.least, round(self.width * max_tokens)))
 
 
+class RecentQueries:
+    """The second moment of a sequence's queries, those of about the last `MOST_OBSERVED` tokens.
+
+    Sums over the query heads of each KV head; older tokens count less and less.
+    """
+
+    WAITING = 64  # single tokens that are added together
+
+    def __init__(self, n_kv: int, sums: Tensor | float = 0.0, count: float = 0.0):
+        self.n_kv, self.sums, self.count = n_kv, sums, count
+        self.waiting: list[Tensor] = []
+
+    def copy(self) -> "RecentQueries":
+        self._add_waiting()
+        return RecentQueries(self.n_kv, self.sums, self.count)
+
+    def add(self, q: Float[Tensor, "Hq n D"]) -> None:
+        """Queries of n tokens, or of as many keys that stand in for them."""
+        self.waiting.append(q.float())
+        if q.shape[1] > 1 or len(self.waiting) >= self.WAITING:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if not self.waiting:
+            return
+        q = torch.cat(self.waiting, 1)[:, -MOST_OBSERVED:]
+        self.waiting = []
+        left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
+        own = q.unflatten(0, (self.n_kv, -1)).flatten(1, 2).double()
+        self.sums = left * self.sums + own.mT @ own
+        self.count = left * self.count + own.shape[1]
+
+    def with_keys(self, keys: Float[Tensor, "Hkv m D"]) -> Moments:
+        self._add_waiting()
+        found = Moments.of(keys[:, :0], keys)
+        return Moments(self.sums / self.count, found.keys, found.mean)
+
+    def state(self) -> tuple[Float[Tensor, "Hkv D D"], float]:
+        self._add_waiting()
+        return self.sums.float(), self.count
+
+
 class SaapSelector(Selector):
     """Codes of the rows of the middle, in time order, coded once when they join it."""
 
@@ -68,6 +114,8 @@ class SaapSelector(Selector):
         self.layer, self.method = layer, method
         self.trained = coordinates
         self.learned: dict[int, Coordinates] = {}  # by sequence
+        self.learned_from: dict[int, int] = {}  # rows
+        self.recent: dict[int, RecentQueries] = {}
         self.observed: dict[int, list[Tensor]] = {}
         self.coordinates = coordinates
         self.codes: Codes | None = None
@@ -95,18 +143,24 @@ class SaapSelector(Selector):
         if self.trained is not None:
             return
         for b, n in enumerate(n_new):
-            if n and b not in self.learned:
-                own = self.observed.setdefault(b, [])
-                own.append(q_rope[b, :, -min(n, MOST_OBSERVED) :].float())
-                if len(own) > MOST_OBSERVED:
-                    del own[0]
+            if not n:
+                continue
+            new = q_rope[b, :, -min(n, MOST_OBSERVED) :].float()
+            if b in self.learned:
+                self.recent[b].add(new)
+                continue
+            own = self.observed.setdefault(b, [])
+            own.append(new)
+            if len(own) > MOST_OBSERVED:
+                del own[0]
 
     def select_sequences(self, chosen):
         self.n_coded = []
         chosen = chosen.tolist()
-        for held in ("learned", "observed"):
+        for held in ("learned", "learned_from", "observed"):
             own = getattr(self, held)
             setattr(self, held, {i: own[b] for i, b in enumerate(chosen) if b in own})
+        self.recent = {i: self.recent[b].copy() for i, b in enumerate(chosen) if b in self.recent}
         if self.learned:
             self._put_together(len(chosen))
 
@@ -128,16 +182,29 @@ class SaapSelector(Selector):
         self.n_coded = list(middle.n_rows)
 
     def _learn(self, middle: Middle) -> None:
-        """Coordinates of each prompt's own queries and keys, once it has enough of them."""
+        """Coordinates of each prompt's own queries and keys, once it has enough of them.
+
+        Again whenever it has grown by half: RoPE turns later keys and queries in directions in
+        which those before hardly varied (`benchmarks/drift.py`).
+        """
+        again = False
         for b, n in enumerate(middle.n_rows):
-            if n and b not in self.learned:
-                keys = middle.keys_of(b)
+            if not n or n < GROWTH * self.learned_from.get(b, 0):
+                continue
+            keys = middle.keys_of(b)
+            if b not in self.learned:
                 queries = keys  # where tokens came with no queries they stand in for them
                 if b in self.observed:
                     queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
-                    queries = queries.unflatten(0, (middle.n_kv, -1)).flatten(1, 2)
-                self.learned[b] = balanced(Moments.of(queries, keys))
-        self._put_together(len(middle.n_rows))
+                self.recent[b] = RecentQueries(middle.n_kv)
+                self.recent[b].add(queries)
+            self.learned[b] = balanced(self.recent[b].with_keys(keys))
+            self.learned_from[b] = n
+            if b < len(self.n_coded):
+                self.n_coded[b] = 0
+            again = True
+        if again or self.coordinates is None:
+            self._put_together(len(middle.n_rows))
 
     def _put_together(self, batch: int) -> None:
         known = next(iter(self.learned.values()))
@@ -150,7 +217,20 @@ class SaapSelector(Selector):
             "fine": codes.fine[:, :, :n].contiguous(),
             "scale": codes.scale[..., :n].contiguous(),
         }
-        return coded | self.coordinates.tensors()
+        kept = {}
+        if self.trained is None:
+            batch = range(len(self.n_coded))
+            n_kv, _, dim = self.coordinates.of_queries.shape[1:]
+            none = torch.zeros(n_kv, dim, dim), 0.0
+            sums = [self.recent[b].state() if b in self.recent else none for b in batch]
+            kept = {
+                "queries": torch.stack([sum_ for sum_, _ in sums]),
+                "n_queries": torch.tensor([count for _, count in sums]),
+                "learned_from": torch.tensor(
+                    [self.learned_from.get(b, 0) for b in batch], dtype=torch.int32
+                ),
+            }
+        return coded | self.coordinates.tensors() | kept
 
     def restore(self, state, middle):
         batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.k.shape[-1]
@@ -165,6 +245,12 @@ class SaapSelector(Selector):
             "mean": ((maps, n_kv, dim), torch.float32),
             "importance": ((maps, n_kv, CODED * words), torch.float32),
         }
+        if self.trained is None:
+            expected |= {
+                "queries": ((batch, n_kv, dim, dim), torch.float32),
+                "n_queries": ((batch,), torch.float32),
+                "learned_from": ((batch,), torch.int32),
+            }
         for name, (shape, dtype) in expected.items():
             own = state.get(name)
             if own is None or own.shape != shape or own.dtype != dtype:
@@ -176,6 +262,10 @@ class SaapSelector(Selector):
         self.coordinates = Coordinates(**{name: state[name] for name in parts})
         if self.trained is None:
             self.learned = {b: self.coordinates.of_sequence(b) for b in range(batch)}
+            self.learned_from = dict(enumerate(state["learned_from"].tolist()))
+            for b in range(batch):
+                sums, count = state["queries"][b], float(state["n_queries"][b])
+                self.recent[b] = RecentQueries(n_kv, sums.double(), count)
         self.codes = Codes(state["coarse"], state["fine"], state["scale"])
         self.n_coded = list(middle.n_rows)
 
@@ -204,6 +294,9 @@ class SaapSelector(Selector):
         heads = middle.n_kv if budget.share == "group" else q.shape[1]
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
+        if self.recent and len(query.q_rope) == len(middle.n_rows):
+            for b, recent in self.recent.items():
+                recent.add(query.q_rope[b, :, None])
         candidates = self.method.search_options.candidates(budget.max_tokens, n)
         scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
         ranges = select_rows(
