@@ -191,8 +191,8 @@ def attached(
     `method`: a name in `saap.METHODS`, or a `Method` object, which brings its own index. "saap"
     needs no `index`: each layer learns two covariance matrices from the prompt's own queries and
     keys at the first decode step, and again whenever the context has grown by half; prompts with
-    fewer than 512 tokens between sinks and window stay dense until they have grown. `budget`: `Budget.default()`
-    if not given. `verify`: `generate()` gives what the dense model gives; at most so many tokens
+    fewer than 512 tokens between sinks and window stay dense until they have grown. `budget`:
+    `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at most so many tokens
     are drafted over the budget and verified in one exact forward (docs/lossless.md).
 
     Raises ValueError for a model that is not supported or not the index's, for an unknown method,

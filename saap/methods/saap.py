@@ -11,10 +11,9 @@ A KV group adds its heads' softmax over the candidates.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from saap.index.coordinates import Coordinates, Moments, balanced, padded
+from saap.index.coordinates import MOST_OBSERVED, Coordinates, RecentQueries, balanced, padded
 from saap.kernels.codes import (
     COARSE_PLANES,
     CODED,
@@ -27,7 +26,6 @@ from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Selector
 
 from .base import Method
 
-MOST_OBSERVED = 2048  # queries of a prompt whose covariance is taken
 GROWTH = 1.5
 """Coordinates are learned again when the rows are so many times those that they came from."""
 
@@ -59,48 +57,6 @@ class SaapSearch:
         if self.width is None:
             return n_rows
         return min(n_rows, max(self.least, round(self.width * max_tokens)))
-
-
-class RecentQueries:
-    """The second moment of a sequence's queries, those of about the last `MOST_OBSERVED` tokens.
-
-    Sums over the query heads of each KV head; older tokens count less and less.
-    """
-
-    WAITING = 64  # single tokens that are added together
-
-    def __init__(self, n_kv: int, sums: Tensor | float = 0.0, count: float = 0.0):
-        self.n_kv, self.sums, self.count = n_kv, sums, count
-        self.waiting: list[Tensor] = []
-
-    def copy(self) -> "RecentQueries":
-        self._add_waiting()
-        return RecentQueries(self.n_kv, self.sums, self.count)
-
-    def add(self, q: Float[Tensor, "Hq n D"]) -> None:
-        """Queries of n tokens, or of as many keys that stand in for them."""
-        self.waiting.append(q.float())
-        if q.shape[1] > 1 or len(self.waiting) >= self.WAITING:
-            self._add_waiting()
-
-    def _add_waiting(self) -> None:
-        if not self.waiting:
-            return
-        q = torch.cat(self.waiting, 1)[:, -MOST_OBSERVED:]
-        self.waiting = []
-        left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
-        own = q.unflatten(0, (self.n_kv, -1)).flatten(1, 2).double()
-        self.sums = left * self.sums + own.mT @ own
-        self.count = left * self.count + own.shape[1]
-
-    def with_keys(self, keys: Float[Tensor, "Hkv m D"]) -> Moments:
-        self._add_waiting()
-        found = Moments.of(keys[:, :0], keys)
-        return Moments(self.sums / self.count, found.keys, found.mean)
-
-    def state(self) -> tuple[Float[Tensor, "Hkv D D"], float]:
-        self._add_waiting()
-        return self.sums.float(), self.count
 
 
 class SaapSelector(Selector):
