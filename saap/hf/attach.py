@@ -192,8 +192,9 @@ def attached(
     needs no `index`: each layer learns two covariance matrices from the prompt's own queries and
     keys at the first decode step, and again whenever the context has grown by half; prompts with
     fewer than 512 tokens between sinks and window stay dense until they have grown. `budget`:
-    `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at most so many tokens
-    are drafted over the budget and verified in one exact forward (docs/lossless.md).
+    `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at
+    most so many tokens are drafted over the budget and verified in one exact forward
+    (docs/lossless.md).
 
     Raises ValueError for a model that is not supported or not the index's, for an unknown method,
     one that needs an index and got none, and for a budget that it cannot follow.
