@@ -213,8 +213,8 @@ def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
 def best(keys, n, k, out):
     """Numbers of the k largest of n keys, ascending; of equal ones the first. 0 < k <= n.
 
-    A threshold is looked for by halving the range of the keys' bits; once it lets through no more
-    than half of the keys, these are brought together. keys: float32 not below 0, followed by
+    A threshold is looked for by halving the range of the keys' bits; once it lets through few
+    more than k, these are brought together. keys: float32 not below 0, followed by
     zeros up to a whole block, so that their bits are in their order; out: int32, room for whole
     chunks and `LANES` more.
     """
@@ -223,9 +223,12 @@ def best(keys, n, k, out):
     together = out + 4 * half
     found = np.int64(-1)  # keys brought together
     largest = _largest(keys, n)
-    low, high = np.int64(_LEAST), largest + 1  # at least k from low on, fewer from high on
-    middle = largest - 8 * _OCTAVE
+    low, high = np.int64(0), largest + 1  # at least k from low on, fewer from high on
+    octaves = 4
     while high - low > 1:
+        # Weights fall by the octave: the first guesses go down in steps that double.
+        middle = largest - octaves * _OCTAVE if low == 0 and octaves < 128 else (low + high) // 2
+        octaves *= 2
         if middle <= low or middle >= high:
             middle = (low + high) // 2
         count = count_from(searched, vectors, middle)
@@ -235,11 +238,10 @@ def best(keys, n, k, out):
             low = middle
             if count == k:
                 high = low + 1
-            if found < 0 and count <= half - BLOCK:
+            if found < 0 and count <= min(half - BLOCK, 2 * k + CHUNK):
                 found = places_from(keys, vectors, low, out)
                 _bring_together(keys, out, found, together)
                 searched, vectors = together, blocks_of(found) * _PER_BLOCK
-        middle = (low + high) // 2
     if found < 0:
         found = places_from(keys, vectors, low, out)
     if found == k:

@@ -37,26 +37,31 @@ CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 class SaapSearch:
     """How many rows each query head lets through its coarse codes to the whole ones.
 
-    `width` times the rows of the budget, and at least `least`. `width` None: every row, which
-    reads most. Each head has candidates of its own, for what a coarse score errs by is a share of
-    how far a head's scores are apart: chosen together, a peaked head's rows lose to those of flat
-    ones, and with them what a rare query asks for (docs/routing.md).
+    `width` times the rows of the budget, and at least `least`, but not more than `margin` beyond
+    the budget: rows near its edge have little weight. `width` None: every row, which reads most.
+    Each head has candidates of its own, for what a coarse score errs by is a share of how far a
+    head's scores are apart: chosen together, a peaked head's rows lose to those of flat ones, and
+    with them what a rare query asks for (docs/routing.md).
     """
 
     width: float | None = 2.0
     least: int = 512
+    margin: int = 1024
 
     def __post_init__(self):
         if self.width is not None and not 1 <= self.width <= 1e6:
             raise ValueError(f"width must be None or in 1..1e6; got {self.width}")
         if not 0 <= self.least <= 2**31:
             raise ValueError(f"least must be in 0..2**31; got {self.least}")
+        if not 0 <= self.margin <= 2**31:
+            raise ValueError(f"margin must be in 0..2**31; got {self.margin}")
 
     def candidates(self, max_tokens: int, n_rows: int) -> int:
         """Rows of `n_rows` that a head lets through."""
         if self.width is None:
             return n_rows
-        return min(n_rows, max(self.least, round(self.width * max_tokens)))
+        wanted = min(round(self.width * max_tokens), max_tokens + self.margin)
+        return min(n_rows, max(self.least, wanted))
 
 
 class SaapSelector(Selector):
