@@ -167,7 +167,8 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
                     found[share].append(ms)
             cache = hf.dynamic_cache_from(model, read)
             ms = steps_ms(lambda cache=cache: own_steps(model, cache))
-            found["transformers"].append(ms)
+            if turn:
+                found["transformers"].append(ms)
     return found
 
 
