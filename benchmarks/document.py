@@ -1,12 +1,12 @@
 """A long document read once, saved, opened and asked: time and peak memory at each size.
 
-    python -m benchmarks.document INDEX [--tokens 131072,500000] [--threads 2]
+    python -m benchmarks.document [--index FILE] [--tokens 131072,500000] [--threads 2]
 
 The document is Python's own standard library, one file after the other; the model the shipped
 reference model, far beyond the 8k tokens it was trained for: what is shown is that memory stays
-bounded and answers are the same before and after the file, not that they are good. INDEX is what
-`saap train` wrote for the model. Each step is a process of its own, so its peak is its own: the
-first reads and answers from memory, the second maps the file and answers.
+bounded and answers are the same before and after the file, not that they are good. Without an
+index `saap` learns from the document. Each step is a process of its own, so its peak is its own:
+the first reads and answers from memory, the second maps the file and answers.
 
 `peak_per_kv` is the growth of resident memory over that of the loaded model, which has read one
 chunk, at its highest, for each byte of keys and values. JSON goes to `$OUT` or
@@ -41,7 +41,7 @@ QUESTION = b"\n\ndef read_the_file(path):\n"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("index", type=Path)
+    parser.add_argument("--index", type=Path, help="file that `saap train` wrote for the model")
     parser.add_argument("--tokens", default="131072,500000")
     parser.add_argument("--threads", type=int, help="torch's number of threads")
     parser.add_argument("--step", choices=("read", "open"), help="only this, for one size")
@@ -66,7 +66,9 @@ def main() -> int:
 
 
 def in_two_processes(n: int, options) -> dict:
-    command = [sys.executable, "-m", "benchmarks.document", str(options.index), "--tokens", str(n)]
+    command = [sys.executable, "-m", "benchmarks.document", "--tokens", str(n)]
+    if options.index is not None:
+        command += ["--index", str(options.index)]
     command += ["--threads", str(options.threads)] if options.threads else []
     with tempfile.TemporaryDirectory() as folder:
         command += ["--file", str(Path(folder) / "document.saap"), "--step"]
@@ -87,7 +89,7 @@ def in_two_processes(n: int, options) -> dict:
     }
 
 
-def read(index: Path, file: Path, n: int) -> dict:
+def read(index: Path | None, file: Path, n: int) -> dict:
     model, tokenizer, trained, budget = loaded(index)
     text, size = [], 0
     for source in read_sources(held_out=False):
@@ -120,7 +122,7 @@ def read(index: Path, file: Path, n: int) -> dict:
         }
 
 
-def open_again(index: Path, file: Path, n: int) -> dict:
+def open_again(index: Path | None, file: Path, n: int) -> dict:
     model, tokenizer, trained, budget = loaded(index)
     with saap.attached(model, trained, budget) as saap_model:
         begin = time.perf_counter()
@@ -139,10 +141,10 @@ def asked(model, tokenizer, tokens, cache):
     return generate_text(model, tokenizer, question, N_ANSWER, cache=cache)
 
 
-def loaded(index: Path):
-    trained = saap.TrainedIndex.load(index)
-    told_by_index = {name: trained.metadata[name] for name in ("n_sink", "window")}
-    budget = saap.Budget(max_tokens=saap.Budget.default().max_tokens, **told_by_index)
+def loaded(index: Path | None):
+    trained = None if index is None else saap.TrainedIndex.load(index)
+    told = {name: trained.metadata[name] for name in ("n_sink", "window")} if trained else {}
+    budget = saap.Budget(max_tokens=saap.Budget.default().max_tokens, **told)
     folder = reference.FOLDER
     return hf.load_model(folder), hf.load_tokenizer(folder), trained, budget
 
