@@ -250,3 +250,13 @@ def test_what_was_learned_is_learned_again_as_the_context_grows():
         ]
         recalls[growth] = float(weights[rows].sum() / weights.topk(len(rows)).values.sum())
     assert recalls[saap_module.GROWTH] > recalls[math.inf] + 0.3
+
+
+def test_no_more_queries_are_kept_than_are_learned_from():
+    selector = find_method("saap")().selector(LayerInfo(0.125))
+    for size in (1500, 3000, 700, 700, 1, 1, 5000, 600):
+        selector.observe(random(1, 2, size, 16), [size])
+    (own,) = selector.observed.values()
+    sizes = [t.shape[1] for t in own]
+    assert sizes == [2048, 600]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in own)

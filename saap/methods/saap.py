@@ -106,14 +106,15 @@ class SaapSelector(Selector):
         for b, n in enumerate(n_new):
             if not n:
                 continue
-            new = q_rope[b, :, -min(n, MOST_OBSERVED) :].float()
+            new = q_rope[b, :, -min(n, MOST_OBSERVED) :].float().contiguous()
             if b in self.learned:
                 self.recent[b].add(new)
                 continue
             own = self.observed.setdefault(b, [])
             own.append(new)
-            if len(own) > MOST_OBSERVED:
-                del own[0]
+            held = sum(t.shape[1] for t in own)
+            while held - own[0].shape[1] >= MOST_OBSERVED:
+                held -= own.pop(0).shape[1]
 
     def select_sequences(self, chosen):
         self.n_coded = []
