@@ -76,6 +76,25 @@ class Codes:
                 return "codes must be int32 words and uint8 scales; got other dtypes"
         return None
 
+    @functools.cached_property
+    def strided(self) -> str | None:
+        """What kernels cannot read because it does not lie together, or None."""
+        for name in ("coarse", "fine", "scale"):
+            tensor = getattr(self, name)
+            if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                return f"codes.{name} must be contiguous in its last dimension; got strides"
+        if self.fine.stride(2) != self.fine.shape[3]:
+            return "the fine words of a key must follow those of the one before; got strides"
+        return None
+
+    def misplaced(self, device: torch.device) -> str | None:
+        """Why kernels on this device cannot read the codes, or None."""
+        for name in ("coarse", "fine", "scale"):
+            found = getattr(self, name).device
+            if found != device:
+                return f"codes.{name} must be on q's device, {device}; got {found}"
+        return self.strided
+
     @property
     def n(self) -> int:
         return self.scale.shape[2]

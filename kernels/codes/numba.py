@@ -22,40 +22,30 @@ _local = threading.local()
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
     """What of validated arguments this backend cannot do, or None."""
-    if any(t.device.type != "cpu" for t in (q, codes.scale, *out)):
+    if any(t.device.type != "cpu" for t in (q, *out)):
         return f"impl 'numba' needs the CPU; got q on {q.device}"
     for name, tensor in zip(("starts", "lengths"), out, strict=True):
         if tensor.stride(2) != 1 or tensor.stride() != out[0].stride():
             return (
                 f"out must be strided alike, its last dimension contiguous; got {name} otherwise"
             )
-    return _places_of(codes)[1]
+    return codes.misplaced(q.device)
 
 
-def _places_of(codes: Codes) -> tuple[dict[str, int], str | None]:
-    """A job's fields that say where codes lie, kept with them, and what is wrong with these."""
+def _places_of(codes: Codes) -> dict[str, int]:
+    """A job's fields that say where codes lie, kept with them."""
     held = codes.__dict__.get("_places")
-    if held is not None:
-        return held
-    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
-    refusal = None
-    for name, tensor in (("coarse", coarse), ("fine", fine), ("scale", scale)):
-        if tensor.device.type != "cpu":
-            refusal = f"impl 'numba' needs the CPU; got codes.{name} on {tensor.device}"
-        elif tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            refusal = f"codes.{name} must be contiguous in its last dimension; got strides"
-    if fine.stride(2) != fine.shape[3]:
-        refusal = "the fine words of a key must follow those of the one before; got strides"
-    fields = {
-        "coarse": coarse.data_ptr(), "fine": fine.data_ptr(), "scale": scale.data_ptr(),
-        "kv_heads": scale.shape[1], "coordinates": codes.coordinates,
-        "coarse_batch": 4 * coarse.stride(0), "coarse_head": 4 * coarse.stride(1),
-        "coarse_plane": 4 * coarse.stride(2), "fine_batch": 4 * fine.stride(0),
-        "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
-        "scale_head": scale.stride(1),
-    }  # fmt: skip
-    codes.__dict__["_places"] = fields, refusal
-    return fields, refusal
+    if held is None:
+        coarse, fine, scale = codes.coarse, codes.fine, codes.scale
+        held = codes.__dict__["_places"] = {
+            "coarse": coarse.data_ptr(), "fine": fine.data_ptr(), "scale": scale.data_ptr(),
+            "kv_heads": scale.shape[1], "coordinates": codes.coordinates,
+            "coarse_batch": 4 * coarse.stride(0), "coarse_head": 4 * coarse.stride(1),
+            "coarse_plane": 4 * coarse.stride(2), "fine_batch": 4 * fine.stride(0),
+            "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
+            "scale_head": scale.stride(1),
+        }  # fmt: skip
+    return held
 
 
 def select_rows(
@@ -96,23 +86,20 @@ def select_rows(
     starts, lengths = out
     fields = {
         "q": a.data_ptr(), "starts": starts.data_ptr(), "lengths": lengths.data_ptr(),
-        "tasks": tasks, "heads": heads, "group": group, "most": most, "chunks": chunks,
-        "by_sequence": len(n_rows) > 1, "whole": whole, "out_batch": 4 * starts.stride(0),
-        "out_head": 4 * starts.stride(1), "capacity": starts.shape[2], "first_row": first_row,
+        "tasks": tasks, "heads": heads, "group": group, "chunks": chunks,
+        "by_sequence": len(n_rows) > 1, "by_task": by_task, "whole": whole,
+        "out_batch": 4 * starts.stride(0), "out_head": 4 * starts.stride(1), "capacity": starts.shape[2], "first_row": first_row,
         "max_tokens": max_tokens, "candidates": n_candidates, "worker_bytes": worker_bytes,
-        **place, **_places_of(codes)[0],
+        **place, **_places_of(codes),
     }  # fmt: skip
-    prepare, scan, choose, do_tasks = _functions()
+    prepare, scan, choose = _functions()
     job = numba_job.Job(**fields)
     address = ctypes.addressof(job)
     prepare(address)
-    if by_task:
-        run(do_tasks, address, threads)
-    else:
-        if max_tokens < most:  # else every row is chosen
-            run(scan, address, threads)
-            job.next_worker = job.next_task = 0
-        run(choose, address, min(threads, tasks))
+    if not by_task and max_tokens < most:  # else every row is chosen
+        run(scan, address, threads)
+        job.next_worker = job.next_task = 0
+    run(choose, address, min(threads, tasks))
     counts = _integers(2 * tasks).from_address(place["counts"])[:]
     scored.copy_(torch.tensor(counts[tasks:]).view_as(scored))
     used = max(counts[:tasks])
@@ -136,8 +123,5 @@ def _integers(count: int) -> type:
 @functools.cache
 def _functions() -> list[Callable]:
     stamp = stamp_of(Path(__file__).parent)
-    entries = [
-        numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp),
-        numba_choice.task_entry(stamp),
-    ]  # fmt: skip
+    entries = [numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp)]
     return compiled("choice of coded rows", numba_job.SIGNATURE, entries)

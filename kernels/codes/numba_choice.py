@@ -46,6 +46,7 @@ def entry(stamp):
 
 @_njit
 def _work(jobs):
+    """`by_task`: the rows of a task are weighed here, before it is chosen from; else they were."""
     job = jobs[0]
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
@@ -55,34 +56,11 @@ def _work(jobs):
         task = fetch_increment(counters + NEXT_TASK)
         if task >= job.tasks:
             break
-        counts[0, task], counts[1, task] = _choose(job, task, task, space)
-
-
-def task_entry(stamp):
-    """As `entry`, but the rows of a task are weighed by the same worker before."""
-
-    def do_tasks(jobs):
-        _ = stamp
-        _do_tasks(carray(jobs, 1))
-
-    return do_tasks
-
-
-@_njit
-def _do_tasks(jobs):
-    job = jobs[0]
-    counters = jobs.ctypes.data
-    worker = fetch_increment(counters + NEXT_WORKER)
-    space = job.workspace + job.worker_bytes * worker
-    counts = carray(int64_pointer(job.counts), (2, job.tasks))
-    while True:
-        task = fetch_increment(counters + NEXT_TASK)
-        if task >= job.tasks:
-            break
-        if job.max_tokens < place_of(job, task)[2]:  # else every row is chosen
+        held = worker if job.by_task else task
+        if job.by_task and job.max_tokens < place_of(job, task)[2]:  # else every row is chosen
             for chunk in range(job.chunks):
-                weigh_chunk(job, task, chunk, worker, space)
-        counts[0, task], counts[1, task] = _choose(job, task, worker, space)
+                weigh_chunk(job, task, chunk, held, space)
+        counts[0, task], counts[1, task] = _choose(job, task, held, space)
 
 
 @_njit
@@ -101,7 +79,7 @@ def _choose(job, task, held, space):
     if kept == n:
         for i in range(n):
             rows[i] = i
-    elif job.whole or job.candidates >= n:
+    elif job.whole:
         _weigh_chunks(job, held, n, factors)
         for chunk in range((n + CHUNK - 1) // CHUNK):
             place = job.scores + 4 * (held * job.group * room + chunk * CHUNK)
@@ -164,6 +142,11 @@ def _candidates(job, held, n, keys, marks, places, factors, listed):
     Each has its own, since coarse scores err by a share of how far a head's scores are apart:
     among all heads' rows, a peaked head's would lose to those of flat ones.
     """
+    if job.candidates >= n:
+        every = carray(int32_pointer(listed), n)
+        for i in range(n):
+            every[i] = i
+        return n
     room = job.chunks * CHUNK
     _weigh_chunks(job, held, n, factors)
     marked = carray(int32_pointer(marks), room)

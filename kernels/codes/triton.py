@@ -35,15 +35,7 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
             f"q must be on a CUDA device for impl 'triton'; got {q.device}: use one, or set "
             "TRITON_INTERPRET=1 before triton is imported"
         )
-    for name in ("coarse", "fine", "scale"):
-        tensor = getattr(codes, name)
-        if tensor.device != q.device:
-            return f"codes.{name} must be on q's device, {q.device}; got {tensor.device}"
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            return f"codes.{name} must be contiguous in its last dimension; got strides"
-    if codes.fine.stride(2) != codes.fine.shape[3]:
-        return "the fine words of a key must follow those of the one before; got strides"
-    return None
+    return codes.misplaced(q.device)
 
 
 def select_rows(

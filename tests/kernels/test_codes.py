@@ -147,6 +147,26 @@ def test_many_queries_of_one_context(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_short_sequence_beside_a_long_one_is_chosen_by_whole_codes(impl, threads):
+    _, codes, _ = coded(batch=2, n=600)
+    q = random(2, 4, 64, seed=3) * 0.5
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        scored = torch.zeros(2, 2, dtype=torch.int64)
+        both = select_rows(
+            q, codes, [600, 90], max_tokens=20, n_candidates=100, scored=scored, impl=impl
+        )
+        short = Codes(codes.coarse[1:], codes.fine[1:], codes.scale[1:])
+        alone = select_rows(q[1:], short, [90], max_tokens=20, n_candidates=100, impl=impl)
+    finally:
+        torch.set_num_threads(before)
+    assert [rows(both, 1, h) for h in range(2)] == [rows(alone, 0, h) for h in range(2)]
+    assert scored[1].tolist() == [90, 90]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nan_queries_choose_as_many_rows(impl):
     _, codes, _ = coded(n=200)
     q = torch.full((1, 4, 64), torch.nan)
@@ -190,5 +210,5 @@ def test_codes_that_do_not_belong_together():
     with pytest.raises(ValueError, match=r"codes.fine must be \(1, 2, 300, 4\)"):
         select_rows(random(1, 4, 64), wrong, [300], max_tokens=10, n_candidates=40)
     strided = Codes(codes.coarse, codes.fine.mT.contiguous().mT, codes.scale)
-    with pytest.raises(ValueError, match="fine words of a key must follow"):
+    with pytest.raises(ValueError, match=r"codes.fine must be contiguous"):
         select_rows(random(1, 4, 64), strided, [300], max_tokens=10, n_candidates=40, impl="numba")
