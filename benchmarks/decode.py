@@ -195,17 +195,19 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
         plain.update(k, v, number)
 
     def dense_step(cache, implementation):
+        """As `model.generate` without our cache, be the model attached or not."""
+        before = model.config._attn_implementation
         model.config._attn_implementation = implementation
         try:
             model(token, past_key_values=cache)
         finally:
-            model.config._attn_implementation = own_attention
+            model.config._attn_implementation = before
 
     ways = {
         "packed": lambda: dense_step(packed, "packed_sdpa"),
         "transformers": lambda: dense_step(plain, own_attention),
     }
-    records, spent, begun = {}, {}, {}
+    records = {}
     with torch.no_grad():
         dense_attention = attention_of_packed(ways["packed"], packed)
         for method in METHODS:
@@ -213,18 +215,20 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
             with saap.attached(model, index, budget, method=method) as saap_model:
                 begin = time.perf_counter()
                 cache = filled(saap_model, layers, context)
-                begun[method] = time.perf_counter() - begin
+                made = time.perf_counter() - begin
 
                 def step(cache=cache):
                     model(token, past_key_values=cache)
 
                 # Not all methods' turns at once: a model is attached to one of them at a time.
-                turns = {"saap": [step] * STEPS_A_TURN}
-                turns["packed"] = [lambda: detached(model, ways["packed"])] * STEPS_A_TURN
-                turns["transformers"] = [lambda: detached(model, ways["transformers"])]
+                turns = {
+                    "saap": [step] * STEPS_A_TURN,
+                    "packed": [ways["packed"]] * STEPS_A_TURN,
+                    "transformers": [ways["transformers"]],
+                }
                 spent = take_turns(turns, seconds)
                 records[method] = about_method(cache, step, spent, dense_attention)
-                records[method]["made_s"] = begun[method]
+                records[method]["made_s"] = made
                 del cache, step
     return {"context": context, "packed_attention_ms": dense_attention, "methods": records}
 
@@ -239,15 +243,6 @@ def filled(saap_model, layers, context):
         layer.slots = context
     cache.last_positions = [context - 1]
     return cache
-
-
-def detached(model, step):
-    """A step of the model's own, while it is attached: as `model.generate` without our cache."""
-    installed = model.config._attn_implementation
-    try:
-        step()
-    finally:
-        model.config._attn_implementation = installed
 
 
 def about_method(cache, step, spent, dense_attention) -> dict:

@@ -18,8 +18,9 @@ import torch
 from saap import hf
 from saap.budget import Budget
 from saap.eval.corpora import read_named
-from saap.eval.tasks.attention import LayerProblem
+from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.eval.tasks.base import text_tokens
+from saap.eval.variants import N_SINK
 from saap.methods import find_method
 from saap.methods import saap as saap_module
 from saap.training import default_window
@@ -63,10 +64,9 @@ def measure(model, tokenizer, text: bytes, n_texts: int) -> list[dict]:
         for context in CONTEXTS:
             n = context - N_QUERIES
             read = hf.read_context(model, tokens[:context], n_queries=N_QUERIES)
-            places = {"n_sink": 16, "window": default_window(n)}
-            budget = Budget.for_selectivity(SHARE, n, **places)
+            budget = Budget.for_selectivity(SHARE, n, n_sink=N_SINK, window=default_window(n))
             layers = [layer.info for layer in hf.model_layers(model) if layer.is_full][::EVERY]
-            problems = [LayerProblem(read, i, Budget(max_tokens=0, **places)) for i in layers]
+            problems = [LayerProblem(read, i, layout_of(budget)) for i in layers]
 
             def note(name, stores, context=context, number=number, problems=problems):
                 for problem, store in zip(problems, stores, strict=True):

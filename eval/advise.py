@@ -89,22 +89,17 @@ def advise(
     `target`: output error, `|sparse - dense| / |dense|` of attention outputs in the mean.
     Raises ValueError where the text is too short or no share is above sinks and window.
     """
-    make = find_method(method)
+    variant = Variant(method, find_method(method)(index))
     shares = possible(context)
-    places = {"n_sink": N_SINK, "window": default_window(context)}
-    points = [
-        Point(f"{share:g}", Budget.for_selectivity(share, context - N_QUERIES, **places))
-        for share in shares
-    ]
+    points = variant.points(shares, context - N_QUERIES, "group")
     records = []
     for number in range(n_texts):
         progress(f"text {number + 1} of {n_texts}", number, n_texts + 1)
         tokens = text_tokens(tokenizer, text, context, number, n_texts)
-        variant = Variant(method, make(index))
         records += attention.evaluate(model, tokens, [(variant, points)], N_QUERIES)
     progress("steps", n_texts, n_texts + 1)
     read = hf.read_context(model, tokens[:-N_QUERIES])
-    times = timed(model, read, make(index), points)
+    times = timed(model, read, variant.method, points)
     progress("steps", n_texts + 1, n_texts + 1)
     measured = [
         about(share, point.budget, [r for r in records if r["budget"] == point.label], times)

@@ -17,7 +17,7 @@ from saap.kv.ranges import LOCAL
 from saap.training import default_window
 
 from .tasks.answering import encode
-from .tasks.attention import LayerProblem
+from .tasks.attention import LayerProblem, layout_of
 from .variants import N_SINK, Variant
 
 AROUND = 10
@@ -69,15 +69,15 @@ def explain(
     """
     tokens = encode(tokenizer, prompt.encode())
     n = len(tokens) - 1
-    places = {"n_sink": N_SINK, "window": default_window(n)}
-    budget = Budget.for_selectivity(share, n, **places)
+    budget = Budget.for_selectivity(share, n, n_sink=N_SINK, window=default_window(n))
+    layout = layout_of(budget)
     read = hf.read_context(model, tokens, n_queries=1)
     weights, visited = [], {variant.label: [] for variant in variants}
     numbers, first, stop = [], N_SINK, n
     for layer in hf.model_layers(model):
         if not layer.is_full:
             continue
-        problem = LayerProblem(read, layer.info, Budget(max_tokens=0, **places))
+        problem = LayerProblem(read, layer.info, layout)
         first, stop = problem.first, problem.stop
         weights.append(attention_weights(problem))
         numbers.append(layer.info.number)

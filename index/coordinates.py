@@ -43,8 +43,7 @@ class Moments:
     def of(cls, queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]) -> "Moments":
         sums = MomentSums()
         sums.add_queries(queries)
-        for first in range(0, keys.shape[1], AT_ONCE):
-            sums.add_keys(keys[:, first : first + AT_ONCE])
+        sums.add_keys(keys)
         return sums.moments()
 
 
@@ -67,15 +66,16 @@ class MomentSums:
         self.queries = self.queries + q.mT @ q
 
     def add_keys(self, k: Float[Tensor, "Hkv n D"]) -> None:
-        k = k.double()
-        self.n_keys += k.shape[1]
-        self.keys = self.keys + k.mT @ k
-        self.sum = self.sum + k.sum(1)
+        for part in k.split(AT_ONCE, 1):
+            part = part.double()
+            self.n_keys += part.shape[1]
+            self.keys = self.keys + part.mT @ part
+            self.sum = self.sum + part.sum(1)
 
     def moments(self) -> Moments:
         mean = self.sum / self.n_keys
         keys = self.keys / self.n_keys - mean[..., None] * mean[:, None]
-        return Moments(self.queries / max(1, self.n_queries), keys, mean.float())
+        return Moments(self.queries / self.n_queries, keys, mean.float())
 
 
 class RecentQueries:
@@ -112,8 +112,10 @@ class RecentQueries:
 
     def with_keys(self, keys: Float[Tensor, "Hkv m D"]) -> Moments:
         self._add_waiting()
-        found = Moments.of(keys[:, :0], keys)
-        return Moments(self.sums / self.count, found.keys, found.mean)
+        sums = MomentSums()
+        sums.queries, sums.n_queries = self.sums, self.count
+        sums.add_keys(keys)
+        return sums.moments()
 
     def state(self) -> tuple[Float[Tensor, "Hkv D D"], float]:
         self._add_waiting()

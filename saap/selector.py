@@ -102,9 +102,9 @@ class RangeBuffer:
 class Selector(ABC):
     """Chooses rows of the middle of one layer's store, for all its sequences.
 
-    A store calls `begin` with its first tokens, `observe` with the queries of every chunk,
-    `assign` for each key that it is given, `update` whenever rows joined or left the middle, and
-    `select` for each decode step.
+    A store calls `begin` with its first tokens, `observe` with the queries of every step but
+    drafts, `assign` for each key that it is given, `update` whenever rows joined or left the
+    middle, and `select` for each decode step.
     """
 
     follows: bool = True
@@ -153,7 +153,7 @@ class Selector(ABC):
         """See the first tokens of an empty store; `mask` is False where there is padding."""
 
     def observe(self, q_rope: Float[Tensor, "B Hq T D"], n_new: list[int]) -> None:
-        """See the queries of a chunk; those of sequence b are its last `n_new[b]`."""
+        """See queries of new tokens; those of sequence b are its last `n_new[b]`."""
 
     def select_sequences(self, chosen: Int[Tensor, " B2"]) -> None:
         """Sequence i becomes what sequence `chosen[i]` was; `update` follows."""

@@ -163,9 +163,58 @@ def test_what_is_saved_chooses_alike():
         own.append(*new)
         outs.append(own.attend(last, last)[0])
     assert torch.equal(*outs)
-    wrong = dict(tensors) | {"selector.fine": tensors["selector.fine"][:, :, :10]}
-    with pytest.raises(ValueError, match="fine of the codes must be"):
-        restored(header, wrong, method.selector(LayerInfo(DIM**-0.5)), BUDGET)
+    for change, message in (
+        ({"fine": tensors["selector.fine"][:, :, :10]}, "fine of the codes must be"),
+        ({"n_queries": torch.zeros(1)}, "n_queries of the codes must be above 0"),
+        ({"learned_from": torch.tensor([-1], dtype=torch.int32)}, "learned_from of the codes"),
+    ):
+        wrong = dict(tensors) | {f"selector.{name}": value for name, value in change.items()}
+        with pytest.raises(ValueError, match=message):
+            restored(header, wrong, method.selector(LayerInfo(DIM**-0.5)), BUDGET)
+
+
+def test_a_sequence_that_has_learned_nothing_is_saved_too():
+    from saap.kv.state import restored, saved
+
+    keys, q = tokens(800, batch=2)
+    store = KVStore(find_method("saap")().selector(LayerInfo(DIM**-0.5)), BUDGET)
+    mask = torch.ones(2, 799, dtype=torch.bool)
+    mask[1, :-30] = False
+    store.append(*(t[:, :, :799] for t in keys), mask)
+    store.attend(q[:, :, :799], q[:, :, :799])
+    header, tensors = saved(store)
+    assert header["middles"][0] > 500
+    assert header["middles"][1] == 0
+    again = restored(header, tensors, find_method("saap")().selector(LayerInfo(DIM**-0.5)), BUDGET)
+    more, asked = tokens(700, seed=5, batch=2)
+    for own in (store, again):
+        own.append(*more)
+        own.attend(asked, asked)
+        own.settle()
+    new, last = tokens(1, seed=70, batch=2)
+    outs = []
+    for own in (store, again):
+        own.append(*new)
+        outs.append(own.attend(last, last)[0])
+    assert again.selector.learned_from[1] > 500
+    assert outs[1].isfinite().all()
+    assert torch.allclose(outs[0][0], outs[1][0], atol=1e-5)
+
+
+def test_drafts_teach_nothing():
+    """What is asked while rows rest is forgotten with the drafts."""
+    keys, q = tokens(801)
+    store, _ = fed([799, 800], keys, q)
+    recent = store.selector.recent[0]
+    before = recent.state()
+    with store.resting():
+        store.append(*(t[:, :, 800:801] for t in keys))
+        store.attend(q[:, :, 800:801], q[:, :, 800:801])
+        store.truncate(1)
+    assert recent.state()[1] == before[1]
+    store.append(*(t[:, :, 800:801] for t in keys))
+    store.attend(q[:, :, 800:801], q[:, :, 800:801])
+    assert recent.state()[1] > before[1]
 
 
 def test_more_candidates_find_more():

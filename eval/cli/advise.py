@@ -27,27 +27,25 @@ def advise(
 ) -> None:
     """Measure a model on a text for some minutes, and recommend a budget."""
     from saap import hf
-    from saap.trained_index import TrainedIndex
 
     from .. import advise as measure
     from .. import corpus as texts_of
     from .. import reference
     from ..run import check_contexts
-    from .app import model_path
+    from .decode import load
     from .terminal import one_bar
 
     if not 0 < error <= 2:
         raise ValueError(f"--error must be above 0 and at most 2; got {error}")
     if not 1 <= texts <= 64:
         raise ValueError(f"--texts must be in 1..64; got {texts}")
-    place = model_path(model)
-    loaded, tokenizer = hf.load_model(place), hf.load_tokenizer(place)
+    loaded, tokenizer, trained = load(model, index)
     check_contexts((context,), hf.max_context(loaded), None)
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
     with one_bar("measure") as bar:
         found = measure.advise(
             loaded, tokenizer, text, context=context, n_texts=texts, target=error, method=method,
-            index=TrainedIndex.load(index) if index else None, progress=bar,
+            index=trained, progress=bar,
         )  # fmt: skip
     print_advice(found, method, index)
 

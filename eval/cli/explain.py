@@ -28,20 +28,22 @@ def explain(
 ) -> None:
     """Show which passages of a prompt its last token looks at, and which methods find them."""
     from saap import hf
-    from saap.trained_index import TrainedIndex
+    from saap.methods import find_method
 
     from .. import corpus
     from .. import explain as explained
     from ..run import check_contexts
     from ..variants import make_variants
-    from .app import choose, model_path
+    from .app import choose
+    from .decode import load
     from .terminal import console
 
     prompt = corpus.read_file(prompt_file).decode(errors="replace")
-    trained = TrainedIndex.load(index) if index else None
-    variants = make_variants(choose(methods, ()), trained, 0)
-    place = model_path(model)
-    loaded, tokenizer = hf.load_model(place), hf.load_tokenizer(place)
+    names = choose(methods, ())
+    for name in names:
+        find_method(name)
+    loaded, tokenizer, trained = load(model, index)
+    variants = make_variants(names, trained, 0)
     n = len(tokenizer(prompt)["input_ids"])
     check_contexts((n,), hf.max_context(loaded), None)
     with console.status(f"reading {n:,} tokens"):

@@ -88,8 +88,9 @@ def select_rows(
         "q": a.data_ptr(), "starts": starts.data_ptr(), "lengths": lengths.data_ptr(),
         "tasks": tasks, "heads": heads, "group": group, "chunks": chunks,
         "by_sequence": len(n_rows) > 1, "by_task": by_task, "whole": whole,
-        "out_batch": 4 * starts.stride(0), "out_head": 4 * starts.stride(1), "capacity": starts.shape[2], "first_row": first_row,
-        "max_tokens": max_tokens, "candidates": n_candidates, "worker_bytes": worker_bytes,
+        "out_batch": 4 * starts.stride(0), "out_head": 4 * starts.stride(1),
+        "capacity": starts.shape[2], "first_row": first_row, "max_tokens": max_tokens,
+        "candidates": n_candidates, "worker_bytes": worker_bytes,
         **place, **_places_of(codes),
     }  # fmt: skip
     prepare, scan, choose = _functions()

@@ -180,8 +180,7 @@ class KVStore:
         new = self._length_new if self._new else 0
         check_query(q_rope, batch=self.batch, n_new=new)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        waits = self.selector is not None and self.selector.waits and not self._resting
-        if self.selector is not None and (q_rope.shape[2] > 1 or waits):
+        if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
             return self._attend_chunk(q_rope, sm_scale, softcap)

@@ -223,13 +223,24 @@ class SaapSelector(Selector):
         parts = ("of_keys", "of_queries", "mean", "importance")
         self.coordinates = Coordinates(**{name: state[name] for name in parts})
         if self.trained is None:
-            self.learned = {b: self.coordinates.of_sequence(b) for b in range(batch)}
-            self.learned_from = dict(enumerate(state["learned_from"].tolist()))
-            for b in range(batch):
-                sums, count = state["queries"][b], float(state["n_queries"][b])
-                self.recent[b] = RecentQueries(n_kv, sums.double(), count)
+            self._restore_learned(state, middle)
         self.codes = Codes(state["coarse"], state["fine"], state["scale"])
         self.n_coded = list(middle.n_rows)
+
+    def _restore_learned(self, state: dict[str, Tensor], middle: Middle) -> None:
+        counts = state["n_queries"].tolist()
+        for b, rows in enumerate(state["learned_from"].tolist()):
+            if not 0 <= rows <= middle.n_rows[b]:
+                raise ValueError(
+                    f"learned_from of the codes must be in 0..{middle.n_rows[b]}; got {rows}"
+                )
+            if not rows:  # too short to have learned anything
+                continue
+            if not counts[b] > 0:
+                raise ValueError(f"n_queries of the codes must be above 0; got {counts[b]}")
+            self.learned[b], self.learned_from[b] = self.coordinates.of_sequence(b), rows
+            sums = state["queries"][b].double()
+            self.recent[b] = RecentQueries(middle.n_kv, sums, counts[b])
 
     def _reserve(self, middle: Middle) -> None:
         batch, n = len(middle.n_rows), max(middle.n_rows)
@@ -256,9 +267,6 @@ class SaapSelector(Selector):
         heads = middle.n_kv if budget.share == "group" else q.shape[1]
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
-        if self.recent and len(query.q_rope) == len(middle.n_rows):
-            for b, recent in self.recent.items():
-                recent.add(query.q_rope[b, :, None])
         candidates = self.method.search_options.candidates(budget.max_tokens, n)
         scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
         ranges = select_rows(

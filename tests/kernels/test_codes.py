@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from saap.kernels.codes import Codes, decode, encode, select_rows
 
+from .code_cases import rows
+
 IMPLS = ("reference", "numba")
 CANARY = -77
 
@@ -19,11 +21,6 @@ def coded(batch=1, n_kv=2, n=300, coordinates=64, seed=0):
     x = random(batch, n_kv, n, coordinates, seed=seed)
     importance = torch.linspace(2.0, 0.1, coordinates).expand(1, n_kv, -1)
     return x, encode(x, importance), importance
-
-
-def rows(ranges, i, h):
-    pairs = zip(ranges[0][i, h].tolist(), ranges[1][i, h].tolist(), strict=True)
-    return [row for start, length in pairs for row in range(start, start + length)]
 
 
 @pytest.mark.parametrize("coordinates", [64, 128, 256])

@@ -5,6 +5,7 @@ import torch
 
 from saap.kernels.codes import Codes, encode, select_rows
 
+from .code_cases import rows
 from .triton_cases import DEVICE, MARKS
 
 pytestmark = MARKS
@@ -17,11 +18,6 @@ def problem(n, group, coordinates, batch=2, n_kv=2, seed=0):
     q = torch.randn(batch, n_kv * group, coordinates, generator=draw) * 0.4
     codes = encode(x, importance)
     return q.to(DEVICE), Codes(*(t.to(DEVICE) for t in (codes.coarse, codes.fine, codes.scale)))
-
-
-def rows(ranges, i, h):
-    pairs = zip(ranges[0][i, h].tolist(), ranges[1][i, h].tolist(), strict=True)
-    return [row for start, length in pairs for row in range(start, start + length)]
 
 
 @pytest.mark.parametrize(
