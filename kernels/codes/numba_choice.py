@@ -30,6 +30,7 @@ from .numba_vectors import add_weighed, count_from, exponentials, places_from
 _PER_BLOCK = BLOCK // LANES
 _OCTAVE = 1 << 23
 _LEAST = -(2**31)
+MOST_SAMPLED = 2048
 
 _njit = numba.njit(error_model="numpy")
 
@@ -86,13 +87,13 @@ def _choose(job, task, held, space):
             length = min(CHUNK, n - chunk * CHUNK)
             add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
                         blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        best(keys, n, kept, places)
+        best(keys, n, kept, places, np.int64(0), True)
         scored = n
     else:
-        found = _candidates(job, held, n, keys, marks, places, factors, listed)
+        found = _candidates(job, held, n, marks, places, listed)
         _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
         kept, scored = min(kept, found), found
-        best(keys, found, kept, places)
+        best(keys, found, kept, places, np.int64(0), True)
         chosen = carray(int32_pointer(listed), found)
         for i in range(kept):
             rows[i] = chosen[rows[i]]
@@ -136,7 +137,7 @@ def _weigh_chunks(job, held, n, factors):
 
 
 @_njit
-def _candidates(job, held, n, keys, marks, places, factors, listed):
+def _candidates(job, held, n, marks, places, listed):
     """Each head's `job.candidates` best rows by the coarse code, together; returns how many.
 
     Each has its own, since coarse scores err by a share of how far a head's scores are apart:
@@ -148,21 +149,45 @@ def _candidates(job, held, n, keys, marks, places, factors, listed):
             every[i] = i
         return n
     room = job.chunks * CHUNK
-    _weigh_chunks(job, held, n, factors)
     marked = carray(int32_pointer(marks), room)
     rows = carray(int32_pointer(places), room)
     for i in range(BLOCK * blocks_of(n)):
         marked[i] = 0
     for g in range(job.group):
-        for chunk in range((n + CHUNK - 1) // CHUNK):
-            place = job.scores + 4 * ((held * job.group + g) * room + chunk * CHUNK)
-            length = min(CHUNK, n - chunk * CHUNK)
-            add_weighed(place, 0, 1, factors + 4 * (g * job.chunks + chunk), 0,
-                        blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        best(keys, n, job.candidates, places)
+        keys = job.scores + 4 * (held * job.group + g) * room
+        low = _likely_below(keys, n, job.candidates, places)
+        best(keys, n, job.candidates, places, low, False)
         for i in range(job.candidates):
             marked[rows[i]] = 1
     return places_from(marks, blocks_of(n) * _PER_BLOCK, 1, listed)
+
+
+@_njit
+def _likely_below(keys, n, k, space):
+    """A number that, by a sample of the keys, at least k of them and few more are at least.
+
+    `_LEAST` where a sample says little. space: int32, room for the sample.
+    """
+    size = min(MOST_SAMPLED, n // 8 // BLOCK * BLOCK)
+    expected = k * size / n
+    rank = np.int64(expected + 3 * math.sqrt(expected)) + 4
+    if rank >= size:
+        return np.int64(_LEAST)
+    step = n // size
+    all_keys, sample = carray(int32_pointer(keys), n), carray(int32_pointer(space), size)
+    for i in range(size):
+        sample[i] = all_keys[i * step]
+    low, high = np.int64(_LEAST), _largest(space, size) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        count = count_from(space, size // LANES, middle)
+        if count < rank:
+            high = middle
+        else:
+            low = middle
+            if count < rank + rank // 8:
+                break
+    return low
 
 
 @_njit
@@ -193,27 +218,41 @@ def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
 
 
 @_njit
-def best(keys, n, k, out):
+def best(keys, n, k, out, low, are_weights):
     """Numbers of the k largest of n keys, ascending; of equal ones the first. 0 < k <= n.
 
-    A threshold is looked for by halving the range of the keys' bits; once it lets through few
-    more than k, these are brought together. keys: float32 not below 0, followed by
-    zeros up to a whole block, so that their bits are in their order; out: int32, room for whole
-    chunks and `LANES` more.
+    A threshold is looked for by halving the range of the keys; once it lets through few more than
+    k, these are brought together.
+
+    keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
+    float32 not below 0, whose bits are in their order. low: less than k keys may be below it, then
+    it is not used; it is `_LEAST` or 0 where nothing is known. out: int32, room for whole chunks
+    and `LANES` more.
     """
     searched, vectors = keys, blocks_of(n) * _PER_BLOCK
     half = (n + CHUNK - 1) // CHUNK * CHUNK // 2
     together = out + 4 * half
     found = np.int64(-1)  # keys brought together
-    largest = _largest(keys, n)
-    low, high = np.int64(0), largest + 1  # at least k from low on, fewer from high on
+    least = np.int64(0 if are_weights else _LEAST)
+    if low > least:
+        count = count_from(keys, vectors, low)
+        if count < k:
+            low = least
+        elif count <= half - BLOCK:
+            found = places_from(keys, vectors, low, out)
+            _bring_together(keys, out, found, together)
+            searched, vectors = together, blocks_of(found) * _PER_BLOCK
+    largest = _largest(searched, n if found < 0 else found)
+    high = largest + 1  # at least k are from low on, fewer from high on
     octaves = 4
     while high - low > 1:
-        # Weights fall by the octave: the first guesses go down in steps that double.
-        middle = largest - octaves * _OCTAVE if low == 0 and octaves < 128 else (low + high) // 2
-        octaves *= 2
-        if middle <= low or middle >= high:
-            middle = (low + high) // 2
+        middle = (low + high) // 2
+        if are_weights and low == 0 and octaves < 128:
+            # Weights fall by the octave: the first guesses go down in steps that double.
+            middle = largest - octaves * _OCTAVE
+            octaves *= 2
+            if middle <= low or middle >= high:
+                middle = (low + high) // 2
         count = count_from(searched, vectors, middle)
         if count < k:
             high = middle

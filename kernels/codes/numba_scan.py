@@ -114,9 +114,10 @@ def _work(jobs):
 
 @_njit
 def weigh_chunk(job, task, chunk, held, space):
-    """`exp(score - maximum)` of a chunk's rows for each head, and their maximum and sum.
+    """What each head gives a chunk's rows: number `held` of those that `job` has room for.
 
-    They are number `held` of those that `job` has room for.
+    By whole codes `exp(score - maximum)`, with their maximum and sum; by coarse codes int32 in the
+    order of the scores.
     """
     b, kv_head, n = place_of(job, task)
     first = chunk * CHUNK
@@ -137,6 +138,8 @@ def weigh_chunk(job, task, chunk, held, space):
             maximum = job.maxima + 4 * ((heads + g) * job.chunks + chunk)
             score(job, task, g, length, job.whole, space, place, 4 * room,
                   maximum, 4 * job.chunks)  # fmt: skip
+        if not job.whole:  # ranked as they are
+            continue
         vectors = blocks_of(length) * (BLOCK // LANES)
         totals[heads + g, chunk] = exponentials(place, vectors, maxima[heads + g, chunk])
 

@@ -52,10 +52,11 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
     `out[head, row] = factor * scale[row] * (weights . code[row] - offset)`. words: planes of
     int32, `plane_bytes` apart, `n_words` of each kind; whole: 1 for all of the code, 0 for the
     coarse part; scales: bytes; weights: signed bytes `[heads, P]`; offsets, factors: float32
-    `[heads]`; out: float32, rows `out_bytes` apart, whole blocks; maxima: float32 `[heads]`.
+    `[heads]`; out: rows `out_bytes` apart, whole blocks, of float32, or for coarse codes of int32 in
+    the order of the scores; maxima: float32 `[heads]`.
     """
 
-    def emit_for(emit, heads, planes, words, plane_bytes, n_words, scales, blocks, count,
+    def emit_for(emit, heads, of_whole, planes, words, plane_bytes, n_words, scales, blocks, count,
                  weights, offsets, factors, out, out_bytes, maxima):  # fmt: skip
         builder, products = emit.builder, ByteProducts(emit)
         totals = [[emit.register(products.zero) for _ in range(AT_ONCE)] for _ in range(heads)]
@@ -113,7 +114,7 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
                     score = builder.fmul(score, scale)
                     score = builder.select(inside, score, emit.same(-np.inf))
                     builder.store(emit.larger(score, builder.load(largest[h])), largest[h])
-                    emit.store(score, place)
+                    emit.store(score if of_whole else _in_order(emit, score), place)
                     place = emit.at(place, out_bytes)
         for h in range(heads):
             emit.store(emit.maximum(builder.load(largest[h])), emit.at(maxima, 4 * h))
@@ -126,10 +127,18 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
                     builder.icmp_signed("==", args[1], I64(of_whole)),
                 )
                 with builder.if_then(here):
-                    emit_for(Emitter(builder), n, planes, *args[2:])
+                    emit_for(Emitter(builder), n, of_whole, planes, *args[2:])
         return context.get_dummy_value()
 
     return types.void(*[_i64] * 14), codegen
+
+
+def _in_order(emit, score):
+    """int32 that are in the order of float32."""
+    builder = emit.builder
+    bits = builder.bitcast(score, VECTOR_I32)
+    negative = builder.ashr(bits, emit.same(31, VECTOR_I32))
+    return builder.xor(bits, builder.and_(negative, emit.same(0x7FFFFFFF, VECTOR_I32)))
 
 
 @intrinsic

@@ -50,8 +50,7 @@ def chosen(q, fine, coarse, max_tokens: int, n_candidates: int) -> tuple[Tensor,
     candidates = torch.arange(n)
     if n_candidates < n:
         scores = rounded(q, whole=False) @ coarse.T
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        candidates = torch.cat([best(own, n_candidates) for own in weights]).unique()
+        candidates = torch.cat([best(own, n_candidates) for own in scores]).unique()
     scores = rounded(q, whole=True) @ fine[candidates].T
     weight = scores.softmax(-1).sum(0)
     return candidates[best(weight, max_tokens)], len(candidates)
