@@ -4,8 +4,9 @@
 
 The shipped reference model decodes a left-padded batch at a sparse budget. At random the cache is
 flushed, cut back by some tokens or by thousands or emptied, its sequences change places, and whole
-turns of text are read, so that contexts stay between 1k and 6k tokens. Beside it every key and value is
-kept once more in the order in which it came. Each thousand tokens the next step is computed
+turns of text are read, so that contexts stay between 1k and 6k tokens. Beside it every key and
+value is kept once more in the order in which it came. Each thousand tokens the next step is
+computed
 
 - over the cache with a budget that holds every row, so by way of selection and all ranges;
 - by transformers over what was kept, in float32 and in float64.
@@ -260,8 +261,8 @@ def main() -> int:
                 return 1
             if now - told > 60:
                 told, left = now, (now - begin) / done * (options.tokens - done) / 60
-                print(f"{done:,} tokens, {left:.0f} minutes left, {resident_mib():,.0f} MiB, "
-                      f"context {run.slots:,}, {checks[-1] if checks else ''}", flush=True)  # fmt: skip
+                line = f"{done:,} tokens, {left:.0f} minutes left, {resident_mib():,.0f} MiB"
+                print(f"{line}, last check {checks[-1] if checks else None}", flush=True)
     report["environment"]["load_after"] = load()
     write(path, report | {"memory": memory, "checks": checks[-20:]})
     print(report["summary"])
