@@ -46,7 +46,7 @@ LONGEST_TURN = 256
 BUDGET = Budget(max_tokens=192, n_sink=4, window=64)
 WHOLE = dataclasses.replace(BUDGET, max_tokens=MOST)
 CHECK_EVERY, NOTE_EVERY, WRITE_EVERY = 1000, 5000, 20000  # decoded tokens
-ROUNDING = 64  # units in the last place of the largest logit, for three layers in another order
+ROUNDING = 16  # units in the last place of the largest logit, for three layers in another order
 
 
 class Conversation:
@@ -108,7 +108,14 @@ class Conversation:
     def step(self) -> None:
         """One token for each sequence, and now and then something else."""
         chance = self.own.random()
-        if chance < 1 / 100:
+        if self.slots >= MOST or chance > 1 - 1 / 2000:
+            if self.own.random() < 0.3:
+                self.cache.reset()
+                self.start()
+                self.counts["resets"] += 1
+            else:
+                self.cut(self.slots - self.own.randrange(LEAST + 64, max(self.slots, LEAST + 65)))
+        elif chance < 1 / 100:
             for layer in self.cache.saap_layers:
                 layer.store.settle()
             self.counts["flushes"] += 1
@@ -127,13 +134,6 @@ class Conversation:
             self.next = self.drawn(self.forward(torch.cat([self.next, turn], 1)))
             self.counts["turns"] += 1
             self.counts["read"] += BATCH * turn.shape[1]
-        elif chance < 1 / 40 + 1 / 2000 or self.slots >= MOST:
-            if self.own.random() < 0.3:
-                self.cache.reset()
-                self.start()
-                self.counts["resets"] += 1
-            else:
-                self.cut(self.slots - self.own.randrange(LEAST + 64, max(self.slots, LEAST + 65)))
         if self.slots < MOST:
             self.next = self.drawn(self.forward(self.next))
             self.counts["decoded"] += BATCH
