@@ -15,7 +15,7 @@ SMALL = Budget(max_tokens=24, n_sink=4, window=8, flush_every=8)
 
 
 @pytest.mark.parametrize(
-    "family, method", [("llama", "blend"), ("gemma3", "saap"), ("llama", "quest")]
+    ("family", "method"), [("llama", "blend"), ("gemma3", "saap"), ("llama", "quest")]
 )
 def test_copies_of_a_cache_go_on_by_themselves(family, method):
     model = make(family)
@@ -31,9 +31,11 @@ def test_copies_of_a_cache_go_on_by_themselves(family, method):
         found = [
             generated(model, asked, max_new_tokens=12, past_key_values=twin) for twin in twins
         ]
-        assert cache.lengths == held and twins[0].lengths != held
+        assert cache.lengths == held
+        assert twins[0].lengths != held
         found.append(generated(model, asked, max_new_tokens=12, past_key_values=cache))
-        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
 
 
 def test_a_cache_is_not_pickled():
