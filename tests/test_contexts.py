@@ -172,6 +172,14 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path, wrong):
 CHANGES = {
     "lists": (lambda t: t.fill_(12345), r"rows must be in lists 0\.\.\d+; got 12345\.\.12345"),
     "tokens": (lambda t: t.fill_(3), r"rows must be the tokens 0\.\.99, each once"),
+    "tokens of the middle": (
+        lambda t: t[..., :100].copy_(t[..., :100].flip(-1)),
+        "rows must lie in the order of their lists, those of one in time order; got another order",
+    ),
+    "tokens of the tail": (
+        lambda t: t[..., 98:100].copy_(t[..., 98:100].flip(-1)),
+        "rows outside the middle must be in time order; got another order",
+    ),
 }
 
 
@@ -181,7 +189,7 @@ def test_rows_that_somebody_made_up_are_refused(saved, tmp_path, name):
     model, index, path = saved
     change, message = CHANGES[name]
     header, tensors = context_file.read(path)
-    change(tensors[f"layers.0.{name}"])
+    change(tensors[f"layers.0.{name.split()[0]}"])
     bad = tmp_path / "bad.safetensors"
     context_file.write(bad, header, tensors)
     with (

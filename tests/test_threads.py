@@ -1,6 +1,7 @@
 """Interrupts, threads and copies: an attached model stays whole, whatever happens in the block."""
 
 import copy
+import pickle
 import random
 import threading
 
@@ -145,10 +146,15 @@ def test_two_threads_may_not_share_a_cache(case):
     assert errors == ["a cache must be used by one forward at a time; got a second one"]
 
 
-def test_a_copy_of_an_attached_model(case):
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_an_attached_model(case, copied):
     model, index, expected = case
     with saap.attached(model, index, FULL, method="blend") as saap_model:
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         assert torch.equal(generated(twin, INPUTS, max_new_tokens=8), expected)
         with pytest.raises(ValueError, match="SaapCache"):
             call(twin, saap_model.cache())

@@ -34,7 +34,8 @@ def merge_states(
     total = weight_a + weight_b
     safe_total = torch.where(total == 0, 1.0, total)
     out = _weighted(out_a, weight_a / safe_total) + _weighted(out_b, weight_b / safe_total)
-    return out.to(out_a.dtype), top + torch.log(total)
+    lse = torch.where(top == torch.inf, top, top + torch.log(total))  # of +inf it is no number
+    return out.to(out_a.dtype), lse
 
 
 def _weighted(out: Tensor, weight: Tensor) -> Tensor:

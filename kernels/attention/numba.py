@@ -110,7 +110,24 @@ def attend_ranges(
     address = ctypes.addressof(job)
     plan(address)
     run(work, address, job.workers)
+    for b, head in np.argwhere(np.isnan(lse.numpy())).tolist():
+        places = starts[b, head * list_heads // q_heads], lengths[b, head * list_heads // q_heads]
+        keys = k[b, head * k.shape[1] // q_heads]
+        lse[b, head] = _lse_of_one(queries[b, head], keys, *places, sm_scale, softcap)
     return out.to(q.dtype), lse
+
+
+def _lse_of_one(q, k, starts, lengths, sm_scale, softcap) -> Tensor:
+    """Log-sum-exp of one head whose scores are not all finite, as torch has it: of +inf it is inf.
+
+    The kernel's sum is NaN then, whether a score was +inf or NaN.
+    """
+    ranges = zip(starts.tolist(), lengths.tolist(), strict=True)
+    keys = torch.cat([k[first : first + n].float() for first, n in ranges if n])
+    scores = keys @ q * sm_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.logsumexp(0)
 
 
 def warmup(*dtypes: torch.dtype) -> float:

@@ -144,6 +144,10 @@ def _generate(model, *arguments, **keywords):
     return lossless.generate(model, saap_model.own_generate, *arguments, **keywords)
 
 
+# A method is pickled as the attribute of this name: a model from a pickle has its class's own.
+_forward.__name__, _generate.__name__ = "forward", "generate"
+
+
 @contextmanager
 def _put_in_place(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
     """While open, the method `name` of `owner` alone is `function`."""

@@ -201,3 +201,8 @@ def _attention(
 
 def _eager_of(module: nn.Module) -> Callable:
     return sys.modules[type(module).__module__].eager_attention_forward
+
+
+# A model that was pickled while attached keeps the name, and imports this module when it is read.
+for _name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+    _registered(_name)

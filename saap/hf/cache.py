@@ -1,5 +1,6 @@
 """A cache for `generate()` whose layers of full attention are KV stores."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,19 @@ class SaapCache(Cache):
         """What lossless decoding over this cache has learned and counted; None before it."""
         self.exact = False
         """Whether a forward of one token visits every row too, as one of several does."""
+
+    def __deepcopy__(self, memo: dict) -> "SaapCache":
+        """A cache of the same block, which goes on by itself; the model is not copied."""
+        own = {**vars(self), "owner": None, "observer": None, "_forward": None}
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(own, memo))
+        copied.owner = self.owner
+        return copied
+
+    def __reduce__(self):
+        raise TypeError(
+            "a SaapCache must be kept by save_context(), or copied by copy.deepcopy(); got pickle"
+        )
 
     @property
     def saap_layers(self) -> list[SaapLayer]:

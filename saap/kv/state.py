@@ -92,8 +92,17 @@ def check_rows(
         raise ValueError(
             f"rows must be in lists 0..{n_lists - 1}; got {int(used.min())}..{int(used.max())}"
         )
-    if in_order and (used[:, n_sink : n_sink + middle].diff(dim=1) < 0).any():
-        raise ValueError("rows must lie in the order of their lists; got another order")
+    in_middle = slice(n_sink, n_sink + middle)
+    place = used[:, in_middle].long() * capacity + tokens[:, in_middle]
+    if in_order and (place.diff(dim=1) < 0).any():
+        raise ValueError(
+            "rows must lie in the order of their lists, those of one in time order; got another "
+            "order"
+        )
     expected = torch.arange(length, dtype=tokens.dtype, device=tokens.device)
     if not torch.equal(tokens[:, :length].sort(-1).values, expected.expand(len(tokens), -1)):
         raise ValueError(f"rows must be the tokens 0..{length - 1}, each once; got others")
+    placed = torch.ones(length, dtype=torch.bool, device=tokens.device)
+    placed[n_sink : n_sink + middle] = False
+    if (tokens[:, :length] != expected)[:, placed].any():
+        raise ValueError("rows outside the middle must be in time order; got another order")

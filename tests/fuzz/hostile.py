@@ -1,9 +1,11 @@
 """What all parts of the fuzz suite share: seeds, counts, buffers with canaries, random damage."""
 
+import json
 import os
 import random
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ SCALE = int(os.environ.get("SAAP_FUZZ", "0"))
 """Hostile inputs of each part; 0: the bounded part of the normal suite."""
 SEED = int(os.environ.get("SAAP_FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("SAAP_FUZZ_SECONDS", "3600"))  # of each part
+RECORD = os.environ.get("SAAP_FUZZ_RECORD")  # a JSON file for the counts of each part
 CANARY, MARGIN = 0xA5, 256  # bytes on both sides; a multiple of every vector's width
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,7 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def cases(part: str, bounded: int):
     """Yields a `random.Random` for each case; a failure is told with what repeats it."""
     counts = {"inputs": 0}
-    n, end = SCALE or bounded, time.monotonic() + SECONDS
+    begin = time.monotonic()
+    n, end = SCALE or bounded, begin + SECONDS
     for number in range(n):
         if time.monotonic() > end:
             break
@@ -31,6 +35,13 @@ def cases(part: str, bounded: int):
             raise
         counts["inputs"] += 1
     told = ", ".join(f"{value:,} {name}" for name, value in counts.items())
+    if RECORD:
+        path = Path(RECORD)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        found[part] = {"seed": SEED, "seconds": round(time.monotonic() - begin, 1), **counts}
+        found["all parts"] = sum(p["inputs"] for n, p in found.items() if n != "all parts")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nfuzz {part}: seed {SEED}, {told}")
 
 

@@ -106,9 +106,10 @@ def test_attend_ranges():
         for got, exact, name in zip(found, true, ("out", "lse"), strict=True):
             if abs(options["sm_scale"] or 1.0) > 1e3 or "e3" in str(options):
                 continue  # scores overflow to infinities in another order
-            # A score of +inf: no output is a number; Numba says so by a NaN in lse, too.
             no_number = exact.isnan() | exact.isposinf()
             assert torch.equal(got.isnan() | got.isposinf(), no_number), name
+            if name == "lse":  # an infinite value times a weight of nearly 0 may be either
+                assert torch.equal(got.isnan(), exact.isnan())
             got, exact = got.double(), exact.double()
             same = (got == exact) | no_number
             # Errors of the weights count by the values, which may cancel in the sum.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saap.kernels.attention import attend_ranges
+from saap.kernels.attention import attend_ranges, merge_states
 
 from .budget import assert_within_budget
 
@@ -81,6 +81,31 @@ def test_nan_that_is_selected_comes_out(dtype, softcap, rows, where, at):
         assert not got.isinf().any()
         torch.testing.assert_close(got, true, rtol=1e-2, atol=1e-2, equal_nan=True)
     assert found[0].isnan().any()
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("rows", [20, 3072])
+@pytest.mark.parametrize("beside", [0.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_lse_of_infinite_scores_is_that_of_torch(softcap, rows, beside, heads):
+    q, k, v, _, _ = make(2, 4, 2, 64, rows, 1, torch.float32)
+    k[1, 1, rows // 2, 3], k[1, 1, -1, 3] = torch.inf, beside
+    starts = torch.tensor([0, rows // 2]).int().expand(2, heads, 2)
+    lengths = torch.tensor([3, rows - rows // 2]).int().expand(2, heads, 2)
+    options = {"softcap": softcap}
+    expected = attend_ranges(q, k, v, starts, lengths, impl="reference", **options)
+    found = attend_ranges(q, k, v, starts, lengths, impl="numba", **options)
+    for got, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, true, equal_nan=True)
+    if softcap is None and beside == 0.0:
+        assert found[1].isposinf().any()
+
+
+def test_infinite_states_are_merged_as_torch_adds_them():
+    lse = torch.tensor([1.0, torch.inf, torch.inf, -torch.inf, torch.nan])
+    other = torch.tensor([torch.inf, torch.inf, -torch.inf, -torch.inf, torch.inf])
+    _, found = merge_states(torch.ones(5, 4), lse, torch.ones(5, 4), other)
+    torch.testing.assert_close(found, torch.logaddexp(lse, other), equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
