@@ -123,9 +123,7 @@ def kernel_test() -> Check:
     k, v = (torch.randn(2, KV_HEADS, ROWS, DIM, generator=random) for _ in range(2))
     starts = torch.tensor([0, 100, 700], dtype=torch.int32).expand(2, KV_HEADS, 3).contiguous()
     lengths = torch.tensor([16, 333, 77], dtype=torch.int32).expand(2, KV_HEADS, 3).contiguous()
-    true, _ = attend_ranges(
-        q.double(), k.double(), v.double(), starts, lengths, impl="reference"
-    )
+    true, _ = attend_ranges(q.double(), k.double(), v.double(), starts, lengths, impl="reference")
     plain, _ = attend_ranges(q, k, v, starts, lengths, impl="reference")
     given = [t.to(device) for t in (q, k, v, starts, lengths)]
     name = best_impl(*given[:3])
@@ -160,8 +158,8 @@ def needle_test() -> Check:
                 tokens = own.greedy(asked, IN_CODE.answer_tokens)
             answered[name] += is_right(prompt, tokenizer.decode(tokens).encode())
     told = (
-        f"of {len(SEEDS)} questions about {NEEDLE_BYTES:,} tokens, {answered['dense']} answered by "
-        f"dense attention and {answered['saap']} by saap, which visits {NEEDLE_SHARE:.0%}"
+        f"of {len(SEEDS)} questions about {NEEDLE_BYTES:,} tokens, {answered['dense']} answered "
+        f"by dense attention and {answered['saap']} by saap, which visits {NEEDLE_SHARE:.0%}"
     )
     right = answered["dense"] > len(SEEDS) // 2 and answered["saap"] >= answered["dense"] - 1
     return Check("long context", right, told)
