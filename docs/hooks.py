@@ -29,8 +29,9 @@ def section(name: str, command) -> str:
     lines = [
         f"## saap {name}", "", " ".join((command.help or "").split()), "",
         f"```\n{' '.join(['saap', name, *arguments])} [OPTIONS]\n```", "",
-        "| | default | meaning |", "|---|---|---|",
     ]  # fmt: skip
+    if given:
+        lines += ["| | default | meaning |", "|---|---|---|"]
     for parameter in given:
         if parameter.param_type_name == "argument":
             called = parameter.name.upper()

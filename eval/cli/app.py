@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Read only the part of a KV cache that matters. Begin with `saap doctor` and `saap demo`.",
+    help="Read only the part of a KV cache that matters. Begin with `saap doctor`, `saap demo`.",
 )
 Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
 
