@@ -92,7 +92,7 @@ def refinement_table(report: Record) -> str:
 PAGE = """# Selectors compared
 
 Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit it.
-What each selector is and reads: [the index](index.md#methods-over-the-same-interface).
+What each selector is and reads: [methods](methods.md).
 
 The reference model ({layers} layers, {heads} query and {kv} KV heads of {dim}), {texts} held-out
 texts of {tokens:,} tokens: the last {queries} queries of each ask the {context:,} tokens before

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from . import advise, decode, explain, results, train
+from . import advise, decode, doctor, explain, results, train
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Attention as vector search: train indexes of a model's KV cache and judge methods.",
+    help="Read only the part of a KV cache that matters. Begin with `saap doctor`, `saap demo`.",
 )
 Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
 
@@ -169,6 +169,7 @@ def evaluate(
     say(f"report  {report_path}\n")
 
 
+doctor.register(app)
 advise.register(app)
 explain.register(app)
 results.register(app)

@@ -1,7 +1,7 @@
-"""Put a demo's plot and table into README and docs.
+"""Put a demo's plot and table into the docs.
 
 `python -m saap.eval.report.publish RESULTS ROOT`, with the folder of results and the checkout.
-Figures in the README are made by this script, between its two marker lines.
+Figures of `docs/start.md` are made by this script, between its two marker lines.
 """
 
 import shutil
@@ -40,15 +40,15 @@ def markdown(scores: list[dict]) -> str:
 
 
 def publish(results: Path, root: Path) -> None:
-    """Rewrite the marked part of `root/README.md` and copy the plots to `root/docs`."""
+    """Rewrite the marked part of `root/docs/start.md` and copy the plots to `root/docs`."""
     make_report(results)
-    readme = root / "README.md"
-    text = readme.read_text()
+    page = root / "docs" / "start.md"
+    text = page.read_text()
     if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme}: must hold lines {BEGIN!r} and {END!r}; got none")
+        raise ValueError(f"{page}: must hold lines {BEGIN!r} and {END!r}; got none")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     table = markdown(read_scores(results))
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
     for name in ("recall", "heads"):
         shutil.copyfile(results / f"{name}.png", root / "docs" / f"{name}.png")
 
