@@ -46,10 +46,38 @@ def attend_chunk(
     own = fused(q, *own, True, sm_scale)
     if past == 0:
         return own
+    return merge_states(*attend_past(q, k[:, :, :past], v[:, :, :past], sm_scale=sm_scale), *own)
+
+
+def attend_past(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    *,
+    sm_scale: float,
+    softcap: float | None = None,
+) -> OutAndLse:
+    """Exact attention of T tokens over N rows that every one of them sees."""
+    fused = None if softcap is not None else _fused_kernel(q)
+    group = q.shape[1] // k.shape[1]
     packed = q.unflatten(1, (-1, group)).flatten(2, 3)
-    out, lse = fused(packed, k[:, :, :past], v[:, :, :past], False, sm_scale)
-    out = out.unflatten(2, (group, -1)).flatten(1, 2)
-    return merge_states(out.contiguous(), lse.unflatten(2, (group, -1)).flatten(1, 2), *own)
+    if fused is not None:
+        out, lse = fused(packed, k, v, False, sm_scale)
+        out = out.unflatten(2, (group, -1)).flatten(1, 2).contiguous()
+        return out, lse.unflatten(2, (group, -1)).flatten(1, 2)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    block = max(16, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], block):
+        own = q[:, :, start : start + block].unflatten(1, (-1, group)).to(compute)
+        scores = own @ k.unsqueeze(2).to(compute).mT * sm_scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        found = scores.softmax(-1) @ v.unsqueeze(2).to(compute)
+        out[:, :, start : start + block] = found.flatten(1, 2).to(out.dtype)
+        lse[:, :, start : start + block] = scores.logsumexp(-1).flatten(1, 2)
+    return out, lse
 
 
 def _short(q, k, v, sm_scale, softcap) -> OutAndLse:

@@ -39,6 +39,8 @@ class KVStore:
         selector: what chooses rows, made for this store alone; None keeps the layer dense.
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
         capacity: tokens per sequence to make room for at the first append.
+        steered: rows join the middle only when `take_in` says so, because this store holds a part
+            of a context, and when they are due depends on the whole (`saap.distributed`).
 
     Raises ValueError for a budget that the selector cannot follow.
     """
@@ -46,7 +48,8 @@ class KVStore:
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
     """Check at every step that the selector's ranges neither overlap nor leave the middle."""
 
-    def __init__(self, selector: Selector | None, budget: Budget, *, capacity: int = 0):
+    def __init__(self, selector: Selector | None, budget: Budget, *, capacity: int = 0,
+                 steered: bool = False):
         if selector is not None:
             selector.check_budget(budget)
         self.selector, self.budget, self.capacity = selector, budget, capacity
@@ -60,6 +63,7 @@ class KVStore:
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
         self._resting = False  # whether rows stay where they are, whatever comes
+        self._steered = steered
 
     @property
     def batch(self) -> int:
@@ -223,8 +227,15 @@ class KVStore:
             chosen = self.selector.select(query, middle, budget, self._ranges.room)
             if self.debug:
                 self._ranges.check(chosen, middle)
+        return self.with_local(chosen, budget.dense_below, len(q_rope))
+
+    def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> Ranges:
+        """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
+
+        Sequences of at most `dense_below` tokens are visited whole.
+        """
         return self._ranges.complete(
-            chosen, self.lengths, self.middles, budget.dense_below, len(q_rope), self.k
+            chosen, self.lengths, self.middles, dense_below, n_queries, self.k
         )
 
     def _attend_chunk(self, q, sm_scale, softcap) -> OutAndLse:
@@ -286,7 +297,7 @@ class KVStore:
 
     def _flush(self, *, at_step: bool) -> None:
         """`at_step`: a decode step asks; a selector that waits is built then."""
-        if self.selector is None or not self.selector.ready or self._resting:
+        if self.selector is None or not self.selector.ready or self._resting or self._steered:
             return
         if self.selector.waits and not at_step:
             return
@@ -303,6 +314,12 @@ class KVStore:
             if n_due:
                 self._insert(b, n_due)
         self.reindex()
+
+    def take_in(self, n_rows: int) -> None:
+        """The middle of a steered store of one sequence holds `n_rows` now; `reindex` follows."""
+        self._assign_pending()
+        if n_rows > self.middles[0]:
+            self._insert(0, n_rows - self.middles[0])
 
     def _due(self, length: int) -> int:
         """How many rows the middle holds when a sequence has grown to this length."""
