@@ -48,7 +48,7 @@ def weigh_rows(
 
 
 def codes_of_rows(codes: Codes, rows: list[Tensor]) -> Codes:
-    """The codes `[1, H, ...]` of the rows listed for each of H selections, filled up with their first.
+    """The codes `[1, H, ...]` of the rows listed for each of H selections, padded by their first.
 
     H is a multiple of the codes' Hkv.
     """

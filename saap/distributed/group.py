@@ -69,7 +69,9 @@ class Group:
         All ranks give the same names.
         """
         digests = [hashlib.sha256(value.encode()).digest() for value in what.values()]
-        text = "".join(value[:SHOWN].ljust(SHOWN) for value in what.values()).encode("ascii", "replace")
+        text = "".join(value[:SHOWN].ljust(SHOWN) for value in what.values()).encode(
+            "ascii", "replace"
+        )
         own = torch.frombuffer(bytearray(b"".join(digests) + text), dtype=torch.uint8).to(device)
         every = [bytes(t.cpu().numpy()) for t in self.gather(own)]
         for number, name in enumerate(what):

@@ -92,7 +92,7 @@ class SplitSelector(SaapSelector):
         return among_largest(weights, used, k, self.group).view(heads, group, held).any(1)
 
     def _best(self, q: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
-        """`[H, held]`: the k rows of those `used` with the largest weights by all of their code."""
+        """`[H, held]`: the k rows of those `used` with the largest weights by whole codes."""
         rows = [own.nonzero()[:, 0] for own in used]
         longest = max(len(own) for own in rows)
         counts = torch.tensor([len(own) for own in rows], device=q.device)
@@ -122,15 +122,17 @@ class SplitSelector(SaapSelector):
 
 def _as_ranges(used: Tensor, first_row: int) -> Ranges:
     """Runs of chosen rows, ascending; what is not used has length 0."""
-    heads, n = used.shape
+    heads = len(used)
     padded = torch.nn.functional.pad(used.int(), (1, 1))
     steps = padded.diff(dim=1)
     begins, ends = (steps == 1).nonzero(), (steps == -1).nonzero()
     counts = (steps == 1).sum(1)
-    starts = torch.zeros(1, heads, int(counts.max()) if heads else 0, dtype=torch.int32,
+    starts = torch.zeros(1, heads, int(counts.max()), dtype=torch.int32,
                          device=used.device)  # fmt: skip
     lengths = torch.zeros_like(starts)
-    place = torch.arange(len(begins), device=used.device) - (counts.cumsum(0) - counts)[begins[:, 0]]
+    place = (
+        torch.arange(len(begins), device=used.device) - (counts.cumsum(0) - counts)[begins[:, 0]]
+    )
     starts[0, begins[:, 0], place] = (begins[:, 1] + first_row).int()
     lengths[0, begins[:, 0], place] = (ends[:, 1] - begins[:, 1]).int()
     return starts, lengths

@@ -5,8 +5,7 @@ Every rank makes the same calls with the same tensors: all hold the whole model.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -285,10 +284,9 @@ class SplitStore:
                 f"a split context must stay one sequence; got sequences {list(sequences)}"
             )
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        raise ValueError("a split context must not be drafted on; got verify or drafting")
-        yield
+    def resting(self):
+        """Drafts are refused: ValueError."""
+        raise ValueError("a split context must not be drafted on; got drafts of tokens")
 
 
 def _begins(parts: Sequence[int]) -> list[int]:

@@ -24,7 +24,9 @@ def check(saap_model) -> None:
         )
     what = {"version of saap and torch": f"{__version__} and {torch.__version__}"}
     model = describe(saap_model.model)
-    shape = "x".join(str(model[n]) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim"))
+    shape = "x".join(
+        str(model[n]) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")
+    )
     digest = hashlib.sha256(repr(model).encode()).hexdigest()[:12]
     dtype = str(saap_model.model.dtype).removeprefix("torch.")
     what["model"] = f"{model['model_type']} {shape} {dtype} of weights {digest}"

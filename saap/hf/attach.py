@@ -219,8 +219,9 @@ def attached(
     (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
     same model, budget and text (`saap.distributed`, docs/scale.md).
 
-    Raises GroupError where ranks differ; ValueError for a model that is not supported or not the index's, for an unknown method,
-    one that needs an index and got none, and for a budget that it cannot follow.
+    Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
+    index's, for an unknown method, one that needs an index and got none, and for a budget that it
+    cannot follow.
     """
     if isinstance(method, str):
         method = find_method(method)(index)

@@ -116,7 +116,9 @@ def layout(saap_model: SaapModel) -> dict:
 
 def check_has_index(saap_model: SaapModel) -> None:
     if saap_model.group is not None:
-        raise ValueError("a context must be whole in one process to be saved or opened; got a group")
+        raise ValueError(
+            "a context must be whole in one process to be saved or opened; got a group"
+        )
     if saap_model.index is None and not saap_model.method.saves_itself:
         raise ValueError(
             f"a context of method {saap_model.method.name!r} needs a trained index, since lists "

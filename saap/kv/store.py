@@ -23,7 +23,7 @@ from saap.stateful import stateful
 from .checks import check_append, check_query
 from .chunks import OutAndLse, attend_chunk
 from .memory import held_bytes
-from .ranges import StepRanges
+from .ranges import AllRanges, StepRanges
 
 ASSIGNED_AT_ONCE = 2048
 PENDING = 256  # single tokens that wait for their list together
@@ -48,8 +48,14 @@ class KVStore:
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
     """Check at every step that the selector's ranges neither overlap nor leave the middle."""
 
-    def __init__(self, selector: Selector | None, budget: Budget, *, capacity: int = 0,
-                 steered: bool = False):
+    def __init__(
+        self,
+        selector: Selector | None,
+        budget: Budget,
+        *,
+        capacity: int = 0,
+        steered: bool = False,
+    ):
         if selector is not None:
             selector.check_budget(budget)
         self.selector, self.budget, self.capacity = selector, budget, capacity
@@ -229,7 +235,7 @@ class KVStore:
                 self._ranges.check(chosen, middle)
         return self.with_local(chosen, budget.dense_below, len(q_rope))
 
-    def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> Ranges:
+    def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
         """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
 
         Sequences of at most `dense_below` tokens are visited whole.
