@@ -14,7 +14,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.kernels.attention.api import attend_ranges
 from saap.kernels.attention.merge import merge_states
-from saap.kv.checks import check_append, check_query
+from saap.kv.checks import check_append, check_kv_dtype, check_query
 from saap.kv.chunks import OutAndLse, attend_chunk, attend_past
 from saap.kv.store import KVStore
 from saap.methods.saap import SaapSelector
@@ -59,6 +59,7 @@ class SplitStore:
         budget: what a step visits, of all ranks together.
         group: the processes.
         parts: tokens of each rank but the last; None shares out the tokens that come first.
+        kv_dtype: as for a `KVStore`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SplitStore:
         budget: Budget,
         group: Group,
         parts: Sequence[int] | None = None,
+        kv_dtype: torch.dtype | None = None,
     ):
         check_parts(parts, group)
         if selector is not None:
@@ -78,6 +80,8 @@ class SplitStore:
             selector.check_budget(budget)
             selector = SplitSelector(selector, group)
         self.selector, self.budget, self.group = selector, budget, group
+        check_kv_dtype(kv_dtype)
+        self.kv_dtype = kv_dtype
         self.begins = None if parts is None else _begins(parts)
         self.own: KVStore | None = None
         self.lengths: list[int] = []
@@ -134,7 +138,10 @@ class SplitStore:
             )
         held = self.own.k if self.own_length else None
         lengths = self.lengths if held is not None else []
-        check_append(k_rope, v, k_derope, None, lengths=lengths, held=held, n_kv=None)
+        check_append(
+            k_rope, v, k_derope, None,
+            lengths=lengths, held=held, n_kv=None, kv_dtype=self.kv_dtype,
+        )  # fmt: skip
         new, before = k_rope.shape[2], self.length
         self._flush(at_step=False)
         if self.own is None:
@@ -152,7 +159,7 @@ class SplitStore:
         first, last = self._tokens
         n_sink = min(max(self.budget.n_sink - first, 0), last - first)
         own = dataclasses.replace(self.budget, n_sink=n_sink)
-        self.own = KVStore(self.selector, own, steered=True)
+        self.own = KVStore(self.selector, own, kv_dtype=self.kv_dtype, steered=True)
 
     @property
     def _tokens(self) -> tuple[int, int]:

@@ -32,6 +32,7 @@ def check(saap_model) -> None:
     what["model"] = f"{model['model_type']} {shape} {dtype} of weights {digest}"
     for field in dataclasses.fields(saap_model.budget):
         what[field.name + " of the budget"] = repr(getattr(saap_model.budget, field.name))
+    what["kv_dtype"] = str(saap_model.kv_dtype)
     index = "none" if method.index is None else method.index.fingerprint
     what["method"] = f"{method.name} {getattr(method, 'search_options', '')}"
     what["index"] = index[:12]

@@ -14,6 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from saap.budget import Budget
 from saap.distributed import Group, SplitStore
 from saap.kv import KVStore
+from saap.kv.checks import check_kv_dtype
 from saap.methods import Method, find_method
 from saap.trained_index import TrainedIndex
 
@@ -38,13 +39,15 @@ class SaapModel:
         budget: Budget,
         verify: Verify | None = None,
         group: Group | None = None,
+        kv_dtype: torch.dtype | None = None,
     ):
         if verify is not None:
             lossless.check_tables(model)
         if method.index is not None:
             method.index.check_model(describe(model))
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
-        self.group = group
+        self.group, self.kv_dtype = group, kv_dtype
+        _check_kv_dtype(model, kv_dtype)
         self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
@@ -90,9 +93,13 @@ class SaapModel:
                 dense = number in self.budget.dense_layers
                 selector = None if dense else self.method.selector(layer.info)
                 if self.group is None:
-                    store = KVStore(selector, self.budget, capacity=capacity)
+                    store = KVStore(
+                        selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype
+                    )
                 else:
-                    store = SplitStore(selector, self.budget, self.group, parts)
+                    store = SplitStore(
+                        selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype
+                    )
                 layers.append(SaapLayer(store))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**layer.cache_options))
@@ -128,6 +135,22 @@ class SaapModel:
 
     def __repr__(self) -> str:
         return f"SaapModel({self.method.name!r}, {self.budget})"
+
+
+def _check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that the attention over this model's cache cannot read."""
+    check_kv_dtype(kv_dtype)
+    if kv_dtype is None:
+        return
+    if kv_dtype.itemsize > model.dtype.itemsize:
+        raise ValueError(
+            f"kv_dtype must be no wider than the model's {model.dtype}; got {kv_dtype}"
+        )
+    if model.device.type != "cpu" and kv_dtype != model.dtype:
+        raise ValueError(
+            f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
+            f"{kv_dtype}"
+        )
 
 
 @torch.compiler.disable(recursive=False)
@@ -198,6 +221,7 @@ def attached(
     method: str | Method = "saap",
     verify: int | Verify | None = None,
     group: Group | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[SaapModel]:
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
@@ -217,7 +241,8 @@ def attached(
     `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at
     most so many tokens are drafted over the budget and verified in one exact forward
     (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
-    same model, budget and text (`saap.distributed`, docs/scale.md).
+    same model, budget and text (`saap.distributed`, docs/scale.md). `kv_dtype`: what the cache
+    holds keys and values as, None for the model's own dtype (docs/scale.md).
 
     Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
     index's, for an unknown method, one that needs an index and got none, and for a budget that it
@@ -232,7 +257,7 @@ def attached(
     if verify is not None and not isinstance(verify, Verify):
         verify = Verify(verify)
     decoder = model.get_decoder()
-    saap_model = SaapModel(model, method, budget or Budget.default(), verify, group)
+    saap_model = SaapModel(model, method, budget or Budget.default(), verify, group, kv_dtype)
     saap_model.own_forward = _own(decoder, "forward", _forward)
     saap_model.own_generate = _own(model, "generate", _generate)
     with _lock:

@@ -20,7 +20,7 @@ from saap.kernels.attention.api import attend_ranges
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
-from .checks import check_append, check_query
+from .checks import check_append, check_kv_dtype, check_query
 from .chunks import OutAndLse, attend_chunk
 from .memory import held_bytes
 from .ranges import AllRanges, StepRanges
@@ -39,6 +39,9 @@ class KVStore:
         selector: what chooses rows, made for this store alone; None keeps the layer dense.
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
         capacity: tokens per sequence to make room for at the first append.
+        kv_dtype: what keys and values are stored as, None for their own dtype: `torch.bfloat16` or
+            `torch.float16` beside a float32 model takes half the bytes. Attention still computes
+            as wide as queries are.
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
 
@@ -54,11 +57,14 @@ class KVStore:
         budget: Budget,
         *,
         capacity: int = 0,
+        kv_dtype: torch.dtype | None = None,
         steered: bool = False,
     ):
         if selector is not None:
             selector.check_budget(budget)
+        check_kv_dtype(kv_dtype)
         self.selector, self.budget, self.capacity = selector, budget, capacity
+        self.kv_dtype = kv_dtype
         self.rows = BucketRows(("k", "v"))
         self.lengths: list[int] = []
         self.middles: list[int] = []  # rows of each sequence that are in the middle
@@ -147,13 +153,17 @@ class KVStore:
         """
         held = self.k if self.rows.vectors else None
         n_kv = None if self.selector is None else self.selector.n_kv
-        check_append(k_rope, v, k_derope, mask, lengths=self.lengths, held=held, n_kv=n_kv)
+        check_append(
+            k_rope, v, k_derope, mask,
+            lengths=self.lengths, held=held, n_kv=n_kv, kv_dtype=self.kv_dtype,
+        )  # fmt: skip
         batch, _, length, _ = k_rope.shape
         new = [length] * batch if mask is None else mask.sum(1).tolist()
         self.flush()
         lengths = self.lengths or [0] * batch
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
-        self.rows.reserve(max(longest, self.capacity), k_rope, self.length)
+        like = k_rope if self.kv_dtype is None else k_rope[:, :, :0].to(self.kv_dtype)
+        self.rows.reserve(max(longest, self.capacity), like, self.length)
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
         if not self.lengths:
