@@ -117,7 +117,7 @@ def test_a_context_is_saved_as_narrow_as_it_is_held(tiny_model, tiny_tokens, tmp
     assert sizes[dtype] < 0.7 * sizes[None]
     with (
         saap.attached(tiny_model, budget=budget) as attached,
-        pytest.raises(ValueError, match="kv_dtype is .*float16, not None"),
+        pytest.raises(ValueError, match=r"kv_dtype is .*float16, not None"),
     ):
         attached.open_context(path)
 
@@ -125,11 +125,11 @@ def test_a_context_is_saved_as_narrow_as_it_is_held(tiny_model, tiny_tokens, tmp
 @pytest.mark.bad_input
 def test_what_is_refused(tiny_model):
     budget = Budget(max_tokens=32)
-    with pytest.raises(ValueError, match="kv_dtype must be None or one of .*; got torch.int8"):
+    with pytest.raises(ValueError, match=r"kv_dtype must be None or one of .*; got torch.int8"):
         KVStore(None, budget, kv_dtype=torch.int8)
     with (
         pytest.raises(
-            ValueError, match="no wider than the model's torch.bfloat16; got torch.float32"
+            ValueError, match=r"no wider than the model's torch.bfloat16; got torch.float32"
         ),
         saap.attached(tiny_model.to(torch.bfloat16), budget=budget, kv_dtype=torch.float32),
     ):
@@ -137,6 +137,6 @@ def test_what_is_refused(tiny_model):
     tiny_model.to(torch.float32)
     k = torch.full((1, 2, 3, 16), 1e5)
     store = KVStore(None, budget, kv_dtype=torch.float16)
-    with pytest.raises(ValueError, match="k_rope must be within 65504 .*; got 100000"):
+    with pytest.raises(ValueError, match=r"k_rope must be within 65504 .*; got 100000"):
         store.append(k, k, k)
     assert store.length == 0

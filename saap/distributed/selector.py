@@ -4,6 +4,8 @@ Coordinates are learned from sums over all ranks. Candidates, and the rows among
 largest of all ranks (`choice.among_largest`), each rank scoring its own.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -87,9 +89,8 @@ class SplitSelector(SaapSelector):
         weights, largest = self._weigh(q, self.codes, held, False, impl)
         most = self.group.largest(largest.clone())
         weights = weights * (largest - most).exp()[..., None]
-        weights = weights.flatten(0, 1)
-        used = torch.ones_like(weights, dtype=torch.bool)
-        return among_largest(weights, used, k, self.group).view(heads, group, held).any(1)
+        let_through = among_largest(weights.flatten(0, 1), None, k, self.group)
+        return functools.reduce(torch.logical_or, let_through.view(heads, group, held).unbind(1))
 
     def _best(self, q: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
         """`[H, held]`: the k rows of those `used` with the largest weights by whole codes."""
@@ -122,17 +123,16 @@ class SplitSelector(SaapSelector):
 
 def _as_ranges(used: Tensor, first_row: int) -> Ranges:
     """Runs of chosen rows, ascending; what is not used has length 0."""
-    heads = len(used)
-    padded = torch.nn.functional.pad(used.int(), (1, 1))
-    steps = padded.diff(dim=1)
-    begins, ends = (steps == 1).nonzero(), (steps == -1).nonzero()
-    counts = (steps == 1).sum(1)
-    starts = torch.zeros(1, heads, int(counts.max()), dtype=torch.int32,
-                         device=used.device)  # fmt: skip
-    lengths = torch.zeros_like(starts)
-    place = (
-        torch.arange(len(begins), device=used.device) - (counts.cumsum(0) - counts)[begins[:, 0]]
-    )
-    starts[0, begins[:, 0], place] = (begins[:, 1] + first_row).int()
-    lengths[0, begins[:, 0], place] = (ends[:, 1] - begins[:, 1]).int()
+    head, row = used.nonzero(as_tuple=True)
+    begins = torch.ones_like(head, dtype=torch.bool)
+    begins[1:] = (row.diff() != 1) | (head.diff() != 0)
+    first = begins.nonzero()[:, 0]
+    own = head[first]
+    counts = torch.bincount(own, minlength=len(used))
+    place = torch.arange(len(first), device=used.device) - (counts.cumsum(0) - counts)[own]
+    ends = torch.nn.functional.pad(first, (0, 1), value=len(row))
+    shape = (2, 1, len(used), int(counts.max()))
+    starts, lengths = torch.zeros(shape, dtype=torch.int32, device=used.device)
+    starts[0, own, place] = (row[first] + first_row).int()
+    lengths[0, own, place] = ends.diff().int()
     return starts, lengths

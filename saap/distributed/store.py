@@ -159,7 +159,10 @@ class SplitStore:
         first, last = self._tokens
         n_sink = min(max(self.budget.n_sink - first, 0), last - first)
         own = dataclasses.replace(self.budget, n_sink=n_sink)
-        self.own = KVStore(self.selector, own, kv_dtype=self.kv_dtype, steered=True)
+        capacity = 0 if self.group.rank + 1 == self.group.size else last - first
+        self.own = KVStore(
+            self.selector, own, capacity=capacity, kv_dtype=self.kv_dtype, steered=True
+        )
 
     @property
     def _tokens(self) -> tuple[int, int]:
