@@ -17,9 +17,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 
-from saap import Budget, KVStore, LayerInfo, distributed
+import saap
+from saap import Budget, KVStore, LayerInfo, distributed, hf
+from saap.eval import reference
+from saap.eval.tasks.answering import encode
+from saap.eval.tasks.needles import as_lines, draw_names
+from saap.eval.tasks.passkey import IN_CODE
+from saap.eval.tasks.prompts import hide, random_depths
 from saap.methods import find_method
 
 from .cpu import cpu_name, environment
@@ -114,6 +121,34 @@ def narrow(tokens: int) -> list[dict]:
     return records
 
 
+@torch.no_grad()
+def pass_keys(count: int) -> list[dict]:
+    """Right answers of the reference model, among eight distractors in 4,096 bytes, by dtype."""
+    model, tokenizer = (load(reference.FOLDER) for load in (hf.load_model, hf.load_tokenizer))
+    text, rng = reference.split_held_out()[1], np.random.default_rng(0)
+    asked = []
+    for _ in range(count):
+        names = draw_names(rng, 9)
+        pairs = [(name, IN_CODE.random_key(rng)) for name in names]
+        question = IN_CODE.question(names[0]).encode()
+        lines = as_lines(IN_CODE, random_depths(rng, 9), pairs)
+        prompt = hide(text, lines, 4096 - len(question), rng) + question
+        asked.append((encode(tokenizer, prompt)[None], pairs[0][1]))
+    records = []
+    for dtype in DTYPES:
+        right = 0
+        for prompt, key in asked:
+            with saap.attached(model, budget=Budget(max_tokens=256), kv_dtype=dtype) as attached:
+                found = model.generate(
+                    prompt, past_key_values=attached.cache(), max_new_tokens=8, do_sample=False
+                )
+            right += key in tokenizer.decode(found[0, prompt.shape[1] :])
+        name = str(dtype).removeprefix("torch.")
+        records.append({"dtype": name, "right": right, "asked": count})
+        print(records[-1], flush=True)
+    return records
+
+
 def tables(report: dict) -> str:
     lines = [
         "| tokens | ranks | a step | held by the first rank | messages | bytes sent by a rank |",
@@ -130,13 +165,13 @@ def tables(report: dict) -> str:
     lines += [
         "",
         f"| kv_dtype, {report['narrow_tokens']:,} tokens | keys and values of a token "
-        "| every row | 4,096 rows |",
-        "|---|---:|---:|---:|",
+        "| every row | 4,096 rows | pass keys, reference model, 256 rows |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for r in report["narrow"]:
+    for r, keys in zip(report["narrow"], report["pass_keys"], strict=True):
         lines.append(
             f"| {r['dtype']} | {r['kv_bytes']:,} bytes | {r['dense_ms']:.2f} ms | "
-            f"{r['sparse_ms']:.2f} ms |"
+            f"{r['sparse_ms']:.2f} ms | {keys['right']} of {keys['asked']} |"
         )
     return "\n".join(lines)
 
@@ -146,6 +181,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", default="16384,131072", help="comma-separated")
     parser.add_argument("--ranks", default="1,2", help="comma-separated")
+    parser.add_argument("--keys", type=int, default=24, help="pass keys to ask for")
     parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -159,6 +195,7 @@ def main() -> None:
             report["split"].append(split(n, int(ranks), options.threads))
             print(report["split"][-1], flush=True)
     report |= {"narrow": narrow(max(tokens)), "narrow_tokens": max(tokens)}
+    report["pass_keys"] = pass_keys(options.keys)
     write(report_path(cpu_name(), "scale.json"), report)
     put_table(ROOT / "docs" / "scale.md", COMMAND, tables(report))
     print(tables(report))
