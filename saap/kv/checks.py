@@ -5,7 +5,9 @@ from torch import Tensor
 
 from saap.kernels.attention.validate import check_is_tensor
 
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KV_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
 """What a store can hold keys and values as: those that attention kernels read as they are."""
 
 
@@ -58,8 +60,8 @@ def check_append(
 
 
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> None:
-    if kv_dtype not in (None, *KV_DTYPES):
-        names = ", ".join(str(dtype) for dtype in KV_DTYPES)
+    if kv_dtype not in (None, *KV_DTYPES.values()):
+        names = ", ".join(str(dtype) for dtype in KV_DTYPES.values())
         raise ValueError(f"kv_dtype must be None or one of {names}; got {kv_dtype!r}")
 
 
