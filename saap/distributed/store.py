@@ -22,29 +22,8 @@ from saap.selector import Selector
 from saap.stateful import stateful
 
 from .group import Group
+from .parts import begins_of, check_parts, even_parts
 from .selector import SplitSelector
-
-
-def check_parts(parts: Sequence[int] | None, group: Group) -> None:
-    """ValueError unless `parts` says how many tokens each rank but the last one holds."""
-    if parts is None:
-        return
-    whole = all(isinstance(n, int) and n > 0 for n in parts)
-    if len(parts) != group.size - 1 or not whole:
-        raise ValueError(
-            f"parts must be {group.size - 1} numbers of tokens above 0, for all of {group.size} "
-            f"ranks but the last, which holds what follows; got {list(parts)}"
-        )
-
-
-def even_parts(n_tokens: int, group: Group) -> list[int]:
-    """Parts of the ranks but the last, as equal as may be. ValueError for fewer tokens."""
-    if n_tokens < group.size:
-        raise ValueError(
-            f"a context must have a token for each of {group.size} ranks; got {n_tokens} tokens"
-        )
-    share, more = divmod(n_tokens, group.size)
-    return [share + (rank < more) for rank in range(group.size - 1)]
 
 
 class SplitStore:
@@ -82,7 +61,7 @@ class SplitStore:
         self.selector, self.budget, self.group = selector, budget, group
         check_kv_dtype(kv_dtype)
         self.kv_dtype = kv_dtype
-        self.begins = None if parts is None else _begins(parts)
+        self.begins = None if parts is None else begins_of(parts)
         self.own: KVStore | None = None
         self.lengths: list[int] = []
         self.middles: list[int] = []
@@ -155,7 +134,7 @@ class SplitStore:
 
     def _place(self, n_tokens: int) -> None:
         if self.begins is None:
-            self.begins = _begins(even_parts(n_tokens, self.group))
+            self.begins = begins_of(even_parts(n_tokens, self.group))
         first, last = self._tokens
         n_sink = min(max(self.budget.n_sink - first, 0), last - first)
         own = dataclasses.replace(self.budget, n_sink=n_sink)
@@ -297,13 +276,6 @@ class SplitStore:
     def resting(self):
         """Drafts are refused: ValueError."""
         raise ValueError("a split context must not be drafted on; got drafts of tokens")
-
-
-def _begins(parts: Sequence[int]) -> list[int]:
-    begins = [0]
-    for n in parts:
-        begins.append(begins[-1] + n)
-    return begins
 
 
 def _nothing(q: Tensor) -> OutAndLse:
