@@ -98,7 +98,7 @@ def main() -> None:
     split_store.KVStore = RecordingStore
     scenario, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    with distributed.joined(timeout=30) as group:
+    with distributed.joined(timeout=90) as group:
         SCENARIOS[scenario](group, folder)
 
 

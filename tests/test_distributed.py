@@ -18,7 +18,7 @@ from saap.methods.saap import SaapSelector
 from . import split_worker
 
 WORKER = Path(__file__).with_name("split_worker.py")
-LIMIT = 120  # seconds; a hang is a failure
+LIMIT = 240  # seconds; a hang is a failure
 
 
 def run_ranks(n: int, scenario: str, folder: Path, *more: str):
