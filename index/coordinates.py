@@ -111,11 +111,16 @@ class RecentQueries:
         self.count = left * self.count + own.shape[1]
 
     def with_keys(self, keys: Float[Tensor, "Hkv m D"]) -> Moments:
+        sums = self.without_keys()
+        sums.add_keys(keys)
+        return sums.moments()
+
+    def without_keys(self) -> MomentSums:
+        """Sums with these queries, which keys are still to be added to."""
         self._add_waiting()
         sums = MomentSums()
         sums.queries, sums.n_queries = self.sums, self.count
-        sums.add_keys(keys)
-        return sums.moments()
+        return sums
 
     def state(self) -> tuple[Float[Tensor, "Hkv D D"], float]:
         self._add_waiting()

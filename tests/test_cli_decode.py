@@ -99,6 +99,10 @@ def test_lossless_has_the_tokens_of_dense(context, monkeypatch, capsys):
         bad(["ask", "reference", "CONTEXT", "x", "--tokens", "0"], "--tokens must be at least 1"),
         bad(["ask", "reference", "CONTEXT", "x", "--tokens", str(2**70)], "--tokens must be at"),
         bad(["prefill", "reference", "DOC", "--chunk", "0"], "--chunk must be at least 1; got 0"),
+        bad(
+            ["prefill", "reference", "DOC", "--kv-dtype", "int8"],
+            "kv_dtype must be one of float32, bfloat16, float16; got 'int8'",
+        ),
         bad(["generate", "reference", "--prompt-file", "DOC", "--tokens", "-3"], "got -3"),
         bad(
             ["prefill", "reference", "EMPTY", "--index", "INDEX"],
@@ -126,6 +130,24 @@ def test_bad_input(context, monkeypatch, capsys, tmp_path, arguments, message):
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_context_is_held_and_asked_as_narrow_as_it_was_read(files, monkeypatch, capsys):
+    sizes = {}
+    for name in ("float32", "float16"):
+        out = files / f"{name}.safetensors"
+        document = files / "document.txt"
+        code, _, err = run_cli(
+            monkeypatch, capsys, "prefill", "reference", document, "--out", out, "--kv-dtype", name
+        )
+        assert (code, err) == (0, "")
+        sizes[name] = out.stat().st_size
+        code, said, err = run_cli(
+            monkeypatch, capsys, "ask", "reference", out, "\ndef main(", "--tokens", 4
+        )
+        assert (code, err) == (0, "")
+        assert "of the cache visited" in said
+    assert sizes["float16"] < 0.6 * sizes["float32"]
 
 
 def test_the_old_name_of_prefill_warns(context, monkeypatch, capsys, tmp_path):

@@ -14,6 +14,10 @@ Method = Annotated[str, typer.Option(help="what chooses rows: a name in `saap.ME
 Document = Annotated[Path, typer.Argument(help="text file, or folder of them")]
 ContextFile = Annotated[Path, typer.Option(help="the context file to write")]
 Chunk = Annotated[int, typer.Option(help="tokens read at once")]
+KVDtype = Annotated[
+    str,
+    typer.Option(help="hold keys and values as bfloat16 or float16; as the model if not given"),
+]
 NumberOfTokens = Annotated[int, typer.Option("--tokens", help="tokens to generate at most")]
 MaxTokens = Annotated[
     int | None, typer.Option(help="rows of the middle that a token visits in each layer")
@@ -41,6 +45,7 @@ def prefill(
     index: Index = None,
     method: Method = "saap",
     chunk: Chunk = 2048,
+    kv_dtype: KVDtype = "",
 ) -> None:
     """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
     import saap
@@ -51,9 +56,12 @@ def prefill(
     if chunk < 1:
         raise ValueError(f"--chunk must be at least 1; got {chunk}")
     check_output(out, [model, document, index])
+    held_as = dtype_named(kv_dtype) if kv_dtype else None
     loaded, tokenizer, trained = load(model, index)
     tokens = read_tokens(tokenizer, document, loaded)
-    with saap.attached(loaded, trained, budget_of(trained), method=method) as saap_model:
+    with saap.attached(
+        loaded, trained, budget_of(trained), method=method, kv_dtype=held_as
+    ) as saap_model:
         from saap.hf.text import read_document
 
         with one_bar("read") as bar:
@@ -108,7 +116,9 @@ def ask(
     loaded, tokenizer, trained = load(model, index)
     budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
     method = header["budget"].get("method", "saap")
-    with saap.attached(loaded, trained, budget, method=method) as saap_model:
+    kv_dtype = header["budget"].get("kv_dtype")
+    held_as = None if kv_dtype is None else dtype_named(str(kv_dtype))
+    with saap.attached(loaded, trained, budget, method=method, kv_dtype=held_as) as saap_model:
         cache, document = saap_model.open_context(file)
         found = generate_text(
             loaded, tokenizer, joined(document, tokenizer, question), tokens, cache=cache,
@@ -166,6 +176,13 @@ def generate(
 def check_tokens(tokens: int) -> None:
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"--tokens must be at least 1 and at most {MOST_TOKENS:,}; got {tokens}")
+
+
+def dtype_named(name: str):
+    from saap.kv.checks import KV_DTYPES
+    from saap.names import find_named
+
+    return find_named("kv_dtype", name, KV_DTYPES)
 
 
 def load(model: str, index: Path | None):

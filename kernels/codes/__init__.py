@@ -2,5 +2,9 @@
 
 from .api import select_rows
 from .layout import COARSE_PLANES, CODED, FINE_PLANES, Codes, decode, encode
+from .weights import codes_of_rows, weigh_rows
 
-__all__ = ["COARSE_PLANES", "CODED", "FINE_PLANES", "Codes", "decode", "encode", "select_rows"]
+__all__ = [
+    "COARSE_PLANES", "CODED", "FINE_PLANES", "Codes", "codes_of_rows", "decode", "encode",
+    "select_rows", "weigh_rows",
+]  # fmt: skip

@@ -52,8 +52,8 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
     `out[head, row] = factor * scale[row] * (weights . code[row] - offset)`. words: planes of
     int32, `plane_bytes` apart, `n_words` of each kind; whole: 1 for all of the code, 0 for the
     coarse part; scales: bytes; weights: signed bytes `[heads, P]`; offsets, factors: float32
-    `[heads]`; out: rows `out_bytes` apart, whole blocks, of float32, or for coarse codes of int32 in
-    the order of the scores; maxima: float32 `[heads]`.
+    `[heads]`; out: rows `out_bytes` apart, whole blocks, of float32, or for coarse codes of int32
+    in the order of the scores; maxima: float32 `[heads]`.
     """
 
     def emit_for(emit, heads, of_whole, planes, words, plane_bytes, n_words, scales, blocks, count,

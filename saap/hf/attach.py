@@ -3,7 +3,7 @@
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from saap.budget import Budget
+from saap.distributed import Group, SplitStore
 from saap.kv import KVStore
+from saap.kv.checks import check_kv_dtype
 from saap.methods import Method, find_method
 from saap.trained_index import TrainedIndex
 
-from . import lossless
+from . import agreement, lossless
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .families import model_layers
@@ -31,28 +33,44 @@ class SaapModel:
     """An attached model: makes caches for it. `budget` holds for the caches made from now on."""
 
     def __init__(
-        self, model: nn.Module, method: Method, budget: Budget, verify: Verify | None = None
+        self,
+        model: nn.Module,
+        method: Method,
+        budget: Budget,
+        verify: Verify | None = None,
+        group: Group | None = None,
+        kv_dtype: torch.dtype | None = None,
     ):
         if verify is not None:
             lossless.check_tables(model)
         if method.index is not None:
             method.index.check_model(describe(model))
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
+        self.group, self.kv_dtype = group, kv_dtype
+        _check_kv_dtype(model, kv_dtype)
         self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
             raise ValueError(
                 f"dense_layers must be in 0..{len(self.layers) - 1}; got {budget.dense_layers}"
             )
+        if group is not None:
+            agreement.check(self)
         self._cache_layers()  # a budget that does not fit the method is refused here
 
     @property
     def index(self) -> TrainedIndex | None:
         return self.method.index
 
-    def cache(self, capacity: int = 0) -> SaapCache:
-        """An empty cache. `capacity`: tokens per sequence to make room for at once."""
-        return SaapCache(self._cache_layers(capacity), self)
+    def cache(self, capacity: int = 0, parts: Sequence[int] | None = None) -> SaapCache:
+        """An empty cache. `capacity`: tokens per sequence to make room for at once.
+
+        `parts`, where there is a group: tokens that each rank but the last holds. If not given,
+        the ranks share the tokens of the first forward.
+        """
+        if parts is not None and self.group is None:
+            raise ValueError("parts must be None without a group; got parts")
+        return SaapCache(self._cache_layers(capacity, parts), self)
 
     def save_context(
         self, cache: SaapCache, tokens: Tensor, path: str | Path, note: dict | None = None
@@ -68,13 +86,21 @@ class SaapModel:
 
         return open_context(self, path)
 
-    def _cache_layers(self, capacity: int = 0) -> list:
+    def _cache_layers(self, capacity: int = 0, parts: Sequence[int] | None = None) -> list:
         layers = []
         for number, layer in enumerate(self.layers):
             if layer.is_full:
                 dense = number in self.budget.dense_layers
                 selector = None if dense else self.method.selector(layer.info)
-                layers.append(SaapLayer(KVStore(selector, self.budget, capacity=capacity)))
+                if self.group is None:
+                    store = KVStore(
+                        selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype
+                    )
+                else:
+                    store = SplitStore(
+                        selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype
+                    )
+                layers.append(SaapLayer(store))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**layer.cache_options))
         return layers
@@ -96,6 +122,8 @@ class SaapModel:
             )
         tokens = keywords.get("input_ids", arguments[0] if arguments else None)
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
+        if self.group is not None:
+            agreement.check_tokens(self.group, tokens)
         forward = cache.begin_forward(
             *tokens.shape[:2], keywords.get("attention_mask"), keywords.get("position_ids")
         )
@@ -107,6 +135,22 @@ class SaapModel:
 
     def __repr__(self) -> str:
         return f"SaapModel({self.method.name!r}, {self.budget})"
+
+
+def _check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that the attention over this model's cache cannot read."""
+    check_kv_dtype(kv_dtype)
+    if kv_dtype is None:
+        return
+    if kv_dtype.itemsize > model.dtype.itemsize:
+        raise ValueError(
+            f"kv_dtype must be no wider than the model's {model.dtype}; got {kv_dtype}"
+        )
+    if model.device.type != "cpu" and kv_dtype != model.dtype:
+        raise ValueError(
+            f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
+            f"{kv_dtype}"
+        )
 
 
 @torch.compiler.disable(recursive=False)
@@ -180,6 +224,8 @@ def attached(
     *,
     method: str | Method = "saap",
     verify: int | Verify | None = None,
+    group: Group | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[SaapModel]:
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
@@ -198,10 +244,13 @@ def attached(
     fewer than 512 tokens between sinks and window stay dense until they have grown. `budget`:
     `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at
     most so many tokens are drafted over the budget and verified in one exact forward
-    (docs/lossless.md).
+    (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
+    same model, budget and text (`saap.distributed`, docs/scale.md). `kv_dtype`: what the cache
+    holds keys and values as, None for the model's own dtype (docs/scale.md).
 
-    Raises ValueError for a model that is not supported or not the index's, for an unknown method,
-    one that needs an index and got none, and for a budget that it cannot follow.
+    Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
+    index's, for an unknown method, one that needs an index and got none, and for a budget that it
+    cannot follow.
     """
     if isinstance(method, str):
         method = find_method(method)(index)
@@ -212,7 +261,7 @@ def attached(
     if verify is not None and not isinstance(verify, Verify):
         verify = Verify(verify)
     decoder = model.get_decoder()
-    saap_model = SaapModel(model, method, budget or Budget.default(), verify)
+    saap_model = SaapModel(model, method, budget or Budget.default(), verify, group, kv_dtype)
     saap_model.own_forward = _own(decoder, "forward", _forward)
     saap_model.own_generate = _own(model, "generate", _generate)
     with _lock:

@@ -66,8 +66,11 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
     ):
         theirs = header.get(name)
         if theirs != own:
-            keys = [k for k in own if theirs.get(k) != own[k]] if isinstance(theirs, dict) else []
-            detail = f" ({keys[0]} is {theirs.get(keys[0])}, not {own[keys[0]]})" if keys else ""
+            both = {**own, **theirs} if isinstance(theirs, dict) and isinstance(own, dict) else {}
+            keys = [k for k in both if theirs.get(k) != own.get(k)]
+            detail = (
+                f" ({keys[0]} is {theirs.get(keys[0])}, not {own.get(keys[0])})" if keys else ""
+            )
             raise ValueError(
                 f"{path}: this context must be made with this {name}; got one made with another "
                 f"{name}{detail}: make it again with `saap prefill`"
@@ -84,7 +87,7 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
         if isinstance(layer, SaapLayer):
             try:
                 layer.store = kv_state.restored(
-                    state, own, layer.store.selector, saap_model.budget
+                    state, own, layer.store.selector, saap_model.budget, saap_model.kv_dtype
                 )
             except ValueError as error:
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
@@ -107,6 +110,8 @@ def layout(saap_model: SaapModel) -> dict:
     """What of a budget lays out rows, and so has to be the same when a context is opened."""
     budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
+    if saap_model.kv_dtype is not None:  # else it is the model's
+        fixed["kv_dtype"] = str(saap_model.kv_dtype).removeprefix("torch.")
     return {
         **fixed,
         "dense_layers": list(budget.dense_layers),
@@ -115,6 +120,10 @@ def layout(saap_model: SaapModel) -> dict:
 
 
 def check_has_index(saap_model: SaapModel) -> None:
+    if saap_model.group is not None:
+        raise ValueError(
+            "a context must be whole in one process to be saved or opened; got a group"
+        )
     if saap_model.index is None and not saap_model.method.saves_itself:
         raise ValueError(
             f"a context of method {saap_model.method.name!r} needs a trained index, since lists "

@@ -5,6 +5,11 @@ from torch import Tensor
 
 from saap.kernels.attention.validate import check_is_tensor
 
+KV_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+"""What a store can hold keys and values as: those that attention kernels read as they are."""
+
 
 def check_append(
     k_rope: Tensor,
@@ -15,10 +20,12 @@ def check_append(
     lengths: list[int],
     held: Tensor | None,
     n_kv: int | None,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Check tokens for a store of sequences of these lengths with keys `held [B, Hkv, n, D]`.
 
-    `n_kv`: KV heads of its selector's partition, None where it has none.
+    `n_kv`: KV heads of its selector's partition, None where it has none. `kv_dtype`: what keys and
+    values are stored as, None for their own dtype.
     """
     for name, given in (("k_rope", k_rope), ("v", v), ("k_derope", k_derope)):
         check_is_tensor(name, given)
@@ -36,8 +43,9 @@ def check_append(
         )
     if lengths:
         expected = (len(lengths), held.shape[1], held.shape[3], held.dtype, held.device)
-        found = (len(k_rope), k_rope.shape[1], k_rope.shape[3], k_rope.dtype, k_rope.device)
-        if expected != found or v.dtype != held.dtype:
+        stored = kv_dtype or k_rope.dtype
+        found = (len(k_rope), k_rope.shape[1], k_rope.shape[3], stored, k_rope.device)
+        if expected != found or v.dtype != k_rope.dtype:
             raise ValueError(
                 "batch, heads, head_dim, dtype and device must be those of the store, "
                 f"{expected}; "
@@ -45,8 +53,33 @@ def check_append(
             )
     elif n_kv is not None and k_rope.shape[1] != n_kv:
         raise ValueError(f"k_rope must have {n_kv} heads, as the partition; got {k_rope.shape[1]}")
+    if kv_dtype is not None:
+        _check_fits(k_rope, v, kv_dtype)
     if mask is not None:
         _check_mask(mask, k_rope, lengths)
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | None) -> None:
+    if kv_dtype not in (None, *KV_DTYPES.values()):
+        names = ", ".join(str(dtype) for dtype in KV_DTYPES.values())
+        raise ValueError(f"kv_dtype must be None or one of {names}; got {kv_dtype!r}")
+
+
+def _check_fits(k_rope: Tensor, v: Tensor, kv_dtype: torch.dtype) -> None:
+    """Keys and values survive being stored: nothing finite becomes infinite."""
+    if kv_dtype.itemsize > k_rope.dtype.itemsize:
+        raise ValueError(
+            f"kv_dtype must be no wider than the model's {k_rope.dtype}; got {kv_dtype}"
+        )
+    largest = torch.finfo(kv_dtype).max
+    if largest >= torch.finfo(k_rope.dtype).max * 0.99:
+        return
+    for name, given in (("k_rope", k_rope), ("v", v)):
+        found = float(given.abs().amax())
+        if largest < found < float("inf"):
+            raise ValueError(
+                f"{name} must be within {largest:g} for kv_dtype {kv_dtype}; got {found:g}"
+            )
 
 
 def check_query(q: Tensor, *, batch: int, n_new: int) -> None:

@@ -2,7 +2,8 @@
 
 A prefill in pieces, the verification of drafted tokens and the next turn of a chat all ask for it.
 Every new token sees the whole past, whatever order its rows are in, so only the chunk against
-itself needs a causal mask: the two parts are computed apart and merged by their lse.
+itself needs a causal mask: the two parts are computed apart and merged by their lse. Keys and
+values may be stored narrower than queries are: they are converted some rows at a time.
 """
 
 import torch
@@ -13,6 +14,7 @@ from saap.kernels.attention.api import attend_dense, best_impl
 from saap.kernels.attention.merge import merge_states
 
 SCORES_AT_ONCE = 1 << 24
+WIDENED = 4096  # rows of a narrower dtype that are converted at once
 SHORT = 16  # tokens; so few are read beside the past by the kernel of single tokens, on the CPU
 
 OutAndLse = tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]
@@ -38,6 +40,13 @@ def attend_chunk(
         sliding_window = None
     if sliding_window is None and past and q.shape[2] <= SHORT and best_impl(q, k, v) == "numba":
         return _short(q, k, v, sm_scale, softcap)
+    if k.dtype != q.dtype:
+        assert sliding_window is None
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        own = attend_chunk(q, *(t[:, :, past:].to(q.dtype) for t in (k, v)), **options)
+        if past == 0:
+            return own
+        return merge_states(*attend_past(q, k[:, :, :past], v[:, :, :past], **options), *own)
     fused = None if softcap is not None or sliding_window is not None else _fused_kernel(q)
     if fused is None:
         return _blockwise(q, k, v, sm_scale, softcap, sliding_window)
@@ -46,10 +55,45 @@ def attend_chunk(
     own = fused(q, *own, True, sm_scale)
     if past == 0:
         return own
+    return merge_states(*attend_past(q, k[:, :, :past], v[:, :, :past], sm_scale=sm_scale), *own)
+
+
+def attend_past(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv N D"],
+    v: Float[Tensor, "B Hkv N D"],
+    *,
+    sm_scale: float,
+    softcap: float | None = None,
+) -> OutAndLse:
+    """Exact attention of T tokens over N rows, at least one, that every one of them sees."""
+    if k.dtype != q.dtype:
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        found = None
+        for both in zip(k.split(WIDENED, 2), v.split(WIDENED, 2), strict=True):
+            own = attend_past(q, *(t.to(q.dtype) for t in both), **options)
+            found = own if found is None else merge_states(*found, *own)
+        return found
+    fused = None if softcap is not None else _fused_kernel(q)
+    group = q.shape[1] // k.shape[1]
     packed = q.unflatten(1, (-1, group)).flatten(2, 3)
-    out, lse = fused(packed, k[:, :, :past], v[:, :, :past], False, sm_scale)
-    out = out.unflatten(2, (group, -1)).flatten(1, 2)
-    return merge_states(out.contiguous(), lse.unflatten(2, (group, -1)).flatten(1, 2), *own)
+    if fused is not None:
+        out, lse = fused(packed, k, v, False, sm_scale)
+        out = out.unflatten(2, (group, -1)).flatten(1, 2).contiguous()
+        return out, lse.unflatten(2, (group, -1)).flatten(1, 2)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    block = max(16, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], block):
+        own = q[:, :, start : start + block].unflatten(1, (-1, group)).to(compute)
+        scores = own @ k.unsqueeze(2).to(compute).mT * sm_scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        found = scores.softmax(-1) @ v.unsqueeze(2).to(compute)
+        out[:, :, start : start + block] = found.flatten(1, 2).to(out.dtype)
+        lse[:, :, start : start + block] = scores.logsumexp(-1).flatten(1, 2)
+    return out, lse
 
 
 def _short(q, k, v, sm_scale, softcap) -> OutAndLse:

@@ -32,7 +32,11 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
 
 
 def restored(
-    header: dict, tensors: dict[str, Tensor], selector: Selector | None, budget: Budget
+    header: dict,
+    tensors: dict[str, Tensor],
+    selector: Selector | None,
+    budget: Budget,
+    kv_dtype: torch.dtype | None = None,
 ) -> KVStore:
     """A store over these tensors, which may be mapped. Raises ValueError for lists out of range.
 
@@ -48,6 +52,8 @@ def restored(
         )
     if selector is not None and selector.n_kv not in (None, n_kv):
         raise ValueError(f"rows must be of {selector.n_kv} heads; got {n_kv}")
+    if kv_dtype is not None and tensors["k"].dtype != kv_dtype:
+        raise ValueError(f"k must be of kv_dtype {kv_dtype}; got {tensors['k'].dtype}")
     n_lists = 1 if selector is None else selector.n_assigned
     in_order = selector is not None and selector.assigns_by is not None
     for b, (length, middle) in enumerate(zip(lengths, middles, strict=True)):
@@ -55,7 +61,7 @@ def restored(
             lists[b], tokens[b], length, middle,
             n_lists=n_lists, n_sink=budget.n_sink, in_order=in_order,
         )  # fmt: skip
-    store = KVStore(selector, budget)
+    store = KVStore(selector, budget, kv_dtype=kv_dtype)
     vectors = {name: tensors[name] for name in store.rows.names}
     store.rows = BucketRows.over(vectors, lists, tokens)
     store.lengths, store.middles = lengths, middles

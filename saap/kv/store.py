@@ -20,10 +20,10 @@ from saap.kernels.attention.api import attend_ranges
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
-from .checks import check_append, check_query
+from .checks import check_append, check_kv_dtype, check_query
 from .chunks import OutAndLse, attend_chunk
 from .memory import held_bytes
-from .ranges import StepRanges
+from .ranges import AllRanges, StepRanges
 
 ASSIGNED_AT_ONCE = 2048
 PENDING = 256  # single tokens that wait for their list together
@@ -39,6 +39,11 @@ class KVStore:
         selector: what chooses rows, made for this store alone; None keeps the layer dense.
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
         capacity: tokens per sequence to make room for at the first append.
+        kv_dtype: what keys and values are stored as, None for their own dtype: `torch.bfloat16` or
+            `torch.float16` beside a float32 model takes half the bytes. Attention still computes
+            as wide as queries are.
+        steered: rows join the middle only when `take_in` says so, because this store holds a part
+            of a context, and when they are due depends on the whole (`saap.distributed`).
 
     Raises ValueError for a budget that the selector cannot follow.
     """
@@ -46,10 +51,20 @@ class KVStore:
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
     """Check at every step that the selector's ranges neither overlap nor leave the middle."""
 
-    def __init__(self, selector: Selector | None, budget: Budget, *, capacity: int = 0):
+    def __init__(
+        self,
+        selector: Selector | None,
+        budget: Budget,
+        *,
+        capacity: int = 0,
+        kv_dtype: torch.dtype | None = None,
+        steered: bool = False,
+    ):
         if selector is not None:
             selector.check_budget(budget)
+        check_kv_dtype(kv_dtype)
         self.selector, self.budget, self.capacity = selector, budget, capacity
+        self.kv_dtype = kv_dtype
         self.rows = BucketRows(("k", "v"))
         self.lengths: list[int] = []
         self.middles: list[int] = []  # rows of each sequence that are in the middle
@@ -60,6 +75,7 @@ class KVStore:
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
         self._resting = False  # whether rows stay where they are, whatever comes
+        self._steered = steered
 
     @property
     def batch(self) -> int:
@@ -137,13 +153,17 @@ class KVStore:
         """
         held = self.k if self.rows.vectors else None
         n_kv = None if self.selector is None else self.selector.n_kv
-        check_append(k_rope, v, k_derope, mask, lengths=self.lengths, held=held, n_kv=n_kv)
+        check_append(
+            k_rope, v, k_derope, mask,
+            lengths=self.lengths, held=held, n_kv=n_kv, kv_dtype=self.kv_dtype,
+        )  # fmt: skip
         batch, _, length, _ = k_rope.shape
         new = [length] * batch if mask is None else mask.sum(1).tolist()
         self.flush()
         lengths = self.lengths or [0] * batch
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
-        self.rows.reserve(max(longest, self.capacity), k_rope, self.length)
+        like = k_rope if self.kv_dtype is None else k_rope[:, :, :0].to(self.kv_dtype)
+        self.rows.reserve(max(longest, self.capacity), like, self.length)
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
         if not self.lengths:
@@ -223,8 +243,15 @@ class KVStore:
             chosen = self.selector.select(query, middle, budget, self._ranges.room)
             if self.debug:
                 self._ranges.check(chosen, middle)
+        return self.with_local(chosen, budget.dense_below, len(q_rope))
+
+    def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
+        """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
+
+        Sequences of at most `dense_below` tokens are visited whole.
+        """
         return self._ranges.complete(
-            chosen, self.lengths, self.middles, budget.dense_below, len(q_rope), self.k
+            chosen, self.lengths, self.middles, dense_below, n_queries, self.k
         )
 
     def _attend_chunk(self, q, sm_scale, softcap) -> OutAndLse:
@@ -286,7 +313,7 @@ class KVStore:
 
     def _flush(self, *, at_step: bool) -> None:
         """`at_step`: a decode step asks; a selector that waits is built then."""
-        if self.selector is None or not self.selector.ready or self._resting:
+        if self.selector is None or not self.selector.ready or self._resting or self._steered:
             return
         if self.selector.waits and not at_step:
             return
@@ -303,6 +330,12 @@ class KVStore:
             if n_due:
                 self._insert(b, n_due)
         self.reindex()
+
+    def take_in(self, n_rows: int) -> None:
+        """The middle of a steered store of one sequence holds `n_rows` now; `reindex` follows."""
+        self._assign_pending()
+        if n_rows > self.middles[0]:
+            self._insert(0, n_rows - self.middles[0])
 
     def _due(self, length: int) -> int:
         """How many rows the middle holds when a sequence has grown to this length."""

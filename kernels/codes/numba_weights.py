@@ -1,0 +1,48 @@
+"""Weights of rows by their codes on a CPU: the scan of `select_rows`, without its choice."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from saap.kernels.cpu.functions import run
+
+from . import numba_job
+from .layout import Codes
+from .numba import _functions, _integers, _places_of
+from .numba_job import CHUNK
+
+
+def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """As `weights.weigh_rows`, whose checks are taken for granted."""
+    misplaced = codes.misplaced(q.device)
+    if q.device.type != "cpu" or misplaced:
+        raise ValueError(misplaced or f"impl 'numba' needs the CPU; got q on {q.device}")
+    heads, group, coordinates = q.shape
+    q = q.detach().resolve_neg().float().contiguous()
+    chunks = -(-n // CHUNK)
+    threads = min(torch.get_num_threads(), heads * chunks)
+    worker_bytes = -(-numba_job.chunk_bytes(coordinates) // 64) * 64
+    weights = torch.empty(heads, group, chunks, CHUNK)
+    maxima, totals = torch.empty(2, heads, group, chunks)
+    rows = _integers(1)(n)
+    bytes_ = {
+        "workspace": threads * worker_bytes,
+        "weights": 2 * heads * group * coordinates,
+        "factors": 16 * heads * group,
+    }
+    held = {name: torch.empty(size, dtype=torch.uint8) for name, size in bytes_.items()}
+    prepare, scan, _ = _functions()
+    job = numba_job.Job(
+        q=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
+        maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
+        group=group, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
+        worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
+        **_places_of(codes),
+    )  # fmt: skip
+    address = ctypes.addressof(job)
+    prepare(address)
+    run(scan, address, threads)
+    largest = maxima.amax(-1)
+    weights *= (maxima - largest[..., None]).exp()[..., None]
+    return weights.flatten(2)[..., :n], largest

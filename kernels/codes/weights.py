@@ -1,0 +1,69 @@
+"""Weights of rows by their codes, for whoever chooses among more rows than these codes are of.
+
+`select_rows` scores and chooses. Where the rows of one context lie in several places, each place
+scores its own, and the choice is made among the weights of all.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import reference
+from .api import _has
+from .layout import Codes, decode, decode_coarse
+
+
+def weigh_rows(
+    q: Float[Tensor, "H G P"], codes: Codes, n: int, *, whole: bool, impl: str | None = None
+) -> tuple[Float[Tensor, "H G n"], Float[Tensor, "H G"]]:
+    """`exp(score - largest)` of the first n rows for each query head, and the largest score.
+
+    Args:
+        q: float32 queries in the coordinates of the codes, scaled, of the G heads that share each
+            of H selections; H is a multiple of the codes' Hkv.
+        codes: of one sequence.
+        n: rows, 1 to `codes.n`.
+        whole: score by all of their code; else by the coarse code.
+        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+
+    Returns:
+        float32 weights and largest scores. Queries are rounded to bytes as in `select_rows`.
+    """
+    if len(codes.scale) != 1 or not 1 <= n <= codes.n:
+        raise ValueError(
+            f"codes must be of one sequence with at least n = {n} rows, n at least 1; got "
+            f"{tuple(codes.scale.shape)}"
+        )
+    if impl not in (None, "reference", "numba"):
+        raise ValueError(f"impl must be None, 'reference' or 'numba'; got {impl!r}")
+    if impl == "numba" or (impl is None and q.device.type == "cpu" and _has("numba")):
+        from .numba_weights import weigh_rows as weigh
+
+        return weigh(q, codes, n, whole=whole)
+    x = (decode if whole else decode_coarse)(codes)[0, :, :n]
+    x = x.repeat_interleave(len(q) // len(x), 0)
+    scores = reference.rounded(q, whole=whole) @ x.mT
+    largest = scores.amax(-1)
+    return (scores - largest[..., None]).exp(), largest
+
+
+def codes_of_rows(codes: Codes, rows: list[Tensor]) -> Codes:
+    """The codes `[1, H, ...]` of the rows listed for each of H selections, padded by their first.
+
+    H is a multiple of the codes' Hkv.
+    """
+    longest = max(1, max(len(own) for own in rows))
+    n_kv, per_head = codes.scale.shape[1], len(rows) // codes.scale.shape[1]
+    assert n_kv * per_head == len(rows)
+    place = torch.zeros(len(rows), longest, dtype=torch.int64, device=codes.scale.device)
+    for head, own in enumerate(rows):
+        if len(own):
+            place[head] = own[0]
+            place[head, : len(own)] = own
+    heads = [head // per_head for head in range(len(rows))]
+    taken = list(zip(heads, place, strict=True))
+    return Codes(
+        torch.stack([codes.coarse[0, h][:, own] for h, own in taken])[None],
+        torch.stack([codes.fine[0, h][own] for h, own in taken])[None],
+        torch.stack([codes.scale[0, h][own] for h, own in taken])[None],
+    )

@@ -1,0 +1,138 @@
+"""Choice by codes over the ranks of a group: what a single process would choose (`saap.methods`).
+
+Coordinates are learned from sums over all ranks. Candidates, and the rows among them, are the
+largest of all ranks (`choice.among_largest`), each rank scoring its own.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from saap.budget import Budget
+from saap.index.coordinates import MOST_OBSERVED, RecentQueries, balanced
+from saap.kernels.codes import codes_of_rows, weigh_rows
+from saap.methods.saap import GROWTH, SaapSelector
+from saap.selector import Middle, Ranges
+
+from .choice import among_largest
+from .group import Group
+
+NOTHING = torch.finfo(torch.float32).min
+"""The largest score of no rows: finite, so that differences are numbers."""
+
+
+class SplitSelector(SaapSelector):
+    """Codes of the rows that this rank holds, chosen from together with those of the others."""
+
+    def __init__(self, selector: SaapSelector, group: Group):
+        super().__init__(selector.layer, selector.method, selector.trained)
+        self.group = group
+
+    def _learn(self, middle: Middle) -> None:
+        """`learn_together` has learned before rows are coded."""
+
+    def learn_together(self, middle: Middle | None, n: int, n_kv: int) -> None:
+        """Coordinates of the n rows that all ranks hold, as one process would learn them.
+
+        `middle` is this rank's part, None where it has no rows. Every rank calls it at the same
+        step; `update` with the new rows follows, and codes all where coordinates are new.
+        """
+        if self.trained is not None or n < GROWTH * self.learned_from.get(0, 0):
+            return
+        if 0 not in self.learned:
+            queries = torch.cat(self.observed.pop(0), 1)[:, -MOST_OBSERVED:]
+            self.recent[0] = RecentQueries(n_kv)
+            self.recent[0].add(queries)
+        sums = self.recent[0].without_keys()
+        if middle is not None and middle.n_rows[0]:
+            sums.add_keys(middle.keys_of(0))
+        dim = sums.queries.shape[-1]
+        flat = torch.zeros(n_kv * dim * (dim + 1) + 1, dtype=torch.float64)
+        keys, total = flat[:-1].view(n_kv, dim, dim + 1).split((dim, 1), -1)
+        if sums.n_keys:
+            keys.copy_(sums.keys)
+            total.copy_(sums.sum[..., None])
+            flat[-1] = sums.n_keys
+        self.group.add(flat.to(sums.queries.device))
+        sums.keys, sums.sum, sums.n_keys = keys, total[..., 0], float(flat[-1])
+        self.learned[0], self.learned_from[0] = balanced(sums.moments()), n
+        self.n_coded = []
+        self._put_together(1)
+
+    def select_together(
+        self, q_rope: Tensor, middle: Middle | None, n: int, budget: Budget, impl: str | None
+    ) -> Ranges | None:
+        """`starts, lengths [1, H, R]` of this rank's rows of one query `[1, Hq, D]`.
+
+        They are those that `SaapSelector.select` would choose of all n rows, but for equal weights
+        within rounding. None where this rank has no rows. Every rank calls it at the same step.
+        """
+        held = 0 if middle is None else middle.n_rows[0]
+        q = (self.coordinates.queries(q_rope) * self.layer.sm_scale)[0]
+        n_kv = self.coordinates.of_queries.shape[1]
+        q = q.unflatten(0, (n_kv if budget.share == "group" else len(q), -1))
+        used = torch.ones(len(q), held, dtype=torch.bool, device=q.device)
+        if budget.max_tokens < n:
+            candidates = max(
+                budget.max_tokens, self.method.search_options.candidates(budget.max_tokens, n)
+            )
+            if candidates < n:
+                used = self._candidates(q, held, candidates, impl)
+            used = self._best(q, used, budget.max_tokens, impl)
+        self.n_scanned = float(held)
+        return None if middle is None else _as_ranges(used, middle.first_row)
+
+    def _candidates(self, q: Tensor, held: int, k: int, impl: str | None) -> Tensor:
+        """`[H, held]`: rows that one of the heads lets through by the coarse code."""
+        heads, group, _ = q.shape
+        weights, largest = self._weigh(q, self.codes, held, False, impl)
+        most = self.group.largest(largest.clone())
+        weights = weights * (largest - most).exp()[..., None]
+        let_through = among_largest(weights.flatten(0, 1), None, k, self.group)
+        return functools.reduce(torch.logical_or, let_through.view(heads, group, held).unbind(1))
+
+    def _best(self, q: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
+        """`[H, held]`: the k rows of those `used` with the largest weights by whole codes."""
+        rows = [own.nonzero()[:, 0] for own in used]
+        longest = max(len(own) for own in rows)
+        counts = torch.tensor([len(own) for own in rows], device=q.device)
+        real = torch.arange(longest, device=q.device) < counts[:, None]
+        codes = codes_of_rows(self.codes, rows) if longest else None
+        weights, largest = self._weigh(q, codes, longest, True, impl)
+        largest = torch.where(counts[:, None] > 0, largest, NOTHING)
+        weights = torch.where(real[:, None], weights, 0.0)
+        every = torch.stack(self.group.gather(torch.stack([largest, weights.sum(-1)])))
+        most = every[:, 0].amax(0)
+        total = (every[:, 1] * (every[:, 0] - most).exp()).sum(0)
+        share = (largest - most).exp() / total
+        keys = (weights * share[..., None]).sum(1)
+        best = among_largest(keys, real, k, self.group)
+        self.scored = counts[None]
+        chosen = torch.zeros_like(used)
+        for head, own in enumerate(rows):
+            chosen[head, own[best[head, : len(own)]]] = True
+        return chosen
+
+    def _weigh(self, q, codes, n: int, whole: bool, impl):
+        if not n:
+            none = q.new_zeros(*q.shape[:2], 0)
+            return none, q.new_full(q.shape[:2], NOTHING)
+        return weigh_rows(q, codes, n, whole=whole, impl=impl)
+
+
+def _as_ranges(used: Tensor, first_row: int) -> Ranges:
+    """Runs of chosen rows, ascending; what is not used has length 0."""
+    head, row = used.nonzero(as_tuple=True)
+    begins = torch.ones_like(head, dtype=torch.bool)
+    begins[1:] = (row.diff() != 1) | (head.diff() != 0)
+    first = begins.nonzero()[:, 0]
+    own = head[first]
+    counts = torch.bincount(own, minlength=len(used))
+    place = torch.arange(len(first), device=used.device) - (counts.cumsum(0) - counts)[own]
+    ends = torch.nn.functional.pad(first, (0, 1), value=len(row))
+    shape = (2, 1, len(used), int(counts.max()))
+    starts, lengths = torch.zeros(shape, dtype=torch.int32, device=used.device)
+    starts[0, own, place] = (row[first] + first_row).int()
+    lengths[0, own, place] = ends.diff().int()
+    return starts, lengths
