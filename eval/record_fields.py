@@ -45,8 +45,8 @@ def is_some(value) -> bool:
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("unit", "task", "method", "budget"), (is_text, "a text")),
-    **dict.fromkeys(("context", "layer", "head"), (is_count, "an integer from 0")),
-    **dict.fromkeys(("queries", "tokens"), (is_some, "an integer from 1")),
+    **dict.fromkeys(("layer", "head"), (is_count, "an integer from 0")),
+    **dict.fromkeys(("context", "queries", "tokens"), (is_some, "an integer from 1")),
     **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
     **dict.fromkeys(
         (*COSTS, "output_error", "nll", "accuracy", "build_ms", "load", "middle_mass_share",

@@ -36,7 +36,8 @@ def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
     [
         bad(without("task"), "task of unit 'x' must be a text; got none"),
         bad(without("budget"), "budget of unit 'x' must be a text; got none"),
-        bad({**ATTENTION, "context": "512"}, "context of unit 'x' must be an integer from 0"),
+        bad({**ATTENTION, "context": "512"}, "context of unit 'x' must be an integer from 1"),
+        bad({**ATTENTION, "context": 0}, "context of unit 'x' must be an integer from 1"),
         bad({**ATTENTION, "selectivity": None}, "selectivity of unit 'x' must be a number"),
         bad({**ATTENTION, "output_error": float("nan")}, "output_error of unit 'x' must be"),
         bad({**ATTENTION, "middle_mass": 3}, "middle_mass of unit 'x' must be a list of numbers"),

@@ -201,6 +201,30 @@ def test_a_sequence_that_has_learned_nothing_is_saved_too():
     assert torch.allclose(outs[0][0], outs[1][0], atol=1e-5)
 
 
+def test_a_truncated_store_is_saved_and_read():
+    """Coordinates may come from rows that are no longer there."""
+    from saap.kv.state import restored, saved
+
+    (k, v, _), q = tokens(900, seed=8)
+    store = KVStore(find_method("saap")().selector(LayerInfo(DIM**-0.5)), BUDGET)
+    store.append(k[:, :, :899], v[:, :, :899], k[:, :, :899])
+    store.attend(q[:, :, :899], q[:, :, :899])
+    step = [t[:, :, 899:] for t in (k, v, q)]
+    store.append(step[0], step[1], step[0])
+    store.attend(step[2], step[2])
+    for dropped in (300, 400):
+        store.truncate(dropped)
+        header, tensors = saved(store)
+        again = restored(header, tensors, find_method("saap")().selector(LayerInfo(DIM**-0.5)),
+                         BUDGET)  # fmt: skip
+        outs = []
+        for own in (store, again):
+            own.append(step[0], step[1], step[0])
+            outs.append(own.attend(step[2], step[2])[0])
+            own.truncate(1)
+        assert torch.equal(*outs)
+
+
 def test_drafts_teach_nothing():
     """What is asked while rows rest is forgotten with the drafts."""
     keys, q = tokens(801)

@@ -44,5 +44,9 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
     prepare(address)
     run(scan, address, threads)
     largest = maxima.amax(-1)
+    if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
+        bits = weights.flatten(2)[..., :n].view(torch.int32)
+        scores = (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32)
+        return (scores - largest[..., None]).exp(), largest
     weights *= (maxima - largest[..., None]).exp()[..., None]
     return weights.flatten(2)[..., :n], largest

@@ -151,7 +151,11 @@ class SaapSelector(Selector):
         """
         again = False
         for b, n in enumerate(middle.n_rows):
-            if not n or n < GROWTH * self.learned_from.get(b, 0):
+            if not n:
+                continue
+            if b in self.learned_from:  # rows that they came from may have been truncated
+                self.learned_from[b] = min(self.learned_from[b], n)
+            if n < GROWTH * self.learned_from.get(b, 0):
                 continue
             keys = middle.keys_of(b)
             if b not in self.learned:
@@ -189,7 +193,8 @@ class SaapSelector(Selector):
                 "queries": torch.stack([sum_ for sum_, _ in sums]),
                 "n_queries": torch.tensor([count for _, count in sums]),
                 "learned_from": torch.tensor(
-                    [self.learned_from.get(b, 0) for b in batch], dtype=torch.int32
+                    [min(self.learned_from.get(b, 0), self.n_coded[b]) for b in batch],
+                    dtype=torch.int32,
                 ),
             }
         return coded | self.coordinates.tensors() | kept
