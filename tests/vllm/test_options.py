@@ -7,7 +7,12 @@ from saap.vllm.options import Options, read_options
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", None), ("0", None), ("1", Options()), ("visited=0.2,window=64", Options(0.2, window=64))],
+    [
+        ("", None),
+        ("0", None),
+        ("1", Options()),
+        ("visited=0.2,window=64", Options(0.2, window=64)),
+    ],
 )
 def test_read(monkeypatch, text, expected):
     monkeypatch.setenv("SAAP_VLLM", text)
