@@ -50,7 +50,7 @@ def select_pages(
             f"{list(keys.shape)}"
         )
     requests, n_heads, _ = q.shape
-    _, n_kv, dim, page = keys.shape
+    _, n_kv, _, page = keys.shape
     if n_heads % n_kv:
         raise ValueError(f"query heads must be a multiple of {n_kv}; got {n_heads}")
     if q.dtype != torch.float32 or keys.dtype != torch.float32:

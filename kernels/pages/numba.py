@@ -133,7 +133,7 @@ def _write(weights, table, count, kv_heads, h, out):
 
 def select_pages(q, keys, block_table, seq_lens, counts, sink_pages, window_pages, out) -> None:
     """`q [R, Hq, D]` is scaled already and contiguous."""
-    blocks, n_kv, dim, page = keys.shape
+    _, n_kv, dim, page = keys.shape
     if page > MOST_PAGE:
         raise ValueError(f"a page must hold at most {MOST_PAGE} tokens; got {page}")
     requests, n_heads, _ = q.shape
