@@ -1,5 +1,6 @@
-"""Choice of whole pages of a paged KV cache, by the exact scores of the tokens in them."""
+"""Choice of the pages of a paged KV cache by coded keys that lie where the keys lie."""
 
-from .api import select_pages
+from .api import encode_rows, select_pages
+from .layout import PageCodes, rotation
 
-__all__ = ["select_pages"]
+__all__ = ["PageCodes", "encode_rows", "rotation", "select_pages"]

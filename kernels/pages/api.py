@@ -1,88 +1,169 @@
-"""Public choice of pages: validates, then dispatches."""
+"""Public choice of pages by coded keys: validates, chooses a backend, never falls back from an
+explicit one."""
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from . import numba as numba_backend
 from . import reference
+from .layout import PageCodes
+
+Impl = Literal["reference", "numba"]
+BACKENDS = ("reference", "numba")
+
+
+def encode_rows(
+    keys: Float[Tensor, "T Hkv D"],
+    slots: Int64[Tensor, " T"],
+    codes: PageCodes,
+    *,
+    impl: Impl | None = None,
+) -> None:
+    """Code keys into the rows that they are written to.
+
+    Args:
+        keys: `[T, Hkv, D]` float32, multiplied by `rotation(D)`. NaN and infinity count as 0.
+        slots: int64 `[T]`, `page * rows + row` of each key; a negative one writes nothing.
+        codes: is written to.
+        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+
+    Raises:
+        ValueError: an argument that does not fit, naming its value. A slot behind the last page
+            is refused before anything is written.
+    """
+    _check_codes(codes)
+    expected = (len(slots), codes.kv_heads, codes.dim)
+    if tuple(keys.shape) != expected or keys.dtype != torch.float32:
+        raise ValueError(
+            f"keys must be float32 {list(expected)}; got {keys.dtype} {list(keys.shape)}"
+        )
+    if slots.ndim != 1 or slots.dtype != torch.int64:
+        raise ValueError(f"slots must be int64 [T]; got {slots.dtype} {list(slots.shape)}")
+    if len(slots) == 0:
+        return
+    if int(slots.max()) >= codes.pages * codes.rows:
+        raise ValueError(f"slots must be below {codes.pages * codes.rows}; got {int(slots.max())}")
+    _backend(impl, keys, codes).encode_rows(keys, slots, codes)
 
 
 def select_pages(
-    q: Tensor,
-    keys: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    counts: Tensor,
+    q: Float[Tensor, "R Hq D"],
+    codes: PageCodes,
+    block_table: Int32[Tensor, "R most"],
+    seq_lens: Int32[Tensor, " R"],
+    keep: Int32[Tensor, " R"],
     *,
-    sm_scale: float,
     sink_pages: int,
     window_pages: int,
-    out: Tensor,
-    impl: Literal["reference", "numba"] | None = None,
-) -> None:
-    """Write the pages that each request and KV head visits to `out`, in their order.
+    out: Int32[Tensor, "RH kept"],
+    impl: Impl | None = None,
+) -> Int32[Tensor, "RH kept"]:
+    """The pages with the most attention that their codes predict, for each request and KV head.
 
-    A page counts by the largest attention weight of a token in it, a softmax over the pages for
-    each query head, added over the heads of a KV group. The first `sink_pages` and the last
-    `window_pages` pages are always taken; of equal pages the first comes first.
+    Every row of a request is scored by its code. Each query head's scores become a softmax over
+    the request; a page counts by the sum of its rows' weights over the query heads of a KV head.
+    The first `sink_pages` and the last `window_pages` are always visited.
 
     Args:
-        q: float32 `[R, Hq, D]`, queries as attention sees them.
-        keys: float32 `[blocks, Hkv, D, N]`, transposed within a page, `[D, N]` contiguous.
-        block_table: int32 `[R, pages]`; entries past a request's length hold anything.
+        q: `[R, Hq, D]` float32, one query for each request, multiplied by `rotation(D)` and by
+            the scale of the scores. `Hq` is a multiple of the codes' `Hkv`. A head with NaN or
+            infinity finds all rows equal.
+        codes: of all pages.
+        block_table: int32 `[R, most]`, the pages of each request in order; contiguous rows.
         seq_lens: int32 `[R]`, tokens of each request, at least 1.
-        counts: int32 `[R]`, pages to take, at least 1 and at most the pages of the request.
-        sm_scale: what scores are multiplied by.
-        out: int32 `[R, Hkv, most]`: entry `block * Hkv + head` for each page taken; what is
-            beyond a request's count is left as it is.
-        impl: `"reference"` or `"numba"`; None takes the second.
+        keep: int32 `[R]`, pages to visit, those at both ends counted in; all if there are no more.
+        sink_pages, window_pages: at least 0 and 1.
+        out: int32 `[R * Hkv, kept]`, is written to: row `r * Hkv + h` gets the pages of request
+            r and head h in order, each as `page * Hkv + h`; the rest of the row stays as it was.
+        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+
+    Returns:
+        `out`.
 
     Raises:
         ValueError: an argument that does not fit, naming its value.
     """
-    if impl not in (None, "reference", "numba"):
-        raise ValueError(f"impl must be None, reference or numba; got {impl!r}")
-    if q.ndim != 3 or keys.ndim != 4 or q.shape[2] != keys.shape[2]:
+    _check_codes(codes)
+    n = len(q) if q.ndim == 3 else -1
+    if n < 0 or q.shape[2] != codes.dim or not q.shape[1] or q.shape[1] % codes.kv_heads:
         raise ValueError(
-            f"q [R, Hq, D] and keys [blocks, Hkv, D, N] must fit; got {list(q.shape)} and "
-            f"{list(keys.shape)}"
+            f"q must be [R, a multiple of {codes.kv_heads}, {codes.dim}]; got {list(q.shape)}"
         )
-    requests, n_heads, _ = q.shape
-    _, n_kv, _, page = keys.shape
-    if n_heads % n_kv:
-        raise ValueError(f"query heads must be a multiple of {n_kv}; got {n_heads}")
-    if q.dtype != torch.float32 or keys.dtype != torch.float32:
-        raise ValueError(f"q and keys must be float32; got {q.dtype} and {keys.dtype}")
-    if keys.stride()[2:] != (page, 1):
-        raise ValueError(f"[D, N] of keys must be contiguous; got strides {keys.stride()}")
+    if q.dtype != torch.float32:
+        raise ValueError(f"q must be float32; got {q.dtype}")
     for name, tensor, shape in (
-        ("block_table", block_table, (requests, block_table.shape[-1])),
-        ("seq_lens", seq_lens, (requests,)),
-        ("counts", counts, (requests,)),
-        ("out", out, (requests, n_kv, out.shape[-1])),
+        ("block_table", block_table, (n, block_table.shape[-1])),
+        ("seq_lens", seq_lens, (n,)),
+        ("keep", keep, (n,)),
+        ("out", out, (n * codes.kv_heads, out.shape[-1])),
     ):
-        if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
             raise ValueError(
                 f"{name} must be int32 {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
             )
-        if tensor.stride(-1) != 1:
+        if tensor.numel() > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension; got strides")
-    pages = (seq_lens + page - 1) // page
-    if requests == 0:
+    if sink_pages < 0 or window_pages < 1:
+        raise ValueError(
+            "sink_pages must be at least 0 and window_pages at least 1; got "
+            f"{sink_pages} and {window_pages}"
+        )
+    if n == 0:
+        return out
+    _check_pages(codes, block_table, seq_lens, keep, sink_pages + window_pages, out.shape[1])
+    backend = _backend(impl, q, codes)
+    return backend.select_pages(
+        q, codes, block_table, seq_lens, keep, sink_pages, window_pages, out
+    )
+
+
+def _check_codes(codes: PageCodes) -> None:
+    if codes.fault is not None:
+        raise ValueError(codes.fault)
+
+
+def _check_pages(codes, block_table, seq_lens, keep, ends: int, room: int) -> None:
+    """Values that a kernel reads and writes by; block numbers are checked as they are read."""
+    if seq_lens.device.type != "cpu":
         return
-    if int(seq_lens.min()) < 1 or int(pages.max()) > block_table.shape[1]:
-        raise ValueError(
-            f"seq_lens must be in 1..{block_table.shape[1] * page}; got {seq_lens.tolist()}"
-        )
-    if bool(((counts < 1) | (counts > pages)).any()) or int(counts.max()) > out.shape[2]:
-        raise ValueError(
-            f"counts must be at least 1 and at most a request's pages and {out.shape[2]}; got "
-            f"{counts.tolist()}"
-        )
-    backend = reference if impl == "reference" else numba_backend
-    backend.select_pages(
-        q.contiguous() * sm_scale, keys, block_table, seq_lens, counts, sink_pages, window_pages,
-        out,
-    )  # fmt: skip
+    most = block_table.shape[1] * codes.rows
+    for n, kept in zip(seq_lens.tolist(), keep.tolist(), strict=True):
+        if not 1 <= n <= most:
+            raise ValueError(f"seq_lens must be in 1..{most}, as block_table has room; got {n}")
+        pages = -(-n // codes.rows)
+        if kept < min(ends, pages):
+            raise ValueError(f"keep must be at least {min(ends, pages)}; got {kept}")
+        if min(kept, pages) > room:
+            raise ValueError(f"out must have room for {min(kept, pages)} pages; got {room}")
+
+
+def _backend(impl: str | None, tensor: Tensor, codes: PageCodes) -> ModuleType:
+    if impl not in (None, *BACKENDS):
+        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
+    if impl == "reference" or (impl is None and not _has_numba()):
+        return reference
+    if not _has_numba():
+        raise ValueError("impl 'numba' needs the package numba; it is not installed")
+    backend = _module("numba")
+    refusal = backend.limit(tensor, codes)
+    if refusal is None:
+        return backend
+    if impl is None:
+        return reference
+    raise ValueError(refusal)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

@@ -18,7 +18,7 @@ class Options:
 
     visited: float = 0.1
     sinks: int = 16
-    window: int = 256
+    window: int = 64
     dense_below: int = 2048
 
     def __post_init__(self):
@@ -55,3 +55,11 @@ def read_options() -> Options | None:
                 f"{name} in {VARIABLE} must be a number ({known[name].__name__}); got {value!r}"
             ) from None
     return Options(**values)
+
+
+def required_options() -> Options:
+    """The options, where the plug-in is at work. Raises ValueError where `SAAP_VLLM` is gone."""
+    options = read_options()
+    if options is None:
+        raise ValueError(f"{VARIABLE} must stay as it was when vLLM started; got nothing")
+    return options
