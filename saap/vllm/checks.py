@@ -1,6 +1,7 @@
 """What is served sparsely and what is left to vLLM's own attention; a trial of the kernel."""
 
 import torch
+from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
@@ -84,16 +85,8 @@ def check_kernel(builder) -> None:
     plan = make_plan(lens, Options(visited=1.0, dense_below=0), shape)
     impl.attend_pages(layer, q, cache, codes, plan, table, lens, found)
     for r, n in enumerate(lens.tolist()):
-        rows = torch.cat([k.view(3 * most, PAGE, *k.shape[1:])[b] for b in table[r].tolist()])[:n]
-        values = torch.cat([v.view(3 * most, PAGE, *v.shape[1:])[b] for b in table[r].tolist()])[
-            :n
-        ]
-        group = shape.heads // shape.kv_heads
-        scores = torch.einsum(
-            "hgd,nhd->hgn", q[r].view(-1, group, shape.dim).double(), rows.double()
-        )
-        weights = (scores * impl.scale).softmax(-1)
-        expected[r] = torch.einsum("hgn,nhd->hgd", weights, values.double()).flatten(0, 1)
+        expected[r] = exact(q[r], *(x.unflatten(0, (-1, PAGE))[table[r].long()].flatten(0, 1)[:n]
+                                    for x in (k, v)), impl.scale)  # fmt: skip
     error = float((found.double() - expected.double()).norm() / expected.double().norm())
     # Rounding of the scores and of the output, in the coarser of the two dtypes.
     most_error = 8 * max(torch.finfo(shape.dtype).eps, torch.finfo(torch.float32).eps * 8)
@@ -103,3 +96,10 @@ def check_kernel(builder) -> None:
             f"{most_error:.0e}; got a relative error of {error:.0e}: this vLLM lays out its cache "
             "in another way than those that Saap was tested with"
         )
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of `q [Hq, D]` over all rows of `k, v [n, Hkv, D]`, in double precision."""
+    q, k, v = (x.double() for x in (q, k, v))
+    scores = torch.einsum("hgd,nhd->hgn", q.unflatten(0, (k.shape[1], -1)), k)
+    return torch.einsum("hgn,nhd->hgd", (scores * scale).softmax(-1), v).flatten(0, 1)
