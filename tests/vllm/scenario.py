@@ -1,6 +1,6 @@
 """Serves requests as a scenario says, in a process of its own, and prints what came of it.
 
-    SAAP_VLLM=... python tests/vllm/requests.py '{"model": FOLDER, ...}'
+    SAAP_VLLM=... python tests/vllm/scenario.py '{"model": FOLDER, ...}'
 
 Not a test: `test_engine.py` runs it with Saap and without.
 """
@@ -38,7 +38,9 @@ def main(scenario: dict) -> dict:
                 found[output.request_id] = [
                     {
                         "tokens": list(o.token_ids),
-                        "logprobs": [p[t].logprob for p, t in zip(o.logprobs, o.token_ids)]
+                        "logprobs": [
+                            p[t].logprob for p, t in zip(o.logprobs, o.token_ids, strict=True)
+                        ]
                         if o.logprobs
                         else None,
                     }
