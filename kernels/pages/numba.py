@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from saap.kernels.codes import numba_choice
-from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 
 from . import numba_kernel as kernel
 from .layout import PageCodes
+from .numba_simd import BLOCK
 
 CHUNK = 32
 """Pages of a unit of work."""
@@ -26,8 +26,8 @@ def limit(tensor: Tensor, codes: PageCodes) -> str | None:
     """What of validated arguments this backend cannot do, or None."""
     if tensor.device.type != "cpu" or codes.words.device.type != "cpu":
         return f"impl 'numba' needs the CPU; got tensors on {tensor.device}"
-    if codes.rows % LANES:
-        return f"impl 'numba' needs pages of a multiple of {LANES} rows; got {codes.rows}"
+    if codes.rows % BLOCK:
+        return f"impl 'numba' needs pages of a multiple of {BLOCK} rows; got {codes.rows}"
     return None
 
 

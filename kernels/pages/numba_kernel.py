@@ -19,7 +19,7 @@ from saap.kernels.cpu.memory import (
 )
 
 from .layout import LARGEST, PER_WORD, QUERY_MAX, STEP, ZERO
-from .numba_simd import WIDEST, weigh_page
+from .numba_simd import WIDEST, fetch_ahead, weigh_page
 
 FIELDS = (
     "words scales rows dim kv_heads pages "  # of the codes
@@ -35,6 +35,9 @@ FAULT = offset_of(FIELDS, "fault")
 Job, SIGNATURE = job_type(FIELDS, ("unused",))
 
 TOKENS_AT_ONCE = 16
+AHEAD = 2
+"""How many pages before its turn a page is asked for."""
+
 CHUNK = 512
 """Numbers that `best` handles at a time."""
 
@@ -177,6 +180,11 @@ def _weigh_chunks(jobs):
                 if block < 0 or block >= job.pages:
                     carray(int64_pointer(counters + FAULT), 1)[0] = 1
                 else:
+                    ahead = np.int64(blocks[min(page + AHEAD, pages - 1)])
+                    place = ahead * job.kv_heads + task % job.kv_heads
+                    page_bytes = job.dim // PER_WORD * 4 * job.rows
+                    fetch_ahead(job.words + place * page_bytes, page_bytes)
+                    fetch_ahead(job.scales + 4 * place * job.rows, 4 * job.rows)
                     _weigh(job, task, page, block, min(job.rows, n - page * job.rows), space)
 
 

@@ -1,6 +1,6 @@
 """The inner loop of choosing pages by their codes on a CPU, as a Numba intrinsic.
 
-Memory is passed as addresses. Lanes are rows of a page, which hold a multiple of `LANES`.
+Memory is passed as addresses. Lanes are rows of a page, which holds a multiple of `BLOCK`.
 """
 
 import numpy as np
@@ -17,7 +17,11 @@ from .layout import LARGEST, PER_WORD
 WIDEST = 4
 """Query heads that one pass over codes serves."""
 
+AT_ONCE = 2
+BLOCK = AT_ONCE * LANES
+
 _i64 = types.int64
+_CACHE_LINE = 64
 _VECTOR_BYTES = 4 * LANES
 _HALVES = ((0, 0), (4, PER_WORD // 2))
 """Of a word: shift right of its codes, number of their first coordinate."""
@@ -38,7 +42,7 @@ def weigh_page(typing_context, heads, words, n_words, vectors, scales, count, we
     def emit_for(emit, heads, words, n_words, vectors, scales, count, weights, offsets, factors,
                  scores, maxima, totals, stride):  # fmt: skip
         builder, products = emit.builder, ByteProducts(emit)
-        sums = [emit.register(products.zero) for _ in range(heads)]
+        sums = [[emit.register(products.zero) for _ in range(AT_ONCE)] for _ in range(heads)]
         largest = [emit.register(emit.same(-np.inf)) for _ in range(heads)]
         offset, factor = (
             [emit.splat(emit.load(emit.at(source, 4 * h), F32)) for h in range(heads)]
@@ -48,35 +52,45 @@ def weigh_page(typing_context, heads, words, n_words, vectors, scales, count, we
         limit = emit.splat(builder.trunc(count, I32), VECTOR_I32)
         plane_bytes = builder.mul(vectors, I64(_VECTOR_BYTES))
         head_bytes = builder.mul(n_words, I64(PER_WORD))
-        with cgutils.for_range(builder, vectors) as loop:
-            at_rows = builder.mul(loop.index, I64(_VECTOR_BYTES))
-            for slot in sums:
-                builder.store(products.zero, slot)
+        with cgutils.for_range(builder, builder.sdiv(vectors, I64(AT_ONCE))) as loop:
+            at_rows = builder.mul(loop.index, I64(AT_ONCE * _VECTOR_BYTES))
+            for slots in sums:
+                for slot in slots:
+                    builder.store(products.zero, slot)
             with cgutils.for_range(builder, n_words) as word:
                 place = emit.at(words, builder.mul(word.index, plane_bytes), at_rows)
-                code = emit.load(place, VECTOR_I32)
+                codes = [
+                    emit.load(emit.at(place, _VECTOR_BYTES * i), VECTOR_I32)
+                    for i in range(AT_ONCE)
+                ]
                 first = emit.at(weights, builder.mul(word.index, I64(PER_WORD)))
+                kept = emit.same(LARGEST * 0x01010101, VECTOR_I32)
                 for shift, coordinate in _HALVES:
-                    value = builder.lshr(code, emit.same(shift, VECTOR_I32)) if shift else code
-                    kept = emit.same(LARGEST * 0x01010101, VECTOR_I32)
-                    value = builder.and_(value, kept)
+                    by = emit.same(shift, VECTOR_I32)
+                    values = [
+                        builder.and_(builder.lshr(code, by) if shift else code, kept)
+                        for code in codes
+                    ]
                     at = emit.at(first, coordinate)
-                    for slot in sums:
+                    for slots in sums:
                         weight = emit.splat(emit.load(at, I32), VECTOR_I32)
-                        builder.store(products.add(builder.load(slot), value, weight), slot)
+                        for slot, value in zip(slots, values, strict=True):
+                            builder.store(products.add(builder.load(slot), value, weight), slot)
                         at = emit.at(at, head_bytes)
-            scale = emit.load(emit.at(scales, at_rows), VECTOR)
-            row = builder.trunc(builder.mul(loop.index, I64(LANES)), I32)
-            rows = builder.add(emit.splat(row, VECTOR_I32), lanes)
-            inside = builder.icmp_signed("<", rows, limit)
-            place = emit.at(scores, at_rows)
-            for h in range(heads):
-                total = products.as_floats(builder.load(sums[h]))
-                score = builder.fmul(builder.fsub(total, offset[h]), factor[h])
-                score = builder.select(inside, builder.fmul(score, scale), emit.same(-np.inf))
-                builder.store(emit.larger(score, builder.load(largest[h])), largest[h])
-                emit.store(score, place)
-                place = emit.at(place, plane_bytes)
+            for i in range(AT_ONCE):
+                at_vector = emit.at(at_rows, _VECTOR_BYTES * i)
+                scale = emit.load(emit.at(scales, at_vector), VECTOR)
+                row = builder.trunc(builder.sdiv(at_vector, I64(4)), I32)
+                rows = builder.add(emit.splat(row, VECTOR_I32), lanes)
+                inside = builder.icmp_signed("<", rows, limit)
+                place = emit.at(scores, at_vector)
+                for h in range(heads):
+                    total = products.as_floats(builder.load(sums[h][i]))
+                    score = builder.fmul(builder.fsub(total, offset[h]), factor[h])
+                    score = builder.select(inside, builder.fmul(score, scale), emit.same(-np.inf))
+                    builder.store(emit.larger(score, builder.load(largest[h])), largest[h])
+                    emit.store(score, place)
+                    place = emit.at(place, plane_bytes)
         for h in range(heads):
             most = emit.maximum(builder.load(largest[h]))
             every = emit.splat(most)
@@ -97,3 +111,17 @@ def weigh_page(typing_context, heads, words, n_words, vectors, scales, count, we
         return context.get_dummy_value()
 
     return types.void(*[_i64] * 13), codegen
+
+
+@intrinsic
+def fetch_ahead(typing_context, address, n_bytes):
+    """Ask for memory that will be read soon: pages lie anywhere, which no processor foresees."""
+
+    def codegen(context, builder, signature, args):
+        emit = Emitter(builder)
+        lines = builder.sdiv(args[1], I64(_CACHE_LINE))
+        with cgutils.for_range(builder, lines) as line:
+            emit.prefetch(emit.at(args[0], builder.mul(line.index, I64(_CACHE_LINE))))
+        return context.get_dummy_value()
+
+    return types.void(_i64, _i64), codegen
