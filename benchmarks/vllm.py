@@ -11,7 +11,7 @@ Stock and sparse decode steps take turns in the same engine on the same requests
     recall     attention mass that the visited pages hold, of all tokens and of the middle
     passkeys   pass keys at 8k; question and context are read densely, as vLLM does it
 
-Results go to `$OUT`, else to `benchmarks/results/<device>/vllm.json`.
+Results go to `$OUT`, else to `benchmarks/results/<device>/vllm.json` and into `docs/vllm.md`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .reports import report_path, write
+from .reports import ROOT, put_table, report_path, write
 
 PARTS = ("speed", "long", "recall", "passkeys")
 
@@ -49,14 +49,46 @@ def main() -> None:
         parser.error(f"parts must be some of {', '.join(PARTS)}; got {', '.join(unknown)}")
     from .cpu import cpu_name, environment
 
-    report = {"environment": environment(), "visited": options.visited, "parts": {}}
     path = report_path(cpu_name(), "vllm.json")
+    report = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or made_from_package(Path(folder))
         for part in wanted:
-            report["parts"][part] = in_own_process(part, model, options)
-            print_part(part, report["parts"][part])
-            write(path, report)
+            before = environment()
+            records = in_own_process(part, model, options)
+            print_part(part, records)
+            report[part] = {
+                "environment": before, "visited": options.visited, "records": records,
+            }  # fmt: skip
+            keep(path, report)
+
+
+def keep(path: Path, report: dict) -> None:
+    """Parts of earlier runs stay as they are."""
+    write(path, report)
+    for part, own in report.items():
+        put_table(
+            ROOT / "docs" / "vllm.md", f"python -m benchmarks.vllm {part}", table(own["records"])
+        )
+
+
+def table(records: list[dict]) -> str:
+    """A column for each name of a record; shares in per cent."""
+    names = list(records[0])
+    lines = [
+        "| " + " | ".join(name.replace("_", " ") for name in names) + " |",
+        "|" + "---|" * len(names),
+    ]
+    for record in records:
+        cells = [shown(name, record[name]) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shown(name: str, value: float) -> str:
+    if name in ("visited", "budget") or "recall" in name:
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{2 if name == 'ratio' else 1}f}"
 
 
 def made_from_package(folder: Path) -> str:
