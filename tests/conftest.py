@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TYPED = """
 saap.budget saap.hf.layerwise saap.kv saap.masses saap.methods saap.partition saap.rope
 saap.selector
-saap.index saap.kernels.attention.api saap.kernels.attention.merge
+saap.index saap.kernels.attention.api saap.kernels.attention.merge saap.kernels.pages.api
 """.split()
 jaxtyping.install_import_hook(TYPED, "beartype.beartype")
 

@@ -34,6 +34,11 @@ def belongs(modules: set[str], prefix: str) -> list[str]:
             "import saap.kernels.attention.api",
             ["saap.index", "saap.methods", "saap.eval", "transformers", "faiss"],
         ),
+        (
+            "import saap.kernels.pages.api",
+            ["saap.index", "saap.methods", "saap.eval", "transformers", "faiss", "vllm"],
+        ),
+        ("import saap.vllm", ["torch", "vllm", "saap.eval", "saap.index", "transformers"]),
         ("import saap.methods, saap.kv, saap.selector", ["saap.eval", "transformers"]),
         ("import saap.training", ["saap.eval", "matplotlib"]),
         ("import saap.eval.report.page", ["transformers", "faiss", "saap.hf"]),
@@ -47,7 +52,11 @@ def test_arrow(statement, never):
 
 @pytest.mark.parametrize(
     ("package", "folder", "allowed"),
-    [("transformers", "saap", "saap/hf/"), ("faiss", "index", "index/faiss_backend.py")],
+    [
+        ("transformers", "saap", "saap/hf/"),
+        ("vllm", "saap", "saap/vllm/"),
+        ("faiss", "index", "index/faiss_backend.py"),
+    ],
 )
 def test_one_place_knows(package, folder, allowed):
     pattern = re.compile(rf"^\s*(import|from) {package}\b", re.MULTILINE)

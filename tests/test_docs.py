@@ -14,8 +14,8 @@ from saap.hf.packaged import find_packaged
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TESTED_ELSEWHERE = {"adding_a_method.md": "test_adding_a_method"}
-NEEDS = {"import lm_eval": "lm_eval"}
+TESTED_ELSEWHERE = {"adding_a_method.md": "test_adding_a_method", "scale.md": "test_distributed"}
+NEEDS = {"import lm_eval": "lm_eval", "from openai": "openai"}
 OTHERS = {"source", "pytest", "pip", "make", "python", "torchrun"}
 
 

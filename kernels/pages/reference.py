@@ -1,0 +1,70 @@
+"""What `encode_rows` and `select_pages` say, in plain PyTorch: decode everything, sort."""
+
+import torch
+from torch import Tensor
+
+from .layout import LARGEST, PER_WORD, QUERY_MAX, STEP, ZERO, PageCodes, decode
+
+
+def encode_rows(keys: Tensor, slots: Tensor, codes: PageCodes) -> None:
+    words, scales = coded(keys)
+    used = slots >= 0
+    page, row = slots[used] // codes.rows, slots[used] % codes.rows
+    for n, (p, r) in enumerate(zip(page.tolist(), row.tolist(), strict=True)):
+        codes.words[p, :, :, r] = words[used][n]
+        codes.scales[p, :, r] = scales[used][n]
+
+
+def coded(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Words int32 `[T, Hkv, D / 8]` and scales float32 `[T, Hkv]` of rotated keys."""
+    x = torch.nan_to_num(keys.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    length = (x * x).mean(-1, keepdim=True).sqrt()
+    inverse = torch.where(length > 0, 1 / (STEP * length), 0)
+    code = (x * inverse + ZERO).round().clamp(0, LARGEST)
+    match = ((code - ZERO) * x).sum(-1)
+    scale = torch.where(match > 0, (x * x).sum(-1) / match, 0)
+    parts = code.long().unflatten(-1, (-1, 2, PER_WORD // 2))
+    shifts = torch.tensor([[8 * byte + 4 * half for byte in range(4)] for half in range(2)])
+    words = (parts << shifts).flatten(-2).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), scale
+
+
+def select_pages(
+    q: Tensor, codes: PageCodes, block_table: Tensor, seq_lens: Tensor, keep: Tensor,
+    sink_pages: int, window_pages: int, out: Tensor,
+) -> Tensor:  # fmt: skip
+    heads, group = codes.kv_heads, q.shape[1] // codes.kv_heads
+    keys = decode(codes)
+    for r, (n, kept) in enumerate(zip(seq_lens.tolist(), keep.tolist(), strict=True)):
+        pages = -(-n // codes.rows)
+        blocks = block_table[r, :pages].long()
+        for h in range(heads):
+            own = rounded(q[r, h * group : (h + 1) * group])
+            scores = own @ keys[blocks, h].flatten(0, 1)[:n].T
+            weights = scores.softmax(-1).sum(0)
+            of_page = torch.zeros(pages * codes.rows)
+            of_page[:n] = weights
+            of_page = of_page.view(pages, codes.rows).sum(-1)
+            chosen = pages_to_visit(of_page, kept, sink_pages, window_pages)
+            out[r * heads + h, : len(chosen)] = (blocks[chosen] * heads + h).to(torch.int32)
+    return out
+
+
+def pages_to_visit(weights: Tensor, kept: int, sink_pages: int, window_pages: int) -> Tensor:
+    """Numbers of pages, ascending: the first, the last, and the heaviest between; of equal ones
+    the first."""
+    pages = len(weights)
+    if kept >= pages:
+        return torch.arange(pages)
+    first, last = sink_pages, pages - window_pages
+    order = weights[first:last].argsort(descending=True, stable=True)
+    between = order[: kept - sink_pages - window_pages].sort().values + first
+    return torch.cat([torch.arange(first), between, torch.arange(last, pages)])
+
+
+def rounded(q: Tensor) -> Tensor:
+    """Queries as codes see them: whole numbers of a byte, times a factor for each head."""
+    largest = q.abs().amax(-1, keepdim=True)
+    usable = (largest > 0) & largest.isfinite()
+    factor = torch.where(usable, largest / QUERY_MAX, 1)
+    return torch.where(usable, (q / factor).round() * factor, 0)

