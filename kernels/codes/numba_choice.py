@@ -87,13 +87,13 @@ def _choose(job, task, held, space):
             length = min(CHUNK, n - chunk * CHUNK)
             add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
                         blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        best(keys, n, kept, places, np.int64(0), True)
+        best(keys, n, kept, places)
         scored = n
     else:
         found = _candidates(job, held, n, marks, places, listed)
         _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
         kept, scored = min(kept, found), found
-        best(keys, found, kept, places, np.int64(0), True)
+        best(keys, found, kept, places)
         chosen = carray(int32_pointer(listed), found)
         for i in range(kept):
             rows[i] = chosen[rows[i]]
@@ -156,7 +156,7 @@ def _candidates(job, held, n, marks, places, listed):
     for g in range(job.group):
         keys = job.scores + 4 * (held * job.group + g) * room
         low = _likely_below(keys, n, job.candidates, places)
-        best(keys, n, job.candidates, places, low, False)
+        best_from(keys, n, job.candidates, places, low, False)
         for i in range(job.candidates):
             marked[rows[i]] = 1
     return places_from(marks, blocks_of(n) * _PER_BLOCK, 1, listed)
@@ -218,7 +218,13 @@ def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
 
 
 @_njit
-def best(keys, n, k, out, low, are_weights):
+def best(keys, n, k, out):
+    """As `best_from`, of weights, of which nothing is known."""
+    best_from(keys, n, k, out, np.int64(0), True)
+
+
+@_njit
+def best_from(keys, n, k, out, low, are_weights):
     """Numbers of the k largest of n keys, ascending; of equal ones the first. 0 < k <= n.
 
     A threshold is looked for by halving the range of the keys; once it lets through few more than
