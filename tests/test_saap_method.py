@@ -313,16 +313,23 @@ def test_what_was_learned_is_learned_again_as_the_context_grows():
                 store.append(k[:, :, piece], k[:, :, piece], k[:, :, piece])
                 selector.observe(q[:, :, piece], [600])
                 store.settle()
-            asked = q[:, :, -1]
-            starts, lengths = store.select(asked, asked, store.budget, positions=torch.tensor([n]))
-        weights = (asked[0] @ k[0, 0, 4:-32].T * dim**-0.5).softmax(-1).sum(0)
-        rows = [
-            row - 4
-            for s, m in zip(starts[0, 0, 2:].tolist(), lengths[0, 0, 2:].tolist(), strict=True)
-            for row in range(s, s + m)
-        ]
-        recalls[growth] = float(weights[rows].sum() / weights.topk(len(rows)).values.sum())
-    assert recalls[saap_module.GROWTH] > recalls[math.inf] + 0.3
+            found = []
+            for last in range(-40, 0):
+                asked = q[:, :, last]
+                starts, lengths = store.select(
+                    asked, asked, store.budget, positions=torch.tensor([n])
+                )
+                weights = (asked[0] @ k[0, 0, 4:-32].T * dim**-0.5).softmax(-1).sum(0)
+                rows = [
+                    row - 4
+                    for s, m in zip(
+                        starts[0, 0, 2:].tolist(), lengths[0, 0, 2:].tolist(), strict=True
+                    )
+                    for row in range(s, s + m)
+                ]
+                found.append(float(weights[rows].sum() / weights.topk(len(rows)).values.sum()))
+        recalls[growth] = sum(found) / len(found)
+    assert recalls[saap_module.GROWTH] > recalls[math.inf] + 0.2
 
 
 def test_no_more_queries_are_kept_than_are_learned_from():

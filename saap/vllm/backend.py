@@ -123,10 +123,14 @@ class SaapImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )  # fmt: skip
         n = plan.requests
-        self.attend_pages(
-            layer, query[:n], kv_cache, self.saap_codes, plan, attn_metadata.block_table[:n],
-            attn_metadata.seq_lens[:n], output[:n],
-        )  # fmt: skip
+        try:
+            self.attend_pages(
+                layer, query[:n], kv_cache, self.saap_codes, plan, attn_metadata.block_table[:n],
+                attn_metadata.seq_lens[:n], output[:n],
+            )  # fmt: skip
+        except ValueError as error:  # of the choice: no request fails because of it
+            log.warning_once("Saap leaves a step dense: %s.", error)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
         if plan.rest is not None:
             super().forward(layer, query[n:], key[n:], value[n:], kv_cache, plan.rest, output[n:])
         return output

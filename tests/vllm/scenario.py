@@ -7,6 +7,7 @@ Not a test: `test_engine.py` runs it with Saap and without.
 
 import json
 import sys
+from unittest import mock
 
 
 def main(scenario: dict) -> dict:
@@ -17,6 +18,10 @@ def main(scenario: dict) -> dict:
         skip_tokenizer_init=True, disable_log_stats=False, **scenario["engine"],
     )  # fmt: skip
     engine = llm.llm_engine
+    if scenario.get("no_choice"):
+        from saap.vllm import backend
+
+        backend.select_pages = mock.Mock(side_effect=ValueError("nothing can be chosen"))
     params = SamplingParams(
         temperature=scenario.get("temperature", 0.0), seed=7, n=scenario.get("n", 1),
         max_tokens=scenario["new"], ignore_eos=True, detokenize=False,

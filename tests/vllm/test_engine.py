@@ -81,6 +81,12 @@ def test_few_pages_are_not_stock(stock):
     assert tokens(served(MIXED, FEW)) != tokens(stock)
 
 
+def test_a_choice_that_fails_leaves_the_step_dense(stock):
+    own = served(MIXED | {"no_choice": True}, FEW)
+    assert tokens(own) == tokens(stock)
+    assert own["log"].count("Saap leaves a step dense: nothing can be chosen") == 1
+
+
 def test_logprobs_are_those_of_stock():
     scenario = MIXED | {"requests": MIXED["requests"][:4], "logprobs": 1}
     plain, whole = served(scenario, None), served(scenario, WHOLE)
