@@ -1,5 +1,7 @@
 """Keys and values stored narrower than the model computes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -124,6 +126,7 @@ def test_a_context_is_saved_as_narrow_as_it_is_held(tiny_model, tiny_tokens, tmp
 
 @pytest.mark.bad_input
 def test_what_is_refused(tiny_model):
+    narrow = copy.deepcopy(tiny_model).to(torch.bfloat16)  # others use the fixture, too
     budget = Budget(max_tokens=32)
     with pytest.raises(ValueError, match=r"kv_dtype must be None or one of .*; got torch.int8"):
         KVStore(None, budget, kv_dtype=torch.int8)
@@ -131,10 +134,9 @@ def test_what_is_refused(tiny_model):
         pytest.raises(
             ValueError, match=r"no wider than the model's torch.bfloat16; got torch.float32"
         ),
-        saap.attached(tiny_model.to(torch.bfloat16), budget=budget, kv_dtype=torch.float32),
+        saap.attached(narrow, budget=budget, kv_dtype=torch.float32),
     ):
         pass
-    tiny_model.to(torch.float32)
     k = torch.full((1, 2, 3, 16), 1e5)
     store = KVStore(None, budget, kv_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"k_rope must be within 65504 .*; got 100000"):
