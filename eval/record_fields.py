@@ -19,8 +19,14 @@ PARTNERS = {"middle_caught": "middle_mass", "output_error": "queries", "nll": "t
 OF_A_HEAD = ("layer", "head", "middle_mass_share", "explained", "keys", "queries")  # no method's
 
 
+MOST = 2**53
+"""Integers beyond are not exact as floats, and arrays of NumPy hold them as objects."""
+
+
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= MOST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_numbers(value) -> bool:
@@ -36,7 +42,7 @@ def is_text(value) -> bool:
 
 
 def is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and is_number(value) and value >= 0
 
 
 def is_some(value) -> bool:

@@ -152,7 +152,10 @@ def add_difference_to_dense(scores: list[dict], records: list[dict]) -> None:
             own = units.get((place, metric))
             if own is None or (*place[:2], metric) not in dense or score["method"] == "dense":
                 continue
-            found = ratio_difference(*paired(dense[(*place[:2], metric)], own))
+            pairs = paired(dense[(*place[:2], metric)], own)
+            if pairs is None:  # dense was measured on other units
+                continue
+            found = ratio_difference(*pairs)
             score["to_dense"] = [found.value, found.low, found.high]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from saap.eval.records import RECORDS, RUN, RecordFile
+from saap.eval.scores import add_difference_to_dense
 
 from .test_cli import bad, run_cli
 
@@ -37,6 +38,8 @@ def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
         bad(without("task"), "task of unit 'x' must be a text; got none"),
         bad(without("budget"), "budget of unit 'x' must be a text; got none"),
         bad({**ATTENTION, "context": "512"}, "context of unit 'x' must be an integer from 1"),
+        bad({**ATTENTION, "output_error": 2**70}, "output_error of unit 'x' must be a number"),
+        bad({**ATTENTION, "queries": 10**400}, "queries of unit 'x' must be an integer from 1"),
         bad({**ATTENTION, "context": 0}, "context of unit 'x' must be an integer from 1"),
         bad({**ATTENTION, "selectivity": None}, "selectivity of unit 'x' must be a number"),
         bad({**ATTENTION, "output_error": float("nan")}, "output_error of unit 'x' must be"),
@@ -77,3 +80,14 @@ def test_settings_that_are_none(folder, monkeypatch, capsys, content):
     assert code == 2
     assert "run.json: " in err
     assert len(err.splitlines()) == 1
+
+
+def test_dense_of_other_units_is_compared_with_nothing():
+    records = [
+        {"unit": unit, "task": "perplexity", "context": 512, "method": method, "budget": budget,
+         "nll": 2.0, "tokens": 8}
+        for unit, method, budget in (("a", "dense", "1.0"), ("b", "saap", "0.05"))
+    ]  # fmt: skip
+    scores = [dict(task="perplexity", context=512, method="saap", budget="0.05")]
+    add_difference_to_dense(scores, records)
+    assert "to_dense" not in scores[0]
