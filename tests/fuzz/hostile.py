@@ -14,6 +14,7 @@ SCALE = int(os.environ.get("SAAP_FUZZ", "0"))
 SEED = int(os.environ.get("SAAP_FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("SAAP_FUZZ_SECONDS", "3600"))  # of each part
 RECORD = os.environ.get("SAAP_FUZZ_RECORD")  # a JSON file for the counts of each part
+RECORD = RECORD and str(Path(RECORD).resolve())  # a part may work in another folder
 CANARY, MARGIN = 0xA5, 256  # bytes on both sides; a multiple of every vector's width
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
