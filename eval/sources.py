@@ -37,8 +37,9 @@ def sources(read: Read = Path.read_bytes) -> dict[str, bytes]:
 def imported(source: bytes, package: str) -> Iterator[str]:
     """Names that a module of `package` may import; some of them are no modules.
 
-    A module that calls `import_module` with a name that it computes may import every module that
-    a string in it names: `saap.routing`, or `numba` for the module of that name beside it.
+    A module that calls `import_module` with a name that it computes, or hands its `__package__` to
+    one that does, may import every module that a string in it names: `saap.routing`, or `numba`
+    for the module of that name beside it.
     """
     tree = ast.parse(source)
     for node in statements(tree):
@@ -52,7 +53,7 @@ def imported(source: bytes, package: str) -> Iterator[str]:
             if is_ours(base):
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in node.names)
-    if b"import_module" in source:
+    if b"import_module" in source or b"__package__" in source:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = node.value.removeprefix(".")

@@ -8,13 +8,14 @@ called with inputs that this module has validated; what else it cannot do its
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
+
+from saap.kernels.backends import installed
 
 from . import operator, validate
 from .merge import merge_states
@@ -175,7 +176,7 @@ def best_impl(q: Tensor, k: Tensor, v: Tensor) -> Impl:
     """The backend that `impl=None` takes for these tensors."""
     if q.device.type == "cuda":
         return "triton"
-    if not _has_numba() or _module("numba").limit(q, k, v) is not None:
+    if not installed("numba") or _module("numba").limit(q, k, v) is not None:
         return "reference"
     return "numba"
 
@@ -183,8 +184,3 @@ def best_impl(q: Tensor, k: Tensor, v: Tensor) -> Impl:
 @functools.cache
 def _module(impl: str) -> ModuleType:
     return importlib.import_module(f".{impl}", __package__)
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None

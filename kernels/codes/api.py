@@ -1,17 +1,14 @@
 """Public choice of rows by coded keys: validates, chooses a backend, never falls back from an
 explicit one."""
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from . import reference
+from saap.kernels.backends import chosen
+
 from .layout import COARSE_PLANES, CODED, Codes
 
 Impl = Literal["reference", "numba", "triton"]
@@ -82,7 +79,10 @@ def select_rows(
     if capacity == 0 or n == 0:
         scored.zero_()
         return tuple(t.zero_()[..., :0] for t in out)
-    backend = _backend(impl, q, codes, out)
+    backend = chosen(
+        __package__, BACKENDS, impl, "triton" if q.device.type == "cuda" else "numba",
+        lambda module: module.limit(q, codes, out),
+    )  # fmt: skip
     grouped = q.unflatten(1, (heads, -1))
     return backend.select_rows(
         grouped, codes, n_rows, max_tokens=max_tokens,
@@ -125,30 +125,3 @@ def _check_out(out, shape, capacity) -> None:
                 f"out's {name} must be int32 {[*shape, f'at least {capacity}']}; got "
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
-
-
-def _backend(impl: str | None, q: Tensor, codes: Codes, out) -> ModuleType:
-    if impl not in (None, *BACKENDS):
-        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
-    wanted = impl or ("triton" if q.device.type == "cuda" else "numba")
-    if wanted == "reference" or (impl is None and not _has(wanted)):
-        return reference
-    if not _has(wanted):
-        raise ValueError(f"impl {wanted!r} needs the package {wanted}; it is not installed")
-    backend = _module(wanted)
-    refusal = backend.limit(q, codes, out)
-    if refusal is None:
-        return backend
-    if impl is None:
-        return reference
-    raise ValueError(refusal)
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
-
-
-@functools.cache
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

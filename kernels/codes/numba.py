@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,10 @@ import torch
 from torch import Tensor
 
 from saap.kernels.cpu.functions import compiled, run, stamp_of
+from saap.kernels.cpu.scratch import scratch
 
 from . import numba_choice, numba_job, numba_scan
 from .layout import Codes
-
-MOST_HELD = 64 * 2**20
-"""Bytes of buffers that a thread keeps from one call to the next."""
-
-_local = threading.local()
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -76,12 +71,7 @@ def select_rows(
         "maxima": 4 * held * group * chunks,
         "totals": 4 * held * group * chunks,
     }
-    memory = _scratch(sum(sizes.values()) + 64 * len(sizes))
-    place, at = {}, memory.data_ptr()
-    for name, size in sizes.items():
-        at = -(-at // 64) * 64
-        place[name] = at
-        at += size
+    _held, place = scratch(sizes)  # to the end of this call
     _integers(len(n_rows)).from_address(place["rows"])[:] = n_rows
     starts, lengths = out
     fields = {
@@ -105,15 +95,6 @@ def select_rows(
     scored.copy_(torch.tensor(counts[tasks:]).view_as(scored))
     used = max(counts[:tasks])
     return starts[..., :used], lengths[..., :used]
-
-
-def _scratch(n_bytes: int) -> Tensor:
-    """Memory that this thread's next call has again: fresh pages cost as much as the work."""
-    held = getattr(_local, "memory", None)
-    if held is None or held.numel() < n_bytes:
-        held = torch.empty(n_bytes, dtype=torch.uint8)
-        _local.memory = held if n_bytes <= MOST_HELD else None
-    return held
 
 
 @functools.cache

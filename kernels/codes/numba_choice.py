@@ -31,6 +31,7 @@ _PER_BLOCK = BLOCK // LANES
 _OCTAVE = 1 << 23
 _LEAST = -(2**31)
 MOST_SAMPLED = 2048
+"""Keys that a first threshold is guessed from."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -164,7 +165,7 @@ def _candidates(job, held, n, marks, places, listed):
 
 @_njit
 def _likely_below(keys, n, k, space):
-    """A number that, by a sample of the keys, at least k of them and few more are at least.
+    """A number that at least k of the keys, and few more, reach: so says a sample of them.
 
     `_LEAST` where a sample says little. space: int32, room for the sample.
     """
@@ -231,9 +232,9 @@ def best_from(keys, n, k, out, low, are_weights):
     k, these are brought together.
 
     keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
-    float32 not below 0, whose bits are in their order. low: less than k keys may be below it, then
-    it is not used; it is `_LEAST` or 0 where nothing is known. out: int32, room for whole chunks
-    and `LANES` more.
+    float32 not below 0, whose bits are in their order. low: a guess from which on there are at
+    least k keys and few more; where there are fewer it is not used. `_LEAST`, or 0 for weights, is
+    no guess. out: int32, room for whole chunks and `LANES` more.
     """
     searched, vectors = keys, blocks_of(n) * _PER_BLOCK
     half = (n + CHUNK - 1) // CHUNK * CHUNK // 2

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saap.kernels.backends import installed
+
 from . import reference
-from .api import _has
 from .layout import Codes, decode, decode_coarse
 
 
@@ -36,7 +37,7 @@ def weigh_rows(
         )
     if impl not in (None, "reference", "numba"):
         raise ValueError(f"impl must be None, 'reference' or 'numba'; got {impl!r}")
-    if impl == "numba" or (impl is None and q.device.type == "cpu" and _has("numba")):
+    if impl == "numba" or (impl is None and q.device.type == "cpu" and installed("numba")):
         from .numba_weights import weigh_rows as weigh
 
         return weigh(q, codes, n, whole=whole)

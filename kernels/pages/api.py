@@ -1,9 +1,6 @@
 """Public choice of pages by coded keys: validates, chooses a backend, never falls back from an
 explicit one."""
 
-import functools
-import importlib
-import importlib.util
 from types import ModuleType
 from typing import Literal
 
@@ -11,7 +8,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from . import reference
+from saap.kernels.backends import chosen
+
 from .layout import PageCodes
 
 Impl = Literal["reference", "numba"]
@@ -144,26 +142,6 @@ def _check_pages(codes, block_table, seq_lens, keep, ends: int, room: int) -> No
 
 
 def _backend(impl: str | None, tensor: Tensor, codes: PageCodes) -> ModuleType:
-    if impl not in (None, *BACKENDS):
-        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
-    if impl == "reference" or (impl is None and not _has_numba()):
-        return reference
-    if not _has_numba():
-        raise ValueError("impl 'numba' needs the package numba; it is not installed")
-    backend = _module("numba")
-    refusal = backend.limit(tensor, codes)
-    if refusal is None:
-        return backend
-    if impl is None:
-        return reference
-    raise ValueError(refusal)
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return chosen(
+        __package__, BACKENDS, impl, "numba", lambda module: module.limit(tensor, codes)
+    )  # fmt: skip

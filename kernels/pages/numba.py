@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from saap.kernels.codes import numba_choice
 from saap.kernels.cpu.functions import compiled, run, stamp_of
+from saap.kernels.cpu.scratch import scratch
 
 from . import numba_kernel as kernel
 from .layout import PageCodes
@@ -18,8 +18,6 @@ from .numba_simd import BLOCK
 
 CHUNK = 32
 """Pages of a unit of work."""
-
-_local = threading.local()
 
 
 def limit(tensor: Tensor, codes: PageCodes) -> str | None:
@@ -66,12 +64,7 @@ def select_pages(
         "weights": heads * codes.dim, "offsets": 4 * heads, "factors": 4 * heads,
         "maxima": 4 * heads * most, "totals": 4 * heads * most, "workspace": threads * own,
     }  # fmt: skip
-    memory = _scratch(sum(sizes.values()) + 64 * len(sizes))
-    place, at = {}, memory.data_ptr()
-    for name, size in sizes.items():
-        at = -(-at // 64) * 64
-        place[name] = at
-        at += size
+    _held, place = scratch(sizes)  # to the end of this call
     job = kernel.Job(
         q=q.data_ptr(), group=q.shape[1] // codes.kv_heads, tasks=tasks,
         table=block_table.data_ptr(), table_row=block_table.stride(0), most=most,
@@ -89,14 +82,6 @@ def select_pages(
     if job.fault:
         raise ValueError(f"block_table must hold pages in 0..{codes.pages - 1}; got others")
     return out
-
-
-def _scratch(n_bytes: int) -> Tensor:
-    """Memory that this thread's next call has again."""
-    held = getattr(_local, "memory", None)
-    if held is None or held.numel() < n_bytes:
-        held = _local.memory = torch.empty(n_bytes, dtype=torch.uint8)
-    return held
 
 
 @functools.cache

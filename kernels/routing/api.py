@@ -5,9 +5,6 @@ Every backend is a module with the two operations and with `weights_limit`, `sel
 which name what of validated arguments it cannot do, or return None.
 """
 
-import functools
-import importlib
-import importlib.util
 from types import ModuleType
 from typing import Literal
 
@@ -15,7 +12,9 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from . import reference, validate
+from saap.kernels.backends import chosen
+
+from . import validate
 
 __all__ = ["Ranges", "cell_weights", "select_lists"]
 
@@ -165,26 +164,7 @@ def select_lists(
 
 def _backend(impl: str | None, like: Tensor, limit: str, *arguments) -> ModuleType:
     """The module to call, which `limit(*arguments)` must not refuse."""
-    if impl not in (None, *BACKENDS):
-        raise ValueError(f"impl must be None or one of {', '.join(BACKENDS)}; got {impl!r}")
-    if impl == "reference" or (impl is None and (like.device.type != "cpu" or not _has_numba())):
-        return reference
-    if not _has_numba():
-        raise ValueError("the package numba must be installed for impl 'numba'; got none")
-    backend = _numba()
-    refusal = getattr(backend, limit)(*arguments)
-    if refusal is None:
-        return backend
-    if impl is None:
-        return reference
-    raise ValueError(refusal)
-
-
-@functools.cache
-def _numba() -> ModuleType:
-    return importlib.import_module(".numba", __package__)
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    best = "numba" if like.device.type == "cpu" else "reference"
+    return chosen(
+        __package__, BACKENDS, impl, best, lambda module: getattr(module, limit)(*arguments)
+    )  # fmt: skip
