@@ -65,7 +65,7 @@ WAYS = (
 
 
 class Choice:
-    """Stands in for `select_rows` in the selector of `saap`."""
+    """Stands in for the choice of rows of `saap`'s selector."""
 
     def __init__(self, groups: int, choose: Choose):
         self.groups, self.choose, self.read = groups, choose, []
@@ -119,7 +119,7 @@ def main() -> None:
         )
         for label, groups, choose in WAYS:
             choice = Choice(groups, choose)
-            with mock.patch.object(saap_module, "select_rows", choice):
+            with mock.patch.object(saap_module.SaapSelector, "choose_rows", choice):
                 keys = ask(model, tokenizer, read, pairs, find_method("saap")())
             records[label]["keys"] += keys
             records[label]["read"] += [sum(choice.read) / len(choice.read)]

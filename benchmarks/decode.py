@@ -39,7 +39,6 @@ from saap.hf import attention
 from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
 from saap.kv import KVStore
-from saap.kv import store as store_module
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
 
@@ -163,7 +162,7 @@ class Clock:
             "append": (KVStore, "append"),
             "rope": (attention, "VARIANTS"),
             "choosing": (KVStore, "select"),
-            "attention": (store_module, "attend_ranges"),
+            "attention": (KVStore, "attend_selected"),
             "glue": (Forward, "__call__"),
         }
         patches = [
@@ -278,7 +277,9 @@ def broken_down(step, n: int = 24) -> dict[str, float]:
             clock.timed("projection", step)()
         for name, seconds in clock.spent.items():
             found.setdefault(name, []).append(1e3 * seconds)
-    return {name: statistics.median(found[name]) for name in ("projection", *PARTS, "glue")}
+    # Not every method takes RoPE off.
+    names = ("projection", *PARTS, "glue")
+    return {name: statistics.median(found.get(name, [0.0])) for name in names}
 
 
 def attention_of_packed(step, cache, n: int = 12) -> float:

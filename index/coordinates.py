@@ -88,7 +88,8 @@ class RecentQueries:
 
     def __init__(self, n_kv: int, sums: Tensor | float = 0.0, count: float = 0.0):
         self.n_kv, self.sums, self.count = n_kv, sums, count
-        self.waiting: list[Tensor] = []
+        self._waiting: Tensor | None = None
+        self._n_waiting = 0
 
     def copy(self) -> "RecentQueries":
         self._add_waiting()
@@ -96,15 +97,27 @@ class RecentQueries:
 
     def add(self, q: Float[Tensor, "Hq n D"]) -> None:
         """Queries of n tokens, or of as many keys that stand in for them."""
-        self.waiting.append(q.float())
-        if q.shape[1] > 1 or len(self.waiting) >= self.WAITING:
+        if q.shape[1] == 1:
+            self._wait(q)
+            return
+        self._add_waiting()
+        self._add(q[:, -MOST_OBSERVED:])
+
+    def _wait(self, q: Float[Tensor, "Hq 1 D"]) -> None:
+        if self._waiting is None:
+            shape = (q.shape[0], self.WAITING, q.shape[2])
+            self._waiting = torch.empty(shape, device=q.device)
+        self._waiting[:, self._n_waiting] = q[:, 0]
+        self._n_waiting += 1
+        if self._n_waiting == self.WAITING:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        if not self.waiting:
-            return
-        q = torch.cat(self.waiting, 1)[:, -MOST_OBSERVED:]
-        self.waiting = []
+        if self._n_waiting:
+            waited, self._n_waiting = self._n_waiting, 0
+            self._add(self._waiting[:, :waited])
+
+    def _add(self, q: Float[Tensor, "Hq n D"]) -> None:
         left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
         own = q.unflatten(0, (self.n_kv, -1)).flatten(1, 2).double()
         self.sums = left * self.sums + own.mT @ own
@@ -151,7 +164,13 @@ class Coordinates:
         return (k.float() - self.mean[:, :, None]) @ self.of_keys.mT
 
     def queries(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq P"]:
-        own = q.float().unflatten(1, (self.of_queries.shape[1], -1))
+        n, heads, dim = q.shape
+        maps, n_kv, coordinates, _ = self.of_queries.shape
+        if maps == n:
+            own = q.float().reshape(n * n_kv, heads // n_kv, dim)
+            found = torch.bmm(own, self.of_queries.view(n * n_kv, coordinates, dim).mT)
+            return found.view(n, heads, coordinates)
+        own = q.float().unflatten(1, (n_kv, -1))
         return (own @ self.of_queries.mT).flatten(1, 2)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class BucketRows:
         self.vectors: dict[str, Tensor] = {}
         self.lists: Tensor | None = None
         self.tokens: Tensor | None = None
+        self._plain = True  # row i holds token i, in list 0, and so do rows that are not used yet
 
     @classmethod
     def over(
@@ -42,6 +43,7 @@ class BucketRows:
         """Use tensors that exist already, such as a mapped file or views, without a copy."""
         rows = cls(tuple(vectors), tokens.dtype)
         rows.vectors, rows.lists, rows.tokens = dict(vectors), lists, tokens
+        rows._plain = False
         return rows
 
     @property
@@ -71,7 +73,10 @@ class BucketRows:
                 self._grow(self.vectors, name, (*shape, dim), like.dtype, like.device, used)
             # Capacity is that of `tokens`, which grows last: a failure half-way changes nothing.
             self._grow(vars(self), "lists", shape, torch.int32, like.device, used)
+            self.lists[:, :, used:] = 0
             self._grow(vars(self), "tokens", shape, self.token_dtype, like.device, used)
+            own = self.tokens[:, :, used:]
+            own[:] = torch.arange(used, size, dtype=own.dtype, device=own.device)
         except RuntimeError as error:
             n_bytes = len(self.names) * batch * heads * size * dim * like.element_size()
             raise MemoryError(
@@ -102,6 +107,9 @@ class BucketRows:
         rows = slice(start, start + length)
         for name, new in zip(self.names, vectors, strict=True):
             self.vectors[name][sequence, :, rows] = new
+        if self._plain and tokens is None and isinstance(lists, int) and lists == 0:
+            return  # as it is written already
+        self._plain = False
         self.lists[sequence, :, rows] = lists
         if tokens is not None:
             self.tokens[sequence, :, rows] = tokens
@@ -122,6 +130,7 @@ class BucketRows:
         through a buffer; otherwise one head's rows are copied at once. `order` may leave rows out.
         """
         n = order.shape[1]
+        self._plain = False
         for buffer in (self.lists, self.tokens):
             own = buffer[sequence, :, first:]
             own[:, :n] = own.gather(1, order)
@@ -137,6 +146,7 @@ class BucketRows:
         """Replace sequence i by what sequence `sequences[i]` was; their number may change."""
         chosen = sequences.tolist()
         if len(chosen) != self.tokens.shape[0]:
+            self._plain = False
             self.vectors = {n: _taken(t, chosen, used) for n, t in self.vectors.items()}
             self.lists = _taken(self.lists, chosen, used)
             self.tokens = _taken(self.tokens, chosen, used)

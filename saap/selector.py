@@ -1,7 +1,7 @@
 """The interface between the KV store and whatever chooses the rows that a query visits."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -79,20 +79,27 @@ class RangeBuffer:
 
     n_local: int
     starts: Tensor | None = None
-    lengths: Tensor | None = field(default=None)
+    lengths: Tensor | None = None
+    taken: Ranges | None = None
 
     def take(self, n: int, heads: int, most: int, device: torch.device) -> Ranges:
-        """Views `[n, heads, most]` behind the columns for sinks and tail, to be written to."""
+        """Views `[n, heads, most]` behind the columns for sinks and tail, to be written to.
+
+        The same objects as long as the shape is the same.
+        """
         shape = (n, heads, self.n_local + most)
-        if self.starts is None or self.starts.shape != shape:
+        if self.taken is None or self.starts.shape != shape:
             self.starts = torch.zeros(shape, dtype=torch.int32, device=device)
             self.lengths = torch.zeros_like(self.starts)
-        return self.starts[..., self.n_local :], self.lengths[..., self.n_local :]
+            self.taken = self.starts[..., self.n_local :], self.lengths[..., self.n_local :]
+        return self.taken
+
+    def forget(self) -> None:
+        self.starts = self.lengths = self.taken = None
 
     def holds(self, starts: Tensor) -> bool:
-        """Whether `starts` is a view that `take` gave out."""
-        own = self.starts
-        return own is not None and starts.data_ptr() == own[..., self.n_local :].data_ptr()
+        """Whether `starts` is, or begins as, what `take` gave out."""
+        return self.taken is not None and starts.data_ptr() == self.taken[0].data_ptr()
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +127,10 @@ class Selector(ABC):
 
     assigns_by: Literal["derope", "rope"] | None = None
     """Which keys `assign` gets; None: rows have no lists and stay in time order."""
+
+    reads_derope: bool = True
+    """Whether it looks at keys or queries with RoPE taken off. Where it does not, it may be given
+    them as they are."""
 
     n_kv: int | None = None
     """KV heads that it was made for; None for any number."""

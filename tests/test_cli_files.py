@@ -244,7 +244,7 @@ def test_an_interrupt_while_workers_start_is_quiet(tmp_path):
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     started = time.monotonic()
-    err = parent.communicate(timeout=60)[1]
-    assert time.monotonic() - started < 50
+    err = parent.communicate(timeout=240)[1]
+    assert time.monotonic() - started < 200
     assert err.count("Traceback") == 1, err  # that of the script itself
     assert "units_of_work" not in err

@@ -230,7 +230,7 @@ def test_decoding(family, decoding):
         options["assistant_model"] = copy.deepcopy(model)
         torch.nn.init.normal_(options["assistant_model"].model.norm.weight, 1.0, 0.2)
     single = decoding in ("prompt lookup", "assisted")
-    tokens = prompt(1, 12, seed=8).repeat(1, 5) if single else prompt(2, 60)
+    tokens = prompt(1, 12, seed=8).repeat(1, 5) if single else prompt(2, 60, seed=4)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     expected = generated(model, inputs, **options)
     with saap.attached(model, random_index(model), FULL, method="blend") as saap_model:

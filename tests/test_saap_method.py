@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from saap.budget import Budget
-from saap.index.coordinates import Coordinates, Moments, MomentSums, balanced, padded
+from saap.index.coordinates import (
+    Coordinates,
+    Moments,
+    MomentSums,
+    RecentQueries,
+    balanced,
+    padded,
+)
 from saap.kv import KVStore
 from saap.methods import find_method
 from saap.methods import saap as saap_module
@@ -340,3 +347,16 @@ def test_no_more_queries_are_kept_than_are_learned_from():
     sizes = [t.shape[1] for t in own]
     assert sizes == [2048, 600]
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in own)
+
+
+def test_queries_are_counted_as_they_were_when_they_came():
+    """A decoder may use one tensor for the queries of all its steps."""
+    count = RecentQueries.WAITING + 3
+    came = random(4, count, 16)
+    by_one, together, buffer = RecentQueries(2), RecentQueries(2), torch.empty(4, 1, 16)
+    for i in range(count):
+        by_one.add(buffer.copy_(came[:, i : i + 1]))
+    together.add(came)
+    (found, n), (expected, m) = by_one.state(), together.state()
+    assert abs(n - m) < 0.01 * m  # older ones count a little less
+    assert (found - expected).norm() < 0.01 * expected.norm()

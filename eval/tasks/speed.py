@@ -24,7 +24,6 @@ import torch
 
 from saap import hf
 from saap.kv import KVStore
-from saap.kv import store as store_module
 
 from ..decoding import layout
 from .base import Task, text_tokens
@@ -131,9 +130,9 @@ def stopwatch(selector):
 
         return call
 
-    attend, ranges = store_module.attend_ranges, KVStore.select
+    attend, ranges = KVStore.attend_selected, KVStore.select
     with (
-        mock.patch.object(store_module, "attend_ranges", timed("attend", attend)),
+        mock.patch.object(KVStore, "attend_selected", timed("attend", attend)),
         mock.patch.object(KVStore, "select", timed("ranges", ranges)),
     ):
         if hasattr(selector, "scores"):

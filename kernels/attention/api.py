@@ -3,7 +3,8 @@
 Every backend is a module with a function
 `attend_ranges(q, k, v, starts, lengths, *, sm_scale, softcap) -> (out, lse)`,
 called with inputs that this module has validated; what else it cannot do its
-`limit(q, k, v) -> str | None` names, if it has one.
+`limit(q, k, v) -> str | None` names, if it has one. A backend with a class `Prepared` looks at the
+values of ranges itself.
 """
 
 import functools
@@ -66,15 +67,66 @@ def attend_ranges(
     """
     if torch.compiler.is_compiling():
         return operator.attend_ranges(q, k, v, starts, lengths, sm_scale, softcap, impl)
+    backend, options = _checked(q, k, v, starts, lengths, sm_scale, softcap, impl)
+    if not hasattr(backend, "Prepared"):
+        validate.check_values(starts, lengths, k.shape[2])
+    out, lse = backend.attend_ranges(q, k, v, starts, lengths, **options)
+    return out, lse.float()
+
+
+class PreparedRanges:
+    """`attend_ranges` over the same tensors at every call: all but the queries is checked once.
+
+    So a decode step of a store costs little beside its kernel. What the tensors hold may change
+    between calls; they themselves, the number of torch's threads and the other arguments may not:
+    `fits` says whether a preparation still serves. A copy of a preparation is None.
+
+    Args and Raises: as `attend_ranges`; `starts, lengths` are contiguous.
+    """
+
+    def __init__(self, q, k, v, starts, lengths, *, sm_scale=None, softcap=None, impl=None):
+        backend, options = _checked(q, k, v, starts, lengths, sm_scale, softcap, impl)
+        for name, tensor in (("starts", starts), ("lengths", lengths)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
+        self._tensors = k, v, starts, lengths
+        self._about = q.shape, q.dtype, q.device, sm_scale, softcap, impl, torch.get_num_threads()
+        self._attend = None
+        if hasattr(backend, "Prepared"):
+            self._attend = backend.Prepared(q, *self._tensors, **options)
+
+    def fits(self, q, k, v, starts, lengths, *, sm_scale=None, softcap=None, impl=None) -> bool:
+        """Whether this was made for the very tensors, and for queries and options like these."""
+        own = self._tensors
+        return (
+            k is own[0] and v is own[1] and starts is own[2] and lengths is own[3]
+            and self._about
+            == (q.shape, q.dtype, q.device, sm_scale, softcap, impl, torch.get_num_threads())
+        )  # fmt: skip
+
+    def __call__(self, q: Float[Tensor, "B Hq D"]):
+        """`out, lse` as `attend_ranges` of queries that this fits."""
+        if self._attend is not None:
+            return self._attend(q)
+        _, _, _, sm_scale, softcap, impl, _ = self._about
+        return attend_ranges(q, *self._tensors, sm_scale=sm_scale, softcap=softcap, impl=impl)
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _checked(q, k, v, starts, lengths, sm_scale, softcap, impl) -> tuple[ModuleType, dict]:
+    """The backend of a call, whose arguments but for the values of ranges are checked."""
     validate.check_tensors(q, k, v)
     validate.check_float_dtypes(q, k)
     validate.check_ranges(q, k, starts, lengths)
     if sm_scale is None:
         sm_scale = q.shape[-1] ** -0.5
     validate.check_scalars(sm_scale, softcap)
-    backend = _backend(impl, q, k, v)
-    out, lse = backend.attend_ranges(q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap)
-    return out, lse.float()
+    return _backend(impl, q, k, v), {"sm_scale": sm_scale, "softcap": softcap}
 
 
 def attend_dense(

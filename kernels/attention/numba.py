@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from saap.kernels.cpu.functions import compiled, run, stamp_of
+from saap.kernels.cpu.scratch import Layout
 
 from . import numba_kernel as kernel
+from .validate import check_range_values
 
 DIM_STEP = 16
 
@@ -53,75 +55,105 @@ def attend_ranges(
     sm_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `api.attend_ranges`, whose validation, `limit` included, is taken for granted.
+    """As `api.attend_ranges`, whose validation, `limit` included, is taken for granted. But
+    the values of ranges are not: the kernel looks at them itself.
 
     Computes in float32. K and V are read in place through their strides and may be stored in
     another dtype than q.
     """
-    batch, q_heads, dim = q.shape
-    list_heads, ranges = starts.shape[1:]
-    lists, group = batch * list_heads, q_heads // list_heads
-    threads = torch.get_num_threads()
+    options = {"sm_scale": sm_scale, "softcap": softcap}
+    return Prepared(q, k, v, starts.contiguous(), lengths.contiguous(), **options)(q)
 
-    # Addresses are passed on, and memory does not say that a sign is still to be changed.
-    q, k, v = (t.detach().resolve_neg() for t in (q, k, v))
-    queries = q.to(torch.float32).contiguous()
-    starts, lengths = starts.contiguous(), lengths.contiguous()
-    out, lse = torch.empty_like(queries), queries.new_empty(batch, q_heads)
-    table = torch.empty(2 * lists + 1 + 2 * threads * kernel.SHARES, dtype=torch.int64)
-    tiles = table.data_ptr()
-    tokens = tiles + 8 * (lists + 1)
-    scratch_count, partials_count = kernel.float_counts(threads, group, dim)
-    scratch = queries.new_empty(scratch_count + partials_count)
-    k_batch, k_head, k_row, _ = k.stride()
-    v_batch, v_head, v_row, _ = v.stride()
-    size = k.element_size()
-    job = kernel.Job(
-        q=queries.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        starts=starts.data_ptr(),
-        lengths=lengths.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        k_batch=k_batch * size,
-        k_head=k_head * size,
-        k_row=k_row * size,
-        v_batch=v_batch * size,
-        v_head=v_head * size,
-        v_row=v_row * size,
-        lists=lists,
-        list_heads=list_heads,
-        kv_heads=k.shape[1],
-        group=group,
-        ranges=ranges,
-        dim=dim,
-        row_bytes=dim * size,
-        tiles=tiles,
-        tokens=tokens,
-        slots=tokens + 8 * lists,
-        scratch=scratch.data_ptr(),
-        partials=scratch.data_ptr() + 4 * scratch_count,
-        threads=threads,
-        sm_scale=sm_scale,
-        softcap=softcap or 0.0,
-    )
-    plan, work = _functions(k.dtype)
-    address = ctypes.addressof(job)
-    plan(address)
-    run(work, address, job.workers)
-    for b, head in np.argwhere(np.isnan(lse.numpy())).tolist():
-        places = starts[b, head * list_heads // q_heads], lengths[b, head * list_heads // q_heads]
-        keys = k[b, head * k.shape[1] // q_heads]
-        lse[b, head] = _lse_of_one(queries[b, head], keys, *places, sm_scale, softcap)
-    return out.to(q.dtype), lse
+
+class Prepared:
+    """Attention over the same rows and ranges as often as it is called, whatever they hold then.
+
+    q: of the shape that calls have. starts, lengths: contiguous.
+    """
+
+    def __init__(self, q, k, v, starts, lengths, *, sm_scale, softcap):
+        batch, q_heads, dim = q.shape
+        list_heads, ranges = starts.shape[1:]
+        lists, group = batch * list_heads, q_heads // list_heads
+        # Addresses are passed on, and memory does not say that a sign is still to be changed.
+        self.k, self.v = k.detach().resolve_neg(), v.detach().resolve_neg()
+        self.starts, self.lengths = starts, lengths
+        self.sm_scale, self.softcap = sm_scale, softcap
+        self.lse_shape = batch, q_heads
+        self.threads = threads = torch.get_num_threads()
+        scratch_count, partials_count = kernel.float_counts(threads, group, dim)
+        self.layout = Layout(
+            {
+                "tiles": 8 * (lists + 1),
+                "tokens": 8 * lists,
+                "slots": 16 * threads * kernel.SHARES,
+                "scratch": 4 * scratch_count,
+                "partials": 4 * partials_count,
+            }
+        )
+        size = k.element_size()
+        k_batch, k_head, k_row, _ = self.k.stride()
+        v_batch, v_head, v_row, _ = self.v.stride()
+        self.job = kernel.Job(
+            k=self.k.data_ptr(),
+            v=self.v.data_ptr(),
+            starts=starts.data_ptr(),
+            lengths=lengths.data_ptr(),
+            k_batch=k_batch * size,
+            k_head=k_head * size,
+            k_row=k_row * size,
+            v_batch=v_batch * size,
+            v_head=v_head * size,
+            v_row=v_row * size,
+            lists=lists,
+            list_heads=list_heads,
+            kv_heads=k.shape[1],
+            group=group,
+            ranges=ranges,
+            dim=dim,
+            rows=k.shape[2],
+            row_bytes=dim * size,
+            threads=threads,
+            sm_scale=sm_scale,
+            softcap=softcap or 0.0,
+        )
+        self.functions = _functions(k.dtype)
+
+    def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """ValueError where a range is not within the rows."""
+        queries = q.detach().resolve_neg().to(torch.float32).contiguous()
+        out, lse = torch.empty_like(queries), queries.new_empty(self.lse_shape)
+        # A job of this call alone, since several threads may use one preparation.
+        job = kernel.Job.from_buffer_copy(self.job)
+        job.q, job.out, job.lse = queries.data_ptr(), out.data_ptr(), lse.data_ptr()
+        held, at = self.layout.held()  # to the end of this call
+        for name, offset in self.layout.offsets.items():
+            setattr(job, name, at + offset)
+        plan, work = self.functions
+        address = ctypes.addressof(job)
+        plan(address)
+        if job.wrong:
+            check_range_values(self.starts, self.lengths, self.k.shape[2])
+        run(work, address, job.workers)
+        del held
+        if job.not_finite:
+            self._mend(queries, lse)
+        return out if out.dtype == q.dtype else out.to(q.dtype), lse
+
+    def _mend(self, queries: Tensor, lse: Tensor) -> None:
+        """Log-sum-exps of heads whose scores are not all finite, as torch has them: of +inf, inf.
+
+        The kernel's sum is NaN then, whether a score was +inf or NaN.
+        """
+        q_heads, kv_heads, list_heads = queries.shape[1], self.k.shape[1], self.starts.shape[1]
+        for b, head in lse.isnan().nonzero().tolist():
+            place = b, head * list_heads // q_heads
+            keys = self.k[b, head * kv_heads // q_heads]
+            options = self.starts[place], self.lengths[place], self.sm_scale, self.softcap
+            lse[b, head] = _lse_of_one(queries[b, head], keys, *options)
 
 
 def _lse_of_one(q, k, starts, lengths, sm_scale, softcap) -> Tensor:
-    """Log-sum-exp of one head whose scores are not all finite, as torch has it: of +inf it is inf.
-
-    The kernel's sum is NaN then, whether a score was +inf or NaN.
-    """
     ranges = zip(starts.tolist(), lengths.tolist(), strict=True)
     keys = torch.cat([k[first : first + n].float() for first, n in ranges if n])
     scores = keys @ q * sm_scale

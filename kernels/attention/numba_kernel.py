@@ -30,8 +30,9 @@ MIN_TILES_PER_WORKER = 8
 _FIELDS = (
     "q k v starts lengths out lse "  # addresses; q, out, lse float32, without gaps
     "k_batch k_head k_row v_batch v_head v_row row_bytes "  # strides and size in bytes
-    "lists list_heads kv_heads group ranges dim "  # lists: B * list_heads; group: heads of a list
+    "lists list_heads kv_heads group ranges dim rows "  # B * list_heads, heads of a list
     "threads workers shares next_worker next_share done_shares "  # from workers on set by plan
+    "wrong not_finite "  # whether a range is not within the rows, an lse not a number
     "tiles tokens slots "  # addresses of int64 [lists + 1], [lists], [2 * threads * SHARES]
     "scratch partials"  # addresses of what `float_counts` says
 ).split()
@@ -67,8 +68,15 @@ def entries(kind, stamp):
 
 @_njit
 def plan(jobs):
-    """Counts tokens and tiles, decides on shares and workers, writes the empty lists' output."""
+    """Counts tokens and tiles, decides on shares and workers, writes the empty lists' output.
+
+    Nothing but `wrong` is set where a range is not within the rows.
+    """
     job = jobs[0]
+    job.not_finite = 0
+    job.wrong = _leave_rows(job)
+    if job.wrong:
+        return
     lengths = carray(int32_pointer(job.lengths), job.lists * job.ranges)
     tiles = carray(int64_pointer(job.tiles), job.lists + 1)
     tokens = carray(int64_pointer(job.tokens), job.lists)
@@ -89,6 +97,19 @@ def plan(jobs):
     job.workers = max(1, min(job.threads, total // MIN_TILES_PER_WORKER))
     job.shares = 1 if job.workers == 1 else min(total, job.workers * SHARES)
     job.next_worker = job.next_share = job.done_shares = 0
+
+
+@_njit
+def _leave_rows(job):
+    """Whether any range that is used does not lie within the rows."""
+    n = job.lists * job.ranges
+    starts = carray(int32_pointer(job.starts), n)
+    lengths = carray(int32_pointer(job.lengths), n)
+    wrong = False
+    for i in range(n):
+        start, length = np.int64(starts[i]), np.int64(lengths[i])
+        wrong |= (length < 0) | ((length > 0) & ((start < 0) | (start + length > job.rows)))
+    return wrong
 
 
 @_njit
@@ -206,3 +227,5 @@ def _finish(job, row, state):
         for d in range(dim):
             out[i * dim + d] = state[head + d] / total
         lse[i] = state[head + dim] + math.log(np.float64(total))
+        if math.isnan(lse[i]):
+            job.not_finite = 1

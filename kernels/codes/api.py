@@ -61,10 +61,8 @@ def select_rows(
     Raises:
         ValueError: an argument that does not fit, or that `impl` cannot do, naming its value.
     """
-    _check(q, codes, n_rows, max_tokens, n_candidates, share)
-    n, n_heads, _ = q.shape
-    n_kv = codes.scale.shape[1]
-    heads = n_kv if share == "group" else n_heads
+    n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, share)
+    heads = codes.scale.shape[1] if share == "group" else n_heads
     capacity = min(max_tokens, max(n_rows, default=0))
     if out is None:
         starts, lengths = torch.zeros(2, n, heads, capacity, dtype=torch.int32, device=q.device)
@@ -72,26 +70,87 @@ def select_rows(
     _check_out(out, (n, heads), capacity)
     if scored is None:
         scored = torch.empty(n, heads, dtype=torch.int64, device=q.device)
-    elif tuple(scored.shape) != (n, heads) or scored.dtype != torch.int64:
-        raise ValueError(
-            f"scored must be int64 {[n, heads]}; got {scored.dtype} {list(scored.shape)}"
-        )
+    _check_scored(scored, (n, heads))
     if capacity == 0 or n == 0:
         scored.zero_()
         return tuple(t.zero_()[..., :0] for t in out)
-    backend = chosen(
-        __package__, BACKENDS, impl, "triton" if q.device.type == "cuda" else "numba",
-        lambda module: module.limit(q, codes, out),
-    )  # fmt: skip
-    grouped = q.unflatten(1, (heads, -1))
+    backend = _backend(impl, q, codes, out)
     return backend.select_rows(
-        grouped, codes, n_rows, max_tokens=max_tokens,
+        q.unflatten(1, (heads, -1)), codes, n_rows, max_tokens=max_tokens,
         n_candidates=max(n_candidates, max_tokens), first_row=first_row, out=out,
         scored=scored,
     )  # fmt: skip
 
 
-def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> None:
+class PreparedChoice:
+    """`select_rows` by the same codes, into the same tensors, at every call: what does not change
+    is checked once.
+
+    So a decode step of a store costs little beside its kernel. What codes hold may change between
+    calls; the tensors themselves, the numbers of rows and the other arguments may not: `fits` says
+    whether a preparation still serves. A copy of a preparation is None.
+
+    Args and Raises: as `select_rows`; `out` and `scored` are given.
+    """
+
+    __slots__ = ("_about", "_choose", "_codes", "_heads", "_options", "_out", "_scored")
+
+    def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
+        n, n_heads, _ = _check(
+            q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share"))
+        )
+        self._heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
+        capacity = min(options["max_tokens"], max(n_rows, default=0))
+        _check_out(out, (n, self._heads), capacity)
+        _check_scored(scored, (n, self._heads))
+        backend = _backend(impl, q, codes, out)
+        self._codes, self._out, self._scored = codes, out, scored
+        self._options = {"impl": impl, **options}
+        self._about = q.shape, q.device, list(n_rows), torch.get_num_threads()
+        self._choose = None
+        if hasattr(backend, "Prepared") and capacity and n:
+            self._choose = backend.Prepared(
+                (n, self._heads, n_heads // self._heads, q.shape[2]), codes, n_rows,
+                max_tokens=options["max_tokens"],
+                n_candidates=max(options["n_candidates"], options["max_tokens"]),
+                first_row=options.get("first_row", 0), out=out, scored=scored,
+            )  # fmt: skip
+
+    def fits(self, q, codes, n_rows, *, out, scored, **options) -> bool:
+        """Whether this was made for these very tensors, and for queries and options like these."""
+        return (
+            codes is self._codes and scored is self._scored and options == self._options
+            and out[0] is self._out[0] and out[1] is self._out[1]
+            and self._about == (q.shape, q.device, n_rows, torch.get_num_threads())
+        )  # fmt: skip
+
+    def __call__(self, q: Float[Tensor, "n Hq P"]) -> Ranges:
+        """`out` whole, of float32 queries that this fits."""
+        if self._choose is not None:
+            self._choose(q)
+        else:
+            n_rows = self._about[2]
+            select_rows(
+                q, self._codes, n_rows, out=self._out, scored=self._scored, **self._options
+            )
+        return self._out
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _backend(impl, q, codes, out):
+    return chosen(
+        __package__, BACKENDS, impl, "triton" if q.device.type == "cuda" else "numba",
+        lambda module: module.limit(q, codes, out),
+    )  # fmt: skip
+
+
+def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> torch.Size:
+    """The shape of q."""
     if codes.fault is not None:
         raise ValueError(codes.fault)
     batch, n_kv, n = codes.scale.shape
@@ -115,6 +174,16 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> None:
             raise ValueError(f"{name} must be an integer below 2 ** 63; got {value}")
     if share not in ("group", "head"):
         raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
+    return q.shape
+
+
+def _check_scored(scored, shape) -> None:
+    fits = tuple(scored.shape) == shape and scored.dtype == torch.int64
+    if not (fits and scored.is_contiguous()):
+        raise ValueError(
+            f"scored must be int64 {list(shape)}, contiguous; got {scored.dtype} "
+            f"{list(scored.shape)} with strides {list(scored.stride())}"
+        )
 
 
 def _check_out(out, shape, capacity) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saap.kernels.cpu.functions import compiled, run, stamp_of
-from saap.kernels.cpu.scratch import scratch
+from saap.kernels.cpu.scratch import Layout
 
 from . import numba_choice, numba_job, numba_scan
 from .layout import Codes
@@ -27,74 +27,99 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
     return codes.misplaced(q.device)
 
 
-def _places_of(codes: Codes) -> dict[str, int]:
-    """A job's fields that say where codes lie, kept with them."""
-    held = codes.__dict__.get("_places")
-    if held is None:
-        coarse, fine, scale = codes.coarse, codes.fine, codes.scale
-        held = codes.__dict__["_places"] = {
-            "coarse": coarse.data_ptr(), "fine": fine.data_ptr(), "scale": scale.data_ptr(),
-            "kv_heads": scale.shape[1], "coordinates": codes.coordinates,
-            "coarse_batch": 4 * coarse.stride(0), "coarse_head": 4 * coarse.stride(1),
-            "coarse_plane": 4 * coarse.stride(2), "fine_batch": 4 * fine.stride(0),
-            "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
-            "scale_head": scale.stride(1),
-        }  # fmt: skip
-    return held
-
-
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
     first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
-    n, heads, group, coordinates = a.shape
-    a = a.resolve_neg().contiguous()
-    most = max(n_rows)
-    tasks = n * heads
-    chunks = -(-most // numba_job.CHUNK)
-    whole = n_candidates >= most
-    threads = min(torch.get_num_threads(), tasks * chunks)
-    # With a task to each thread at a time, its scores stay in the cache.
-    by_task = tasks % threads == 0 or tasks >= 8 * threads
-    threads = min(threads, tasks) if by_task else threads
-    held = threads if by_task else tasks
-    found = min(most, group * n_candidates)
-    worker_bytes = numba_job.choice_bytes(most, found, group, coordinates)
-    sizes = {
-        "rows": 8 * len(n_rows),
-        "counts": 16 * tasks,
-        "workspace": threads * worker_bytes,
-        "weights": 2 * tasks * group * coordinates,
-        "factors": 16 * tasks * group,
-        "scores": 4 * held * group * chunks * numba_job.CHUNK,
-        "maxima": 4 * held * group * chunks,
-        "totals": 4 * held * group * chunks,
-    }
-    _held, place = scratch(sizes)  # to the end of this call
-    _integers(len(n_rows)).from_address(place["rows"])[:] = n_rows
+    prepared = Prepared(
+        a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates,
+        first_row=first_row, out=out, scored=scored,
+    )  # fmt: skip
+    used = prepared(a)
     starts, lengths = out
-    fields = {
-        "q": a.data_ptr(), "starts": starts.data_ptr(), "lengths": lengths.data_ptr(),
-        "tasks": tasks, "heads": heads, "group": group, "chunks": chunks,
-        "by_sequence": len(n_rows) > 1, "by_task": by_task, "whole": whole,
-        "out_batch": 4 * starts.stride(0), "out_head": 4 * starts.stride(1),
-        "capacity": starts.shape[2], "first_row": first_row, "max_tokens": max_tokens,
-        "candidates": n_candidates, "worker_bytes": worker_bytes,
-        **place, **_places_of(codes),
-    }  # fmt: skip
-    prepare, scan, choose = _functions()
-    job = numba_job.Job(**fields)
-    address = ctypes.addressof(job)
-    prepare(address)
-    if not by_task and max_tokens < most:  # else every row is chosen
-        run(scan, address, threads)
-        job.next_worker = job.next_task = 0
-    run(choose, address, min(threads, tasks))
-    counts = _integers(2 * tasks).from_address(place["counts"])[:]
-    scored.copy_(torch.tensor(counts[tasks:]).view_as(scored))
-    used = max(counts[:tasks])
     return starts[..., :used], lengths[..., :used]
+
+
+class Prepared:
+    """A choice of rows by the same codes as often as it is called, whatever these hold then.
+
+    shape: of the queries that calls have.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
+        n_candidates: int, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    ):  # fmt: skip
+        n, heads, group, coordinates = shape
+        most = max(n_rows)
+        self.tasks = tasks = n * heads
+        chunks = -(-most // numba_job.CHUNK)
+        self.threads = threads = min(torch.get_num_threads(), tasks * chunks)
+        # With a task to each thread at a time, its scores stay in the cache.
+        by_task = tasks % threads == 0 or tasks >= 8 * threads
+        threads = min(threads, tasks) if by_task else threads
+        held = threads if by_task else tasks
+        found = min(most, group * n_candidates)
+        worker_bytes = numba_job.choice_bytes(most, found, group, coordinates)
+        self.layout = Layout(
+            {
+                "counts": 8 * tasks,
+                "workspace": threads * worker_bytes,
+                "weights": 2 * tasks * group * coordinates,
+                "factors": 16 * tasks * group,
+                "scores": 4 * held * group * chunks * numba_job.CHUNK,
+                "maxima": 4 * held * group * chunks,
+                "totals": 4 * held * group * chunks,
+            }
+        )
+        starts, lengths = out
+        self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
+        self.kept = codes, starts, lengths, scored  # addresses of theirs follow
+        self.scans = not by_task and max_tokens < most  # else every row is chosen
+        self.choosing = min(threads, tasks)
+        self.workers = threads
+        self.job = numba_job.Job(
+            rows=ctypes.addressof(self.rows), scored=scored.data_ptr(),
+            starts=starts.data_ptr(), lengths=lengths.data_ptr(),
+            tasks=tasks, heads=heads, group=group, chunks=chunks,
+            by_sequence=len(n_rows) > 1, by_task=by_task, whole=n_candidates >= most,
+            out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
+            capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
+            candidates=n_candidates, worker_bytes=worker_bytes,
+            **places_of(codes),
+        )  # fmt: skip
+
+    def __call__(self, a: Tensor) -> int:
+        """Writes ranges and counts where it was told; returns the most ranges of a selection."""
+        a = a.resolve_neg().contiguous()
+        # A job of this call alone, since several threads may use one preparation.
+        job = numba_job.Job.from_buffer_copy(self.job)
+        job.q = a.data_ptr()
+        _held, at = self.layout.held()  # to the end of this call
+        for name, offset in self.layout.offsets.items():
+            setattr(job, name, at + offset)
+        prepare, scan, choose = _functions()
+        address = ctypes.addressof(job)
+        prepare(address)
+        if self.scans:
+            run(scan, address, self.workers)
+            job.next_worker = job.next_task = 0
+        run(choose, address, self.choosing)
+        return max(_integers(self.tasks).from_address(job.counts)[:])
+
+
+def places_of(codes: Codes) -> dict[str, int]:
+    """A job's fields that say where codes lie."""
+    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
+    return {
+        "coarse": coarse.data_ptr(), "fine": fine.data_ptr(), "scale": scale.data_ptr(),
+        "kv_heads": scale.shape[1], "coordinates": codes.coordinates,
+        "coarse_batch": 4 * coarse.stride(0), "coarse_head": 4 * coarse.stride(1),
+        "coarse_plane": 4 * coarse.stride(2), "fine_batch": 4 * fine.stride(0),
+        "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
+        "scale_head": scale.stride(1),
+    }  # fmt: skip
 
 
 @functools.cache

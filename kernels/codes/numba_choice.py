@@ -53,7 +53,8 @@ def _work(jobs):
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
     space = job.workspace + job.worker_bytes * worker
-    counts = carray(int64_pointer(job.counts), (2, job.tasks))
+    counts = carray(int64_pointer(job.counts), job.tasks)
+    scored = carray(int64_pointer(job.scored), job.tasks)
     while True:
         task = fetch_increment(counters + NEXT_TASK)
         if task >= job.tasks:
@@ -62,7 +63,7 @@ def _work(jobs):
         if job.by_task and job.max_tokens < place_of(job, task)[2]:  # else every row is chosen
             for chunk in range(job.chunks):
                 weigh_chunk(job, task, chunk, held, space)
-        counts[0, task], counts[1, task] = _choose(job, task, held, space)
+        counts[task], scored[task] = _choose(job, task, held, space)
 
 
 @_njit

@@ -11,7 +11,8 @@ from .layout import COARSE_PLANES, FINE_PLANES, PER_WORD
 from .numba_simd import BLOCK, WIDEST
 
 FIELDS = (
-    "q coarse fine scale rows weights factors scores maxima totals starts lengths counts "  # at
+    "q coarse fine scale rows weights factors scores maxima totals starts lengths "  # addresses
+    "counts scored "
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
     "out_batch out_head capacity first_row max_tokens candidates "

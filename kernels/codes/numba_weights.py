@@ -9,7 +9,7 @@ from saap.kernels.cpu.functions import run
 
 from . import numba_job
 from .layout import Codes
-from .numba import _functions, _integers, _places_of
+from .numba import _functions, _integers, places_of
 from .numba_job import CHUNK
 
 
@@ -38,7 +38,7 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
         group=group, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
-        **_places_of(codes),
+        **places_of(codes),
     )  # fmt: skip
     address = ctypes.addressof(job)
     prepare(address)

@@ -13,18 +13,34 @@ _ALIGNED = 64
 _local = threading.local()
 
 
-def scratch(sizes: dict[str, int]) -> tuple[Tensor, dict[str, int]]:
-    """Room for each buffer of so many bytes: the memory, to be held on to, and their addresses.
+class Layout:
+    """Where buffers of so many bytes lie, one after the other, each on a cache line of its own.
 
-    Fresh pages would cost as much as the work. Another call of this thread writes over it.
+    `offsets`: bytes from the address that `held` gives to each buffer.
     """
-    n_bytes = sum(sizes.values()) + _ALIGNED * len(sizes)
-    memory = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < n_bytes:
-        memory = torch.empty(n_bytes, dtype=torch.uint8)
-        _local.memory = memory if n_bytes <= MOST_HELD else None
-    places, at = {}, memory.data_ptr()
-    for name, size in sizes.items():
-        places[name] = at = -(-at // _ALIGNED) * _ALIGNED
-        at += size
-    return memory, places
+
+    def __init__(self, sizes: dict[str, int]):
+        self.offsets, at = {}, 0
+        for name, size in sizes.items():
+            self.offsets[name] = at
+            at += -(-size // _ALIGNED) * _ALIGNED
+        self.n_bytes = at + _ALIGNED
+
+    def held(self) -> tuple[Tensor, int]:
+        """The memory, to be held on to, and the address of the first buffer in it.
+
+        Fresh pages would cost as much as the work. Another call of this thread writes over it.
+        """
+        memory, address = getattr(_local, "memory", (None, 0))
+        if memory is None or memory.numel() < self.n_bytes:
+            memory = torch.empty(self.n_bytes, dtype=torch.uint8)
+            address = -(-memory.data_ptr() // _ALIGNED) * _ALIGNED
+            _local.memory = (memory, address) if self.n_bytes <= MOST_HELD else (None, 0)
+        return memory, address
+
+
+def scratch(sizes: dict[str, int]) -> tuple[Tensor, dict[str, int]]:
+    """Room for each buffer of so many bytes, as `Layout` has it, and their addresses."""
+    layout = Layout(sizes)
+    memory, address = layout.held()
+    return memory, {name: address + offset for name, offset in layout.offsets.items()}

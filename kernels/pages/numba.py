@@ -30,11 +30,11 @@ def limit(tensor: Tensor, codes: PageCodes) -> str | None:
 
 
 def _places_of(codes: PageCodes) -> dict[str, int]:
-    """A job's fields that say where codes lie, kept with them."""
-    held = codes.__dict__.get("_places")
-    if held is None:
+    """A job's fields that say where codes lie, kept with them until they lie elsewhere."""
+    held, words = codes.__dict__.get("_places"), codes.words.data_ptr()
+    if held is None or held["words"] != words:
         held = codes.__dict__["_places"] = {
-            "words": codes.words.data_ptr(), "scales": codes.scales.data_ptr(),
+            "words": words, "scales": codes.scales.data_ptr(),
             "rows": codes.rows, "dim": codes.dim, "kv_heads": codes.kv_heads,
             "pages": codes.pages,
         }  # fmt: skip

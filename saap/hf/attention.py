@@ -33,7 +33,8 @@ class LayerCall:
     """What one attention layer was called with: T new tokens.
 
     `q_rope, q_derope [B, Hq, T, D]`, `k_rope, k_derope, v [B, Hkv, T, D]`. Keys and queries are as
-    the attention sees them (after RoPE and any norm), and the same with RoPE taken off. `rope`:
+    the attention sees them (after RoPE and any norm), and the same with RoPE taken off, which is
+    done when they are first asked for. `rope`:
     the variant in `saap.rope.VARIANTS` and the tables `cos, sin [B, T, r]`, None without RoPE.
     A layer with a sliding window is never searched: its RoPE is left on, and `k_rope, v` are all
     that is in reach, not the new tokens alone, where the model keeps a cache.
@@ -42,15 +43,30 @@ class LayerCall:
 
     layer: int
     q_rope: Tensor
-    q_derope: Tensor
     k_rope: Tensor
-    k_derope: Tensor
     v: Tensor
     sm_scale: float
     softcap: float | None = None
     sliding_window: int | None = None
     rope: tuple[str, Tensor, Tensor] | None = None
     sinks: Tensor | None = None
+
+    @functools.cached_property
+    def _derope(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys at once: half as many small operations."""
+        if self.rope is None:
+            return self.q_rope, self.k_rope
+        variant, *tables = self.rope
+        both = VARIANTS[variant](torch.cat([self.q_rope, self.k_rope], 1), *tables)
+        return both[:, : self.q_rope.shape[1]], both[:, self.q_rope.shape[1] :]
+
+    @property
+    def q_derope(self) -> Tensor:
+        return self._derope[0]
+
+    @property
+    def k_derope(self) -> Tensor:
+        return self._derope[1]
 
 
 Handler = Callable[[LayerCall], tuple[Tensor, Tensor]]
@@ -171,20 +187,14 @@ def _attention(
         return own(module, query, key, value, attention_mask, scaling=scaling, **options)
     layer = running.layers[module.layer_idx]
     tables = running.tables.pop(module.layer_idx, None)
-    q_derope, k_derope, rope = query, key, None
-    if layer.rope_variant is not None and layer.is_full:
-        # Queries and keys at once: half as many small operations.
-        both = VARIANTS[layer.rope_variant](torch.cat([query, key], 1), *tables)
-        q_derope, k_derope = both[:, : query.shape[1]], both[:, query.shape[1] :]
-        rope = (layer.rope_variant, *tables)
+    searched = layer.rope_variant is not None and layer.is_full
+    rope = (layer.rope_variant, *tables) if searched else None
     sinks = options.get("s_aux")
     out, lse = running.handler(
         LayerCall(
             layer=module.layer_idx,
             q_rope=query,
-            q_derope=q_derope,
             k_rope=key,
-            k_derope=k_derope,
             v=value,
             sm_scale=scaling,
             softcap=options.get("softcap"),

@@ -45,12 +45,14 @@ class Forward:
         if call.sliding_window is not None:
             # transformers has updated the layer already, and hands over all that is in reach.
             return attend_sliding(call, self.lengths_after)
-        layer.store.append(call.k_rope, call.v, call.k_derope, self.new_mask)
-        layer.slots += call.q_rope.shape[2]
+        store, q, k = layer.store, call.q_rope, call.k_rope
+        q_derope, k_derope = q, k
+        if store.selector is not None and store.selector.reads_derope:
+            q_derope, k_derope = call.q_derope, call.k_derope
+        store.append(k, call.v, k_derope, self.new_mask)
+        layer.slots += q.shape[2]
         budget = EVERY_ROW if self.cache.exact else None
-        return layer.store.attend(
-            call.q_rope, call.q_derope, budget, sm_scale=call.sm_scale, softcap=call.softcap
-        )
+        return store.attend(q, q_derope, budget, sm_scale=call.sm_scale, softcap=call.softcap)
 
     def _new_of_mask(self, mask: Tensor, held: list[int], length: int) -> Tensor | None:
         slots = self.cache.get_seq_length()

@@ -17,16 +17,18 @@ class StepRanges:
     def __init__(self, n_sink: int):
         self.n_sink = n_sink
         self.room = RangeBuffer(LOCAL)
-        self._whole: Tensor | None = None
+        self._whole: AllRanges | None = None
+        self._written: tuple[list[int], list[int]] | None = None
         self._last: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.room.nbytes + (0 if self._whole is None else self._whole.nbytes)
+        return self.room.nbytes + sum(t.nbytes for t in self._whole or ())
 
     def forget(self) -> None:
         """The middle has changed: where it begins and ends is to be written anew."""
-        self.room.starts = self.room.lengths = None
+        self.room.forget()
+        self._written = None
 
     def check(self, chosen: Ranges, middle: Middle) -> None:
         check_ranges(*chosen, middle.n_rows, middle.first_row)
@@ -48,8 +50,8 @@ class StepRanges:
         if chosen is None:
             return self._dense(lengths, n_queries, k)
         starts, counts = chosen
-        used = LOCAL + starts.shape[2]
-        if self.room.holds(starts):
+        kept = self.room.holds(starts)
+        if kept:
             all_starts, all_counts = self.room.starts, self.room.lengths
         else:
             shape = (*starts.shape[:2], LOCAL)
@@ -62,17 +64,23 @@ class StepRanges:
             if n <= dense_below:
                 all_counts[b, :, LOCAL:] = 0
                 sinks[b], tails[b] = n, 0
-        _set_by_sequence(all_starts[..., 1], [self.n_sink + m for m in middles])
-        _set_by_sequence(all_counts[..., 0], sinks)
+        if not kept or self._written != (middles, sinks):  # what hardly ever changes
+            _set_by_sequence(all_starts[..., 1], [self.n_sink + m for m in middles])
+            _set_by_sequence(all_counts[..., 0], sinks)
+            self._written = (list(middles), sinks) if kept else None
         _set_by_sequence(all_counts[..., 1], tails)
+        if kept and starts is self.room.taken[0]:
+            self._last = all_counts
+            return all_starts, all_counts
+        used = LOCAL + starts.shape[2]
         self._last = all_counts[..., :used]
         return all_starts[..., :used], self._last
 
-    def _dense(self, lengths: list[int], n_queries: int, k: Tensor) -> Ranges:
+    def _dense(self, lengths: list[int], n_queries: int, k: Tensor) -> AllRanges:
         """One range per sequence: everything."""
-        shape = (2, n_queries, k.shape[1], 1)
-        if self._whole is None or self._whole.shape != shape:
-            self._whole = torch.zeros(shape, dtype=torch.int32, device=k.device)
+        shape = (n_queries, k.shape[1], 1)
+        if self._whole is None or self._whole[0].shape != shape:
+            self._whole = tuple(torch.zeros(2, *shape, dtype=torch.int32, device=k.device))
         starts, counts = self._whole
         _set_by_sequence(counts[..., 0], lengths)
         self._last = counts

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.rows import BucketRows, merged_order
-from saap.kernels.attention.api import attend_ranges
+from saap.kernels.attention.api import PreparedRanges, attend_ranges
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
@@ -74,6 +74,8 @@ class KVStore:
         self._n_pending = 0
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
+        self._prepared: PreparedRanges | None = None
+        self._middle: tuple[tuple | None, Middle | None] = (None, None)
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
 
@@ -126,10 +128,14 @@ class KVStore:
     @property
     def middle(self) -> Middle:
         """The rows that a selector chooses from."""
-        first = self.budget.n_sink
         rows = self.rows
-        parts = (t[:, :, first:] for t in (rows.vectors["k"], rows.lists, rows.tokens))
-        return Middle(*parts, self.middles, first)
+        buffers = rows.vectors["k"], rows.lists, rows.tokens, self.middles
+        held, middle = self._middle
+        if held is None or any(a is not b for a, b in zip(held, buffers, strict=True)):
+            first = self.budget.n_sink
+            middle = Middle(*(t[:, :, first:] for t in buffers[:3]), self.middles, first)
+            self._middle = buffers, middle  # made anew only when rows found another place
+        return middle
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -162,6 +168,8 @@ class KVStore:
         self.flush()
         lengths = self.lengths or [0] * batch
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
+        if longest > self.rows.capacity:
+            self._let_go()
         like = k_rope if self.kv_dtype is None else k_rope[:, :, :0].to(self.kv_dtype)
         self.rows.reserve(max(longest, self.capacity), like, self.length)
         if self.selector is not None and not self.length:
@@ -205,11 +213,24 @@ class KVStore:
         if q_rope.shape[2] > 1:
             return self._attend_chunk(q_rope, sm_scale, softcap)
         q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
-        starts, lengths = self.select(q, qd, budget, impl=impl)
-        out, lse = attend_ranges(
-            q, self.k, self.v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl
-        )
+        chosen = self.select(q, qd, budget, impl=impl)
+        out, lse = self.attend_selected(q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl)
         return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def attend_selected(
+        self,
+        q: Float[Tensor, "B Hq D"],
+        starts: Int[Tensor, "B H R"],
+        lengths: Int[Tensor, "B H R"],
+        **options,
+    ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+        """`saap.attend_ranges` over the rows of this store, which a step prepares for the next."""
+        given = q, self.k, self.v, starts, lengths
+        if not starts.is_contiguous():
+            return attend_ranges(*given, **options)
+        if self._prepared is None or not self._prepared.fits(*given, **options):
+            self._prepared = PreparedRanges(*given, **options)
+        return self._prepared(q)
 
     @stateful
     def select(
@@ -284,6 +305,10 @@ class KVStore:
         """Whether a step of one token now would leave out rows; flushes as that step would."""
         self._flush(at_step=True)
         return self._chooses(self.budget)
+
+    def _let_go(self) -> None:
+        """Of what holds on to rows that will lie elsewhere."""
+        self._prepared, self._middle = None, (None, None)
 
     def _chooses(self, budget: Budget) -> bool:
         some = self.selector is not None and any(self.middles)
@@ -419,6 +444,7 @@ class KVStore:
         if wrong:
             raise ValueError(f"a sequence must be in 0..{self.batch - 1}; got {wrong[0]}")
         self._assign_pending()
+        self._let_go()
         self.rows.select(chosen, self.length)
         for name in ("lengths", "middles", "_new"):
             held = getattr(self, name)

@@ -8,7 +8,7 @@ inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). 
 A KV group adds its heads' softmax over the candidates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from saap.kernels.codes import (
     CODED,
     FINE_PLANES,
     Codes,
+    PreparedChoice,
     encode,
-    select_rows,
 )
-from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Selector
+from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
 from .base import Method
 
@@ -68,6 +68,7 @@ class SaapSelector(Selector):
     """Codes of the rows of the middle, in time order, coded once when they join it."""
 
     bounds = ("max_tokens",)
+    reads_derope = False
 
     least_rows = 512  # to learn coordinates from
 
@@ -82,6 +83,8 @@ class SaapSelector(Selector):
         self.codes: Codes | None = None
         self.n_coded: list[int] = []
         self.scored: Tensor | None = None  # whole codes that the latest step read
+        self._choice: PreparedChoice | None = None
+        self._scaled: tuple[Coordinates, Coordinates] | None = None  # with scores as products
         self.n_scanned = 0.0  # rows whose coarse codes it read, for each sequence and KV head
         if coordinates is not None:
             self.least_rows = 0
@@ -106,10 +109,11 @@ class SaapSelector(Selector):
         for b, n in enumerate(n_new):
             if not n:
                 continue
-            new = q_rope[b, :, -min(n, MOST_OBSERVED) :].float().contiguous()
+            new = q_rope[b, :, -min(n, MOST_OBSERVED) :]
             if b in self.learned:
                 self.recent[b].add(new)
                 continue
+            new = new.float().clone(memory_format=torch.contiguous_format)
             own = self.observed.setdefault(b, [])
             own.append(new)
             held = sum(t.shape[1] for t in own)
@@ -268,27 +272,36 @@ class SaapSelector(Selector):
             self.codes.scale[..., :kept] = codes.scale[..., :kept]
 
     def select(self, query: Query, middle: Middle, budget, room: RangeBuffer):
-        q = self.coordinates.queries(query.q_rope) * self.layer.sm_scale
+        if self._scaled is None or self._scaled[0] is not self.coordinates:
+            own = self.coordinates
+            scaled = replace(own, of_queries=own.of_queries * self.layer.sm_scale)
+            self._scaled = own, scaled
+        q = self._scaled[1].queries(query.q_rope)
         heads = middle.n_kv if budget.share == "group" else q.shape[1]
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
-        candidates = self.method.search_options.candidates(budget.max_tokens, n)
-        scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
-        ranges = select_rows(
+        if self.scored is None or self.scored.shape != (len(q), heads):
+            self.scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
+        ranges = self.choose_rows(
             q,
             self.codes,
             middle.n_rows,
             max_tokens=budget.max_tokens,
-            n_candidates=candidates,
+            n_candidates=self.method.search_options.candidates(budget.max_tokens, n),
             share=budget.share,
             first_row=middle.first_row,
             out=room.take(len(q), heads, most, q.device),
-            scored=scored,
+            scored=self.scored,
             impl=query.impl,
         )
-        self.scored = scored
         self.n_scanned = 0.0 if most == n else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
+
+    def choose_rows(self, q: Tensor, codes: Codes, n_rows: list[int], **options) -> Ranges:
+        """`select_rows`, whose arguments but for the queries are those of the step before."""
+        if self._choice is None or not self._choice.fits(q, codes, n_rows, **options):
+            self._choice = PreparedChoice(q, codes, n_rows, **options)
+        return self._choice(q)
 
 
 class Saap(Method):

@@ -175,8 +175,8 @@ def changed(name, index):
 
 CANNOT = {
     "head_dim": (
-        lambda p: {"q": p["q"][..., :24], "keys": p["keys"][..., :24], "network": None},
-        r"head_dim must be a multiple of \d+ .*; got 24",
+        lambda p: {"q": p["q"][..., :20], "keys": p["keys"][..., :20], "network": None},
+        r"head_dim must be a multiple of \d+ .*; got 20",
     ),
     "keys": (
         changed("keys", lambda t: t.bfloat16()),
