@@ -43,7 +43,9 @@ def assert_within_budget(
         allowed = 2 * rounding(true, dtype)
         if (~empty).any():
             allowed += 2 * (plain[~empty] - true[~empty]).abs().max()
-            if name == "out":  # a score of size s is known to s units of rounding: so is its weight
+            if (
+                name == "out"
+            ):  # a score of size s is known to s units of rounding: so is its weight
                 allowed += rounding(true, torch.float32) * exact[1][~empty].abs().max()
         assert torch.isfinite(error).all(), f"{name} holds NaN or inf"
         if error.numel():
