@@ -19,6 +19,7 @@ _EXPORTS = {
     "LayerInfo": "saap.selector",
     "METHODS": "saap.methods",
     "Method": "saap.methods",
+    "PrefillBudget": "saap.prefill",
     "Selector": "saap.selector",
     "TrainedIndex": "saap.trained_index",
     "attached": "saap.hf",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .kv import KVStore
     from .methods import METHODS, Method
     from .partition import partition_keys
+    from .prefill import PrefillBudget
     from .routing import LayerRouting
     from .selector import LayerInfo, Selector
     from .trained_index import TrainedIndex

@@ -16,6 +16,7 @@ from saap.distributed import Group, SplitStore
 from saap.kv import KVStore
 from saap.kv.checks import check_kv_dtype
 from saap.methods import Method, find_method
+from saap.prefill import PrefillBudget
 from saap.trained_index import TrainedIndex
 
 from . import agreement, lossless
@@ -40,13 +41,15 @@ class SaapModel:
         verify: Verify | None = None,
         group: Group | None = None,
         kv_dtype: torch.dtype | None = None,
+        prefill: PrefillBudget | None = None,
     ):
         if verify is not None:
             lossless.check_tables(model)
         if method.index is not None:
             method.index.check_model(describe(model))
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
-        self.group, self.kv_dtype = group, kv_dtype
+        self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
+        _check_prefill(model, prefill, verify, group)
         _check_kv_dtype(model, kv_dtype)
         self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
@@ -94,8 +97,9 @@ class SaapModel:
                 selector = None if dense else self.method.selector(layer.info)
                 if self.group is None:
                     store = KVStore(
-                        selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype
-                    )
+                        selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype,
+                        prefill=None if dense else self.prefill,
+                    )  # fmt: skip
                 else:
                     store = SplitStore(
                         selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype
@@ -150,6 +154,33 @@ def _check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
             f"{kv_dtype}"
+        )
+
+
+def _check_prefill(
+    model: nn.Module,
+    prefill: PrefillBudget | None,
+    verify: Verify | None,
+    group: Group | None,
+) -> None:
+    """ValueError for what a prompt cannot be read sparsely with."""
+    if prefill is None:
+        return
+    if not isinstance(prefill, PrefillBudget):
+        raise ValueError(f"prefill must be None or a saap.PrefillBudget; got {prefill!r}")
+    if verify is not None:
+        raise ValueError(
+            "prefill must be None beside verify, whose tokens are those of exact attention; got "
+            f"{prefill}"
+        )
+    if group is not None:
+        raise ValueError(
+            f"prefill must be None where the context is split over a group; got {prefill}"
+        )
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"prefill must be None on {model.device.type}, where prompts are read densely; got "
+            f"{prefill}"
         )
 
 
@@ -226,6 +257,7 @@ def attached(
     verify: int | Verify | None = None,
     group: Group | None = None,
     kv_dtype: torch.dtype | None = None,
+    prefill: PrefillBudget | None = None,
 ) -> Iterator[SaapModel]:
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
@@ -246,7 +278,9 @@ def attached(
     most so many tokens are drafted over the budget and verified in one exact forward
     (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
     same model, budget and text (`saap.distributed`, docs/scale.md). `kv_dtype`: what the cache
-    holds keys and values as, None for the model's own dtype (docs/scale.md).
+    holds keys and values as, None for the model's own dtype (docs/scale.md). `prefill`: tokens of
+    a long prompt visit a part of what is before them, chosen block by block; None, the default,
+    reads prompts exactly (docs/scale.md). CPU only.
 
     Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
     index's, for an unknown method, one that needs an index and got none, and for a budget that it
@@ -261,7 +295,9 @@ def attached(
     if verify is not None and not isinstance(verify, Verify):
         verify = Verify(verify)
     decoder = model.get_decoder()
-    saap_model = SaapModel(model, method, budget or Budget.default(), verify, group, kv_dtype)
+    saap_model = SaapModel(
+        model, method, budget or Budget.default(), verify, group, kv_dtype, prefill
+    )
     saap_model.own_forward = _own(decoder, "forward", _forward)
     saap_model.own_generate = _own(model, "generate", _generate)
     with _lock:

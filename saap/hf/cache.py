@@ -150,6 +150,14 @@ class SaapCache(Cache):
         shares = [layer.store.visited_share for layer in self.saap_layers]
         return sum(shares) / len(shares) if shares else 1.0
 
+    @property
+    def read_share(self) -> float:
+        """Rows that forwards of several tokens visited, of those that dense attention visits, over
+        all layers of full attention; 1 but for a `PrefillBudget`."""
+        read = [x.store.rows_read for x in self.saap_layers if isinstance(x.store, KVStore)]
+        seen = sum(own.seen for own in read)
+        return sum(own.visited for own in read) / seen if seen else 1.0
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if self._forward is None:
             raise ValueError(

@@ -85,12 +85,14 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
                 f"{path}: layer {number} must be of the kind that the model has; got another"
             )
         if isinstance(layer, SaapLayer):
+            fresh = layer.store
             try:
                 layer.store = kv_state.restored(
-                    state, own, layer.store.selector, saap_model.budget, saap_model.kv_dtype
+                    state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
                 )
             except ValueError as error:
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
+            layer.store.prefill = fresh.prefill
             layer.slots = layer.store.length
         else:
             layer.lazy_initialization(own["keys"], own["values"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saap.budget import Budget
+from saap.prefill import PrefillBudget
 
 from .attach import SaapModel, attached
 from .attention import LayerCall
@@ -51,9 +52,13 @@ def read_context(
     *,
     n_queries: int = 0,
     chunk: int = 4096,
+    prefill: PrefillBudget | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReadContext:
-    """Prefill `tokens` exactly, in chunks, and keep the last `n_queries` queries of each layer."""
+    """Prefill `tokens` in chunks, and keep the last `n_queries` queries of each layer.
+
+    Exactly, or within a `prefill` budget, with the sinks and the window of `Budget`'s defaults.
+    """
     if not 0 <= n_queries <= len(tokens):
         raise ValueError(f"n_queries must be in 0..{len(tokens)}; got {n_queries}")
     keys: dict[int, list[Tensor]] = {}
@@ -74,7 +79,7 @@ def read_context(
             # The last two chunks hold all that is wanted.
             asked[call.layer] = [*asked.get(call.layer, [])[-1:], both]
 
-    with attached(model, method="dense", budget=DENSE) as saap_model:
+    with attached(model, method="dense", budget=DENSE, prefill=prefill) as saap_model:
         cache = saap_model.cache(len(tokens))
         cache.observer = keep
         for start in range(0, len(tokens), chunk):

@@ -17,6 +17,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.rows import BucketRows, merged_order
 from saap.kernels.attention.api import PreparedRanges, attend_ranges
+from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
@@ -24,6 +25,7 @@ from .checks import check_append, check_kv_dtype, check_query
 from .chunks import OutAndLse, attend_chunk
 from .memory import held_bytes
 from .ranges import AllRanges, StepRanges
+from .sparse_chunks import RowsRead, attend_sparse_chunk
 
 ASSIGNED_AT_ONCE = 2048
 PENDING = 256  # single tokens that wait for their list together
@@ -44,6 +46,7 @@ class KVStore:
             as wide as queries are.
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
+        prefill: what tokens visit that come several at a time; None: everything.
 
     Raises ValueError for a budget that the selector cannot follow.
     """
@@ -59,6 +62,7 @@ class KVStore:
         capacity: int = 0,
         kv_dtype: torch.dtype | None = None,
         steered: bool = False,
+        prefill: PrefillBudget | None = None,
     ):
         if selector is not None:
             selector.check_budget(budget)
@@ -78,6 +82,8 @@ class KVStore:
         self._middle: tuple[tuple | None, Middle | None] = (None, None)
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
+        self.prefill = prefill
+        self.rows_read = RowsRead()  # by chunks of several tokens
 
     @property
     def batch(self) -> int:
@@ -277,18 +283,27 @@ class KVStore:
 
     def _attend_chunk(self, q, sm_scale, softcap) -> OutAndLse:
         length, options = q.shape[2], {"sm_scale": sm_scale, "softcap": softcap}
-        if len(set(self.lengths)) == 1 and min(self._new) == length:
+        alike = len(set(self.lengths)) == 1 and min(self._new) == length
+        if alike and self.prefill is None:
             n = self.lengths[0]
+            self.rows_read.add(length, n - length)
             return attend_chunk(q, self.k[:, :, :n], self.v[:, :, :n], **options)
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
         for b, (n, n_new) in enumerate(zip(self.lengths, self._new, strict=True)):
             if n_new:
                 own, rows = slice(b, b + 1), slice(length - n_new, length)
-                out[own, :, rows], lse[own, :, rows] = attend_chunk(
+                out[own, :, rows], lse[own, :, rows] = self._attend_sequence(
                     q[own, :, rows], self.k[own, :, :n], self.v[own, :, :n], **options
                 )
         return out, lse
+
+    def _attend_sequence(self, q, k, v, **options) -> OutAndLse:
+        if self.prefill is None:
+            self.rows_read.add(q.shape[2], k.shape[2] - q.shape[2])
+            return attend_chunk(q, k, v, **options)
+        places = {"n_sink": self.budget.n_sink, "window": self.budget.window}
+        return attend_sparse_chunk(q, k, v, self.prefill, **places, **options, read=self.rows_read)
 
     @stateful
     def flush(self) -> None:
