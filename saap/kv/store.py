@@ -22,6 +22,7 @@ from saap.stateful import stateful
 
 from .checks import check_append, check_kv_dtype, check_query
 from .chunks import OutAndLse, attend_chunk
+from .file_rows import FileRows
 from .memory import held_bytes
 from .ranges import AllRanges, StepRanges
 
@@ -44,8 +45,11 @@ class KVStore:
             as wide as queries are.
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
+        rows: where keys and values lie; None: in memory. `FileRows` takes one sequence, and a
+            selector that leaves rows in time order.
 
-    Raises ValueError for a budget that the selector cannot follow.
+    Raises ValueError for a budget that the selector cannot follow, and for one that orders rows
+    beside rows in a file.
     """
 
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
@@ -59,13 +63,20 @@ class KVStore:
         capacity: int = 0,
         kv_dtype: torch.dtype | None = None,
         steered: bool = False,
+        rows: FileRows | None = None,
     ):
         if selector is not None:
             selector.check_budget(budget)
         check_kv_dtype(kv_dtype)
         self.selector, self.budget, self.capacity = selector, budget, capacity
         self.kv_dtype = kv_dtype
-        self.rows = BucketRows(("k", "v"))
+        if rows is not None and selector is not None and selector.assigns_by is not None:
+            raise ValueError(
+                "rows in a file need a method that leaves them in time order, saap or dense; got "
+                f"{type(selector).__name__}"
+            )
+        self.in_file = rows is not None
+        self.rows = rows or BucketRows(("k", "v"))
         self.lengths: list[int] = []
         self.middles: list[int] = []  # rows of each sequence that are in the middle
         self._new: list[int] = []  # tokens of the last append, by sequence
@@ -129,7 +140,10 @@ class KVStore:
         first = self.budget.n_sink
         rows = self.rows
         parts = (t[:, :, first:] for t in (rows.vectors["k"], rows.lists, rows.tokens))
-        return Middle(*parts, self.middles, first)
+        return Middle(*parts, self.middles, first, self._read_keys if self.in_file else None)
+
+    def _read_keys(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n D"]:
+        return self.rows.read_keys(first, last)
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -203,11 +217,18 @@ class KVStore:
         if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
-            return self._attend_chunk(q_rope, sm_scale, softcap)
+            found = self._attend_chunk(q_rope, sm_scale, softcap)
+            if self.in_file:
+                self.rows.unmap()
+            return found
         q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
         starts, lengths = self.select(q, qd, budget, impl=impl)
+        if self.in_file:
+            k, v, starts, lengths = self.rows.in_memory(starts, lengths)
+        else:
+            k, v = self.k, self.v
         out, lse = attend_ranges(
-            q, self.k, self.v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl
+            q, k, v, starts, lengths, sm_scale=sm_scale, softcap=softcap, impl=impl
         )
         return out.unsqueeze(2), lse.unsqueeze(2)
 
