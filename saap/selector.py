@@ -57,9 +57,7 @@ class Middle:
     def device(self) -> torch.device:
         return self.k.device
 
-    def keys_of(
-        self, b: int, first: int = 0, last: int | None = None
-    ) -> Float[Tensor, "Hkv n D"]:
+    def keys_of(self, b: int, first: int = 0, last: int | None = None) -> Float[Tensor, "Hkv n D"]:
         """The rows of sequence b that are in use, or those from `first` to before `last`."""
         last = self.n_rows[b] if last is None else last
         if self.reader is None:

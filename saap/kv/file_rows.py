@@ -74,6 +74,12 @@ class FileRows:
             self._mapped = self.file.mapped().permute(2, 1, 0, 3).unsqueeze(1)
         return {"k": self._mapped[0], "v": self._mapped[1]}
 
+    def close(self) -> None:
+        """Nothing can be read or written any more."""
+        self.unmap()
+        if self.file is not None:
+            self.file.close()
+
     def unmap(self) -> None:
         """What was looked at of the mapped file is no longer this process's memory."""
         self._mapped = None
@@ -159,7 +165,7 @@ class FileRows:
         """
         file = self.file
         n_slots = min(self._most_slots, self.capacity)
-        per_head = int(lengths.view(file.n_kv, -1).sum(1, dtype=torch.int64).amax())
+        per_head = int(lengths.reshape(file.n_kv, -1).sum(1, dtype=torch.int64).amax())
         if per_head > n_slots:
             rows = self.vectors
             self.unmap()  # with the last use of these

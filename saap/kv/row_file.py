@@ -137,7 +137,9 @@ class RowFile:
         they are looked at, unmapped with the last tensor that uses them."""
         n_bytes = self.capacity * self.record_bytes
         memory = mmap.mmap(self.fileno(), HEADER + n_bytes)
-        flat = torch.frombuffer(memory, dtype=self.dtype, offset=HEADER, count=n_bytes // self.dtype.itemsize)
+        flat = torch.frombuffer(
+            memory, dtype=self.dtype, offset=HEADER, count=n_bytes // self.dtype.itemsize
+        )
         return flat.view(self.capacity, self.n_kv, 2, self.width)
 
     def sync(self) -> None:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saap.index.coordinates import AT_ONCE, MOST_OBSERVED, Coordinates, RecentQueries, balanced, padded
+from saap.index.coordinates import (
+    AT_ONCE,
+    MOST_OBSERVED,
+    Coordinates,
+    RecentQueries,
+    balanced,
+    padded,
+)
 from saap.kernels.codes import (
     COARSE_PLANES,
     CODED,
