@@ -123,11 +123,6 @@ class RecentQueries:
         self.sums = left * self.sums + own.mT @ own
         self.count = left * self.count + own.shape[1]
 
-    def with_keys(self, keys: Float[Tensor, "Hkv m D"]) -> Moments:
-        sums = self.without_keys()
-        sums.add_keys(keys)
-        return sums.moments()
-
     def without_keys(self) -> MomentSums:
         """Sums with these queries, which keys are still to be added to."""
         self._add_waiting()

@@ -1,6 +1,7 @@
 """The interface between the KV store and whatever chooses the rows that a query visits."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,7 +38,8 @@ class Middle:
     `k [B, Hkv, capacity, D]` (as attention sees them), `lists` and `tokens [B, Hkv, capacity]`
     are views whose row 0 is the first of the middle; the first `n_rows[b]` rows of sequence b are
     in use, in the order of their lists and in time order within a list. `first_row`: how many
-    rows of the store, the sinks, come before.
+    rows of the store, the sinks, come before. `reader(b, first, last)`: those keys `[Hkv, n, D]`
+    of the store, where they are not to be looked at in `k`.
     """
 
     k: Float[Tensor, "B Hkv capacity D"]
@@ -45,6 +47,7 @@ class Middle:
     tokens: Int[Tensor, "B Hkv capacity"]
     n_rows: list[int]
     first_row: int
+    reader: Callable[[int, int, int], Tensor] | None = None
 
     @property
     def n_kv(self) -> int:
@@ -54,9 +57,17 @@ class Middle:
     def device(self) -> torch.device:
         return self.k.device
 
-    def keys_of(self, b: int) -> Float[Tensor, "Hkv n_rows D"]:
-        """The rows of sequence b that are in use."""
-        return self.k[b, :, : self.n_rows[b]]
+    def keys_of(self, b: int, first: int = 0, last: int | None = None) -> Float[Tensor, "Hkv n D"]:
+        """The rows of sequence b that are in use, or those from `first` to before `last`."""
+        last = self.n_rows[b] if last is None else last
+        if self.reader is None:
+            return self.k[b, :, first:last]
+        return self.reader(b, self.first_row + first, self.first_row + last)
+
+    def parts_of(self, b: int, size: int) -> Iterator[Float[Tensor, "Hkv n D"]]:
+        """The rows of sequence b that are in use, `size` at a time."""
+        for first in range(0, self.n_rows[b], size):
+            yield self.keys_of(b, first, min(first + size, self.n_rows[b]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.index.coordinates import MOST_OBSERVED, RecentQueries, balanced
+from saap.index.coordinates import AT_ONCE, MOST_OBSERVED, RecentQueries, balanced
 from saap.kernels.codes import codes_of_rows, weigh_rows
 from saap.methods.saap import GROWTH, SaapSelector
 from saap.selector import Middle, Ranges
@@ -45,8 +45,9 @@ class SplitSelector(SaapSelector):
             self.recent[0] = RecentQueries(n_kv)
             self.recent[0].add(queries)
         sums = self.recent[0].without_keys()
-        if middle is not None and middle.n_rows[0]:
-            sums.add_keys(middle.keys_of(0))
+        if middle is not None:
+            for own in middle.parts_of(0, AT_ONCE):
+                sums.add_keys(own)
         dim = sums.queries.shape[-1]
         flat = torch.zeros(n_kv * dim * (dim + 1) + 1, dtype=torch.float64)
         keys, total = flat[:-1].view(n_kv, dim, dim + 1).split((dim, 1), -1)

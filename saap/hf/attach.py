@@ -23,6 +23,7 @@ from . import agreement, lossless
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .families import model_layers
+from .folders import CacheFolder
 from .models import describe
 from .pace import Verify
 
@@ -59,37 +60,67 @@ class SaapModel:
             )
         if group is not None:
             agreement.check(self)
-        self._cache_layers()  # a budget that does not fit the method is refused here
+        self.cache_layers()  # a budget that does not fit the method is refused here
 
     @property
     def index(self) -> TrainedIndex | None:
         return self.method.index
 
-    def cache(self, capacity: int = 0, parts: Sequence[int] | None = None) -> SaapCache:
+    def cache(
+        self,
+        capacity: int = 0,
+        parts: Sequence[int] | None = None,
+        *,
+        directory: str | Path | None = None,
+        fast_memory: int | None = None,
+    ) -> SaapCache:
         """An empty cache. `capacity`: tokens per sequence to make room for at once.
 
         `parts`, where there is a group: tokens that each rank but the last holds. If not given,
         the ranks share the tokens of the first forward.
+
+        `directory`: keys and values lie in files there, a new or empty folder; one sequence,
+        methods `saap` and `dense`, on the CPU. `fast_memory`: bytes for the rows that the latest
+        steps visited, all layers together; None looks into the mapped files (docs/scale.md).
         """
         if parts is not None and self.group is None:
             raise ValueError("parts must be None without a group; got parts")
-        return SaapCache(self._cache_layers(capacity, parts), self)
+        if directory is None:
+            if fast_memory is not None:
+                raise ValueError("fast_memory must be None without a directory; got some")
+            return SaapCache(self.cache_layers(capacity, parts), self)
+        folder = CacheFolder(self, directory, fast_memory, new=True)
+        return SaapCache(self.cache_layers(capacity, folder=folder), self, folder)
 
     def save_context(
         self, cache: SaapCache, tokens: Tensor, path: str | Path, note: dict | None = None
     ) -> None:
-        """Write the cache of `tokens [N]` to a file; `note` goes into its header."""
+        """Write the cache of `tokens [N]` to a file, or what is new of one in a directory to that.
+
+        `note` goes into the header.
+        """
         from .contexts import save_context
 
         save_context(self, cache, tokens, path, note)
 
-    def open_context(self, path: str | Path) -> tuple[SaapCache, Tensor]:
-        """A cache mapped from a file that `save_context` wrote, and its tokens `[N]`."""
+    def open_context(
+        self, path: str | Path, *, fast_memory: int | None = None
+    ) -> tuple[SaapCache, Tensor]:
+        """A cache as `save_context` last wrote it to a file or a directory, and its tokens `[N]`.
+
+        `fast_memory`: as for `cache`, of a directory.
+        """
         from .contexts import open_context
 
-        return open_context(self, path)
+        return open_context(self, path, fast_memory)
 
-    def _cache_layers(self, capacity: int = 0, parts: Sequence[int] | None = None) -> list:
+    def cache_layers(
+        self,
+        capacity: int = 0,
+        parts: Sequence[int] | None = None,
+        folder: CacheFolder | None = None,
+    ) -> list:
+        """New layers for a cache, their rows in `folder` or in memory."""
         layers = []
         for number, layer in enumerate(self.layers):
             if layer.is_full:
@@ -99,6 +130,7 @@ class SaapModel:
                     store = KVStore(
                         selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype,
                         prefill=None if dense else self.prefill,
+                        rows=None if folder is None else folder.new_rows(number),
                     )  # fmt: skip
                 else:
                     store = SplitStore(

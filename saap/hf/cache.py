@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saap.kv import KVStore
+from saap.kv.file_rows import RowReads
 
 from .attention import LayerCall
+from .folders import CacheFolder
 from .forward import Forward
 from .pace import Pace
 
@@ -100,9 +102,9 @@ class SaapCache(Cache):
     Beams hold their sequences apart: reordering copies those that change.
     """
 
-    def __init__(self, layers: list[CacheLayerMixin], owner):
+    def __init__(self, layers: list[CacheLayerMixin], owner, folder: CacheFolder | None = None):
         super().__init__(layers=layers)
-        self.owner = owner
+        self.owner, self.folder = owner, folder
         self.last_positions: list[int] = []
         self._lengths: list[int] = []
         self._forward: Forward | None = None
@@ -115,6 +117,8 @@ class SaapCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> "SaapCache":
         """A cache of the same block, which goes on by itself; the model is not copied."""
+        if self.folder is not None:
+            raise ValueError("a cache in a directory must stay the only one there; got a copy")
         own = {**vars(self), "owner": None, "observer": None, "_forward": None}
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(own, memo))
@@ -143,6 +147,21 @@ class SaapCache(Cache):
         return sum(layer.store.nbytes for layer in self.saap_layers) + sum(
             layer.keys.nbytes + layer.values.nbytes for layer in sliding
         )
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of keys and values in files; 0 without a directory."""
+        return 0 if self.folder is None else self.folder.file_bytes
+
+    @property
+    def reads(self) -> RowReads:
+        """What steps have read of a cache in a directory so far, and hits in its fast memory."""
+        return RowReads() if self.folder is None else self.folder.reads
+
+    def close(self) -> None:
+        """Let another process open the directory; this cache cannot be used any more."""
+        if self.folder is not None:
+            self.folder.close()
 
     @property
     def visited_share(self) -> float:
@@ -176,6 +195,8 @@ class SaapCache(Cache):
         """
         if self._forward is not None:
             raise ValueError("a cache must be used by one forward at a time; got a second one")
+        if self.folder is not None:
+            self.folder.before_forward(self)
         forward = Forward(self, batch, length, mask, positions)
         self._forward = forward
         return forward

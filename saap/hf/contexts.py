@@ -10,6 +10,7 @@ from saap.kv import state as kv_state
 
 from .attach import SaapModel
 from .cache import SaapCache, SaapLayer
+from .folders import open_folder
 from .models import describe
 
 
@@ -22,7 +23,9 @@ def save_context(
 ) -> None:
     """Write a cache that holds `tokens [N]`, one sequence, with its lists, and a note in JSON.
 
-    Raises ValueError for a batch, for tokens that do not fit, and when it cannot be written.
+    A cache in a directory is saved there: what is new goes to the disk, and what counts on it is
+    replaced. Raises ValueError for a batch, for tokens that do not fit, and when it cannot be
+    written.
     """
     check_has_index(saap_model)
     if cache.owner is not saap_model:
@@ -32,6 +35,13 @@ def save_context(
             f"the cache must hold one sequence of the {len(tokens)} tokens given; got sequences "
             f"of {cache.lengths} tokens"
         )
+    if cache.folder is not None:
+        if Path(path).resolve() != cache.folder.path.resolve():
+            raise ValueError(
+                f"a cache in a directory must be saved there, in {cache.folder.path}; got {path}"
+            )
+        cache.folder.save(cache, tokens, note or {})
+        return
     layers, tensors = [], {"token_ids": tokens.to(torch.int32).cpu()}
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, SaapLayer):
@@ -41,24 +51,22 @@ def save_context(
             state = {"cumulative_length": layer.cumulative_length}
         layers.append(state)
         tensors |= {f"layers.{number}.{name}": t for name, t in own.items()}
-    header = {
-        **(note or {}),
+    context_file.write(path, header_of(saap_model, layers, note or {}), tensors)
+
+
+def header_of(saap_model: SaapModel, layers: list[dict], note: dict) -> dict:
+    """What is saved of a context beside tensors."""
+    return {
+        **note,
         "model": describe(saap_model.model),
         "index": index_id(saap_model),
         "budget": layout(saap_model),
         "layers": layers,
     }
-    context_file.write(path, header, tensors)
 
 
-def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Tensor]:
-    """The cache, mapped from the file, and its tokens `[N]`.
-
-    Raises ValueError, naming what differs, for a context of another model, index or layout, and
-    for files that are cut short or altered.
-    """
-    check_has_index(saap_model)
-    header, tensors = context_file.read(path)
+def check_made_with(saap_model: SaapModel, path: str | Path, header: dict) -> None:
+    """ValueError, naming what differs, for a context of another model, index or layout."""
     for name, own in (
         ("model", describe(saap_model.model)),
         ("index", index_id(saap_model)),
@@ -75,6 +83,24 @@ def open_context(saap_model: SaapModel, path: str | Path) -> tuple[SaapCache, Te
                 f"{path}: this context must be made with this {name}; got one made with another "
                 f"{name}{detail}: make it again with `saap prefill`"
             )
+
+
+def open_context(
+    saap_model: SaapModel, path: str | Path, fast_memory: int | None = None
+) -> tuple[SaapCache, Tensor]:
+    """The cache, mapped from the file or over the files of a folder, and its tokens `[N]`.
+
+    `fast_memory`: as for `SaapModel.cache`, of a folder. Raises ValueError, naming what differs,
+    for a context of another model, index or layout, for files that are cut short or altered, and
+    for a folder that is in use.
+    """
+    check_has_index(saap_model)
+    if Path(path).is_dir():
+        return open_folder(saap_model, path, fast_memory)
+    if fast_memory is not None:
+        raise ValueError(f"{path}: fast_memory needs a context in a directory; got a file")
+    header, tensors = context_file.read(path)
+    check_made_with(saap_model, path, header)
     cache = saap_model.cache()
     for number, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         prefix = f"layers.{number}."

@@ -8,6 +8,7 @@ from saap.budget import Budget
 from saap.index.rows import BucketRows
 from saap.selector import Selector
 
+from .file_rows import FileRows
 from .store import KVStore
 
 SPARE_ROWS = 1024
@@ -26,9 +27,14 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = buffer[:, :, : n + SPARE_ROWS]
         for b, length in enumerate(store.lengths):
             tensors[name][b, :, length:] = 0  # whatever was in that memory is nobody's business
-    if store.selector is not None and any(store.middles):
-        tensors |= {OF_SELECTOR + name: t for name, t in store.selector.state().items()}
-    return {"lengths": store.lengths, "middles": store.middles}, tensors
+    return {"lengths": store.lengths, "middles": store.middles}, tensors | of_selector(store)
+
+
+def of_selector(store: KVStore) -> dict[str, Tensor]:
+    """What is saved of the selector of a settled store."""
+    if store.selector is None or not any(store.middles):
+        return {}
+    return {OF_SELECTOR + name: t for name, t in store.selector.state().items()}
 
 
 def restored(
@@ -67,13 +73,46 @@ def restored(
     store.lengths, store.middles = lengths, middles
     store.reordered = selector is not None and selector.assigns_by is None
     if any(store.middles):
-        state = {
-            name.removeprefix(OF_SELECTOR): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(OF_SELECTOR)
-        }
-        selector.restore(state, store.middle)
+        selector.restore(_state_of_selector(tensors), store.middle)
     return store
+
+
+def restored_in_file(
+    header: dict,
+    tensors: dict[str, Tensor],
+    selector: Selector | None,
+    budget: Budget,
+    rows: FileRows,
+    kv_dtype: torch.dtype | None = None,
+) -> KVStore:
+    """A store over rows in a file. Raises ValueError where the file does not hold them."""
+    lengths, middles = list(header["lengths"]), list(header["middles"])
+    whole = len(lengths) == len(middles) == 1 and 0 < lengths[0] <= rows.capacity
+    if not whole:
+        raise ValueError(
+            f"{rows.file.path}: must hold rows of one sequence of {lengths} tokens; got "
+            f"{rows.capacity} rows: the file was cut short"
+        )
+    if not 0 <= middles[0] <= max(0, lengths[0] - budget.n_sink) or (
+        selector is None and middles[0]
+    ):
+        raise ValueError(f"middles must be rows behind the sinks; got {middles} of {lengths}")
+    if kv_dtype is not None and rows.file.dtype != kv_dtype:
+        raise ValueError(f"k must be of kv_dtype {kv_dtype}; got {rows.file.dtype}")
+    store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
+    store.lengths, store.middles = lengths, middles
+    if middles[0]:
+        selector.restore(_state_of_selector(tensors), store.middle)
+    rows.n_saved = lengths[0]
+    return store
+
+
+def _state_of_selector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(OF_SELECTOR): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(OF_SELECTOR)
+    }
 
 
 def check_rows(

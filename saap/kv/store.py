@@ -23,6 +23,7 @@ from saap.stateful import stateful
 
 from .checks import check_append, check_kv_dtype, check_query
 from .chunks import OutAndLse, attend_chunk
+from .file_rows import FileRows
 from .memory import held_bytes
 from .ranges import AllRanges, StepRanges
 from .sparse_chunks import RowsRead, attend_sparse_chunk
@@ -47,8 +48,11 @@ class KVStore:
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
         prefill: what tokens visit that come several at a time; None: everything.
+        rows: where keys and values lie; None: in memory. `FileRows` takes one sequence, and a
+            selector that leaves rows in time order.
 
-    Raises ValueError for a budget that the selector cannot follow.
+    Raises ValueError for a budget that the selector cannot follow, and for one that orders rows
+    beside rows in a file.
     """
 
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
@@ -63,13 +67,20 @@ class KVStore:
         kv_dtype: torch.dtype | None = None,
         steered: bool = False,
         prefill: PrefillBudget | None = None,
+        rows: FileRows | None = None,
     ):
         if selector is not None:
             selector.check_budget(budget)
         check_kv_dtype(kv_dtype)
         self.selector, self.budget, self.capacity = selector, budget, capacity
         self.kv_dtype = kv_dtype
-        self.rows = BucketRows(("k", "v"))
+        if rows is not None and selector is not None and selector.assigns_by is not None:
+            raise ValueError(
+                "rows in a file need a method that leaves them in time order, saap or dense; got "
+                f"{type(selector).__name__}"
+            )
+        self.in_file = rows is not None
+        self.rows = rows or BucketRows(("k", "v"))
         self.lengths: list[int] = []
         self.middles: list[int] = []  # rows of each sequence that are in the middle
         self._new: list[int] = []  # tokens of the last append, by sequence
@@ -134,14 +145,20 @@ class KVStore:
     @property
     def middle(self) -> Middle:
         """The rows that a selector chooses from."""
-        rows = self.rows
+        rows, first = self.rows, self.budget.n_sink
         buffers = rows.vectors["k"], rows.lists, rows.tokens, self.middles
         held, middle = self._middle
-        if held is None or any(a is not b for a, b in zip(held, buffers, strict=True)):
-            first = self.budget.n_sink
-            middle = Middle(*(t[:, :, first:] for t in buffers[:3]), self.middles, first)
-            self._middle = buffers, middle  # made anew only when rows found another place
+        if held is not None and all(a is b for a, b in zip(held, buffers, strict=True)):
+            return middle
+        parts = (t[:, :, first:] for t in buffers[:3])
+        if self.in_file:  # nothing holds on to what is mapped
+            return Middle(*parts, self.middles, first, self._read_keys)
+        middle = Middle(*parts, self.middles, first)
+        self._middle = buffers, middle  # made anew only when rows found another place
         return middle
+
+    def _read_keys(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n D"]:
+        return self.rows.read_keys(first, last)
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -217,7 +234,10 @@ class KVStore:
         if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
-            return self._attend_chunk(q_rope, sm_scale, softcap)
+            found = self._attend_chunk(q_rope, sm_scale, softcap)
+            if self.in_file:
+                self.rows.unmap()
+            return found
         q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
         chosen = self.select(q, qd, budget, impl=impl)
         out, lse = self.attend_selected(q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl)
@@ -231,6 +251,8 @@ class KVStore:
         **options,
     ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
         """`saap.attend_ranges` over the rows of this store, which a step prepares for the next."""
+        if self.in_file:
+            return attend_ranges(q, *self.rows.in_memory(starts, lengths), **options)
         given = q, self.k, self.v, starts, lengths
         if not starts.is_contiguous():
             return attend_ranges(*given, **options)

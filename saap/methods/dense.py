@@ -26,6 +26,7 @@ def everything(query, middle):
 class Dense(Method):
     name = "dense"
     needs_index = False
+    saves_itself = True
     bounds = BOUNDS
 
     def selector(self, layer):

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saap.index.coordinates import MOST_OBSERVED, Coordinates, RecentQueries, balanced, padded
+from saap.index.coordinates import (
+    AT_ONCE,
+    MOST_OBSERVED,
+    Coordinates,
+    RecentQueries,
+    balanced,
+    padded,
+)
 from saap.kernels.codes import (
     COARSE_PLANES,
     CODED,
@@ -141,7 +148,8 @@ class SaapSelector(Selector):
             own = self.coordinates.of_sequence(b)
             for first in range(before[b], n, CODED_AT_ONCE):
                 rows = slice(first, min(first + CODED_AT_ONCE, n))
-                new = encode(own.keys(middle.k[b : b + 1, :, rows]), own.importance)
+                keys = middle.keys_of(b, rows.start, rows.stop)[None]
+                new = encode(own.keys(keys), own.importance)
                 codes.coarse[b, ..., rows] = new.coarse[0]
                 codes.fine[b, :, rows] = new.fine[0]
                 codes.scale[b, :, rows] = new.scale[0]
@@ -161,14 +169,17 @@ class SaapSelector(Selector):
                 self.learned_from[b] = min(self.learned_from[b], n)
             if n < GROWTH * self.learned_from.get(b, 0):
                 continue
-            keys = middle.keys_of(b)
             if b not in self.learned:
-                queries = keys  # where tokens came with no queries they stand in for them
                 if b in self.observed:
                     queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
+                else:  # where tokens came with no queries the latest keys stand in for them
+                    queries = middle.keys_of(b, max(0, n - MOST_OBSERVED), n)
                 self.recent[b] = RecentQueries(middle.n_kv)
                 self.recent[b].add(queries)
-            self.learned[b] = balanced(self.recent[b].with_keys(keys))
+            sums = self.recent[b].without_keys()
+            for keys in middle.parts_of(b, AT_ONCE):
+                sums.add_keys(keys)
+            self.learned[b] = balanced(sums.moments())
             self.learned_from[b] = n
             if b < len(self.n_coded):
                 self.n_coded[b] = 0

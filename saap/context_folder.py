@@ -1,0 +1,165 @@
+"""Context folders: a document's KV caches in files that grow, and what was last saved of them.
+
+`context` is a file of the usual format (`saap.index.tensor_files`), replaced as a whole at each
+save: what the caches belong to, tokens, codes, and how many rows of each layer count.
+`layer-0000.rows` and so on hold keys and values (`saap.kv.row_file`), whose rows from that number
+on are nobody's. `lock` is held by the one process that uses the folder.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saap.index import tensor_files
+from saap.index.file_fields import Fields, Layout, check_layout, check_range
+from saap.kv.row_file import DIGESTED, RowFile
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out
+    fcntl = None
+
+FORMAT = tensor_files.Format("saap.ContextFolder", 1, "`save_context`")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+STATE, LOCK = "context", "lock"
+
+
+class ContextFolder:
+    """A folder in use by this process; closed with the object, or by `close`.
+
+    Raises ValueError for a folder that cannot be made or written, one that another process or
+    cache uses, and, with `new`, one that holds a context already.
+    """
+
+    def __init__(self, path: str | Path, *, new: bool):
+        self.path = Path(path)
+        if not new and not (self.path / STATE).is_file():
+            raise ValueError(
+                f"{self.path}: must be a folder that `save_context` has saved a context in; got "
+                + ("one that holds none" if self.path.is_dir() else "no such folder")
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from error
+        self._take()
+        self.id = secrets.token_hex(16)
+        if new:
+            self._clear()
+
+    def _take(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"{self.path}: must be used by one cache at a time; got a second one: close() the "
+                "first, or end its process"
+            ) from None
+
+    def _clear(self) -> None:
+        """Rows of a context that was never saved go; anything else is not ours to remove."""
+        held = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+        kept = [name for name in held if not re.fullmatch(r"layer-\d{4,}\.rows", name)]
+        if kept:
+            self.close()
+            what = "a saved context: open it with open_context" if STATE in kept else kept[0]
+            raise ValueError(f"{self.path}: must be a new or an empty folder; got {what}")
+        for name in held:
+            (self.path / name).unlink()
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        self._lock.close()
+
+    def file_of(self, number: int) -> Path:
+        return self.path / f"layer-{number:04}.rows"
+
+    def create(self, number: int, like: Tensor) -> RowFile:
+        return RowFile.create(self.file_of(number), self.id, number, like)
+
+    def open(self, number: int, n_kv: int, dim: int) -> RowFile:
+        return RowFile.open(self.file_of(number), self.id, number, n_kv, dim)
+
+    def write(self, header: dict, tensors: dict[str, Tensor]) -> None:
+        """Replace what was saved. The rows that it counts on must be on the disk already."""
+        tensor_files.write(self.path / STATE, FORMAT, {**header, "folder": self.id}, tensors)
+        if hasattr(os, "O_DIRECTORY"):
+            folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def forget(self) -> None:
+        """Nothing is saved any more."""
+        (self.path / STATE).unlink(missing_ok=True)
+
+    def read(self) -> tuple[dict, dict[str, Tensor]]:
+        """The checked header and tensors. Raises ValueError for any other file."""
+        path = self.path / STATE
+        header, tensors = tensor_files.read(path, FORMAT)
+        fields = Fields(path, header)
+        check_layout(path, tensors, layout_of(fields, tensors))
+        check_range(path, "token_ids", tensors["token_ids"], 0, 2**31 - 1)
+        self.id = fields.text("folder")
+        return header, tensors
+
+
+def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
+    """The tensors that a header asks for."""
+    model = fields.section("model")
+    n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))
+    fields.text("index")
+    fields.section("budget")
+    ids = tensors.get("token_ids")
+    n_tokens = len(ids) if ids is not None and ids.ndim else 1
+    layout: Layout = {"token_ids": ((n_tokens,), (torch.int32,))}
+    for number, values in enumerate(fields.items("layers", model.integer("num_layers", 1, 2**16))):
+        state = Fields(fields.path, values, f"its header's layer {number}")
+        prefix = f"layers.{number}."
+        if "cumulative_length" in state.values:
+            state.integer("cumulative_length")
+            first = tensors.get(prefix + "keys")
+            rows = first.shape[2] if first is not None and first.ndim == 4 else 0
+            dtype = FLOATS if first is None or first.dtype not in FLOATS else (first.dtype,)
+            layout |= {prefix + name: ((1, n_kv, rows, dim), dtype) for name in ("keys", "values")}
+            continue
+        if state.integers("lengths") != [n_tokens] or len(state.integers("middles")) != 1:
+            raise state.wrong("lengths", f"the {n_tokens} tokens of one sequence")
+        layout[prefix + "digests"] = ((-(-n_tokens // DIGESTED), 32), (torch.uint8,))
+        own = (name for name in tensors if name.startswith(prefix + "selector."))
+        layout |= {name: (tuple(tensors[name].shape), (tensors[name].dtype,)) for name in own}
+    return layout
+
+
+def verify(path: str | Path, progress: Callable[[str], None] = lambda name: None) -> None:
+    """Read a whole folder; ValueError names the first thing that is not as it was saved."""
+    folder = ContextFolder(path, new=False)
+    try:
+        header, tensors = folder.read()
+        tensor_files.verify(folder.path / STATE, header, tensors, progress)
+        model = header["model"]
+        for number, state in enumerate(header["layers"]):
+            if "lengths" not in state:
+                continue
+            file = folder.open(number, model["num_kv_heads"], model["head_dim"])
+            progress(file.path.name)
+            n = state["lengths"][0]
+            if file.capacity < n or not torch.equal(
+                file.digests(n), tensors[f"layers.{number}.digests"]
+            ):
+                raise ValueError(
+                    f"{file.path}: its first {n} rows must fit their checksums; got others: the "
+                    "file was altered or cut short"
+                )
+    finally:
+        folder.close()

@@ -1,0 +1,188 @@
+"""Caches whose keys and values lie in a folder: made, saved and opened."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saap.budget import LEAST_FLUSH, Budget
+from saap.context_folder import ContextFolder
+from saap.index.tensor_files import SAFETENSORS_DTYPES
+from saap.kv import state as kv_state
+from saap.kv.file_rows import OF_SLOT, FileRows, RowReads
+
+METHODS = ("saap", "dense")
+
+
+class CacheFolder:
+    """The folder of one cache. `fast_memory`: bytes for rows of all its layers, None for none.
+
+    Raises ValueError for what is not built: other methods, a group, a GPU; and for memory that
+    does not hold what one step visits.
+    """
+
+    def __init__(self, saap_model, path: str | Path, fast_memory: int | None, *, new: bool):
+        check(saap_model, fast_memory)
+        self.model = saap_model
+        n_layers = max(1, sum(layer.is_full for layer in saap_model.layers))
+        self.fast_bytes = None if fast_memory is None else fast_memory // n_layers
+        self.folder = ContextFolder(path, new=new)
+        self.rows: dict[int, FileRows] = {}
+        self.tokens = torch.zeros(0, dtype=torch.int32)
+        """Those that are saved."""
+        self.digests: dict[int, Tensor] = {}
+        self.note: dict = {}
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def reads(self) -> RowReads:
+        return sum((rows.reads for rows in self.rows.values()), RowReads())
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(rows.file_bytes for rows in self.rows.values())
+
+    def new_rows(self, number: int) -> FileRows:
+        """For a layer whose file is made when its first keys come."""
+        self.rows[number] = FileRows(
+            lambda like: self.folder.create(number, like), self.fast_bytes
+        )
+        return self.rows[number]
+
+    def opened_rows(self, number: int, n_kv: int, dim: int) -> FileRows:
+        file = self.folder.open(number, n_kv, dim)
+        self.rows[number] = FileRows(lambda like: file, self.fast_bytes, file)
+        return self.rows[number]
+
+    def close(self) -> None:
+        for rows in self.rows.values():
+            rows.close()
+        self.folder.close()
+
+    def before_forward(self, cache) -> None:
+        """Tokens that were saved and have been cut off are about to be written over.
+
+        What is saved is cut as well, first: a process that is killed leaves one or the other.
+        """
+        n = len(self.tokens)
+        left = min((layer.store.length for layer in cache.saap_layers), default=n)
+        if left >= n:
+            return
+        if left:
+            self.save(cache, self.tokens[:left])
+            return
+        self.folder.forget()
+        self._saved(self.tokens[:0], {})
+
+    def save(self, cache, tokens: Tensor, note: dict | None = None) -> None:
+        """Rows first, then what counts on them: `save_context` says what it raises."""
+        from .contexts import header_of
+
+        self.note = self.note if note is None else note
+        layers, tensors, digests = [], {"token_ids": tokens.to(torch.int32).cpu()}, {}
+        n, n_known = len(tokens), len(self.tokens)
+        for number, layer in enumerate(cache.layers):
+            prefix = f"layers.{number}."
+            if number not in self.rows:
+                own = {"keys": layer.keys, "values": layer.values}
+                layers.append({"cumulative_length": layer.cumulative_length})
+            else:
+                store, file = layer.store, self.rows[number].file
+                store.settle()
+                file.sync()
+                known = self.digests.get(number)
+                digests[number] = file.digests(n, known, min(n, n_known))
+                layers.append({"lengths": store.lengths, "middles": store.middles})
+                own = {**kv_state.of_selector(store), "digests": digests[number]}
+            tensors |= {prefix + name: t for name, t in own.items()}
+        self.folder.write(header_of(self.model, layers, self.note), tensors)
+        self._saved(tensors["token_ids"], digests)
+
+    def _saved(self, tokens: Tensor, digests: dict[int, Tensor]) -> None:
+        self.tokens, self.digests = tokens.clone(), digests
+        for rows in self.rows.values():
+            rows.n_saved = len(tokens)
+
+
+def open_folder(saap_model, path: str | Path, fast_memory: int | None):
+    """The cache of a folder as it was last saved, and its tokens `[N]`."""
+    from .cache import SaapCache, SaapLayer
+    from .contexts import check_made_with
+
+    folder = CacheFolder(saap_model, path, fast_memory, new=False)
+    try:
+        header, tensors = folder.folder.read()
+        check_made_with(saap_model, path, header)
+        model = header["model"]
+        layers = saap_model.cache_layers()
+        for number, (layer, state) in enumerate(zip(layers, header["layers"], strict=True)):
+            prefix = f"layers.{number}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if isinstance(layer, SaapLayer) != ("lengths" in state):
+                raise ValueError(
+                    f"{path}: layer {number} must be of the kind that the model has; got another"
+                )
+            if isinstance(layer, SaapLayer):
+                rows = folder.opened_rows(number, model["num_kv_heads"], model["head_dim"])
+                layer.store = kv_state.restored_in_file(
+                    state, own, layer.store.selector, saap_model.budget, rows,
+                    saap_model.kv_dtype,
+                )  # fmt: skip
+                layer.slots = layer.store.length
+                folder.digests[number] = own["digests"]
+            else:
+                layer.lazy_initialization(own["keys"], own["values"])
+                layer.keys, layer.values = own["keys"], own["values"]
+                layer.cumulative_length = state["cumulative_length"]
+            layer.is_initialized = True
+    except BaseException as error:
+        folder.close()
+        if isinstance(error, ValueError) and not str(error).startswith(str(path)):
+            raise ValueError(f"{path}: {error}: it was altered") from error
+        raise
+    folder.tokens = tensors["token_ids"]
+    cache = SaapCache(layers, saap_model, folder)
+    cache.last_positions = [len(folder.tokens) - 1]
+    return cache, folder.tokens.long()
+
+
+def check(saap_model, fast_memory: int | None) -> None:
+    """ValueError for a model, method or memory that rows in files are not built for."""
+    if saap_model.method.name not in METHODS:
+        raise ValueError(
+            f"a cache in a directory needs method {' or '.join(METHODS)}, which leave rows in "
+            f"time order; got {saap_model.method.name!r}"
+        )
+    if saap_model.group is not None:
+        raise ValueError("a cache in a directory must be whole in one process; got a group")
+    model = saap_model.model
+    if model.device.type != "cpu":
+        raise ValueError(f"a cache in a directory needs a model on the CPU; got {model.device}")
+    dtype = saap_model.kv_dtype or model.dtype
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"a cache in a directory needs 32 bits a number or fewer; got {dtype}")
+    if fast_memory is None:
+        return
+    wanted = least_memory(saap_model)
+    if isinstance(fast_memory, bool) or not isinstance(fast_memory, int) or fast_memory < wanted:
+        raise ValueError(
+            f"fast_memory must be None or at least {wanted:,} bytes, to hold what one step visits "
+            f"of each layer; got {fast_memory!r}"
+        )
+
+
+def least_memory(saap_model) -> int:
+    """Bytes for sinks, window and the rows that a step of this budget chooses, of all layers."""
+    config = saap_model.model.config.get_text_config()
+    heads = config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    budget: Budget = saap_model.budget
+    dtype = saap_model.kv_dtype or saap_model.model.dtype
+    lists = heads // n_kv if budget.share == "head" else 1
+    rows = budget.n_sink + budget.window + LEAST_FLUSH + (budget.max_tokens or 0)
+    n_layers = sum(layer.is_full for layer in saap_model.layers)
+    return n_layers * lists * rows * n_kv * (2 * dim * dtype.itemsize + OF_SLOT)
