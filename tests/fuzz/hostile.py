@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from saap.kernels.cpu.scratch import Layout
+
 SCALE = int(os.environ.get("SAAP_FUZZ", "0"))
 """Hostile inputs of each part; 0: the bounded part of the normal suite."""
 SEED = int(os.environ.get("SAAP_FUZZ_SEED", "0"))
@@ -112,6 +114,7 @@ class Canaries:
 
     def __init__(self):
         self.kept: list[torch.Tensor] = []
+        self.scratch: list[tuple[Layout, torch.Tensor]] = []
 
     def make(self, shape, dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -123,12 +126,36 @@ class Canaries:
         for base in self.kept:
             edges = torch.cat([base[:MARGIN], base[-MARGIN:]])
             assert bool((edges == CANARY).all()), "a kernel wrote beside its buffer"
+        for layout, memory in self.scratch:
+            for first, last in layout.gaps:
+                assert bool((memory[first:last] == CANARY).all()), "a kernel left its scratch"
         self.kept.clear()
+        self.scratch.clear()
+
+    def lay_out(self, layout: Layout, sizes: dict[str, int]) -> None:
+        """In place of `Layout.__init__`: bytes that nobody may write behind each buffer."""
+        layout.offsets, layout.gaps, at = {}, [], 0
+        for name, size in sizes.items():
+            layout.offsets[name] = at
+            end = -(-(at + size) // MARGIN) * MARGIN + MARGIN
+            layout.gaps.append((at + size, end))
+            at = end
+        layout.n_bytes = at
+
+    def hold(self, layout: Layout) -> tuple[torch.Tensor, int]:
+        """In place of `Layout.held`: memory of this call alone."""
+        base = torch.full((layout.n_bytes + MARGIN,), CANARY, dtype=torch.uint8)
+        skipped = -base.data_ptr() % MARGIN
+        memory = base[skipped : skipped + layout.n_bytes]
+        if hasattr(layout, "gaps"):
+            self.scratch.append((layout, memory))
+        return memory, memory.data_ptr()
 
 
 @contextmanager
 def canaries():
-    """Within, `torch.empty`, `torch.zeros`, `empty_like` and `new_empty` give guarded buffers."""
+    """Within, `torch.empty`, `torch.zeros`, `empty_like` and `new_empty` give guarded buffers, and
+    so does the scratch memory of kernels."""
     found = Canaries()
     before = torch.empty, torch.zeros, torch.empty_like, torch.Tensor.new_empty
 
@@ -149,6 +176,9 @@ def canaries():
     def new_empty(like, *shape, dtype=None, **_):
         return found.make(flat(shape), dtype or like.dtype)
 
+    layouts = Layout.__init__, Layout.held
+    Layout.__init__ = lambda self, sizes: found.lay_out(self, sizes)
+    Layout.held = lambda self: found.hold(self)
     torch.empty, torch.zeros, torch.empty_like = empty, zeros, empty_like
     torch.Tensor.new_empty = new_empty
     try:
@@ -156,3 +186,4 @@ def canaries():
         found.check()
     finally:
         torch.empty, torch.zeros, torch.empty_like, torch.Tensor.new_empty = before
+        Layout.__init__, Layout.held = layouts
