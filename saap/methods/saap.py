@@ -36,7 +36,7 @@ from .base import Method
 GROWTH = 1.5
 """Coordinates are learned again when the rows are so many times those that they came from."""
 
-SPARE = 256
+SPARE, MOST_SPARE = 256, 1 << 16  # rows: room for codes that are still to come
 CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 
 
@@ -268,7 +268,7 @@ class SaapSelector(Selector):
         if codes is not None and codes.n >= n and len(codes.scale) == batch:
             return
         words = self.coordinates.of_keys.shape[2] // CODED
-        room = n + n // 8 + SPARE
+        room = n + min(n // 8, MOST_SPARE) + SPARE
         shape = (batch, middle.n_kv)
         options = {"dtype": torch.int32, "device": middle.device}
         self.codes = Codes(
