@@ -33,7 +33,7 @@ def advise(
     from .. import reference
     from ..run import check_contexts
     from .decode import load
-    from .terminal import one_bar
+    from .progress import one_bar
 
     if not 0 < error <= 2:
         raise ValueError(f"--error must be above 0 and at most 2; got {error}")

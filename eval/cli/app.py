@@ -124,8 +124,8 @@ def evaluate(
     from ..sweep import read_sweep, with_parameters
     from ..tasks.registry import TASKS
     from .outputs import check_output_folder
+    from .progress import one_bar
     from .terminal import (
-        one_bar,
         print_against_dense,
         print_scores,
         print_speed,

@@ -51,7 +51,8 @@ def prefill(
     import saap
 
     from .outputs import check_output
-    from .terminal import console, one_bar
+    from .progress import one_bar
+    from .terminal import console
 
     if chunk < 1:
         raise ValueError(f"--chunk must be at least 1; got {chunk}")
@@ -148,6 +149,7 @@ def generate(
     from saap.hf import Verify
     from saap.hf.text import generate_text, read_document
 
+    from .progress import one_bar
     from .terminal import console
 
     check_tokens(tokens)
@@ -156,7 +158,13 @@ def generate(
     prompt = read_tokens(tokenizer, prompt_file, loaded)
     budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
     with saap.attached(loaded, trained, budget, method=method, verify=verify) as saap_model:
-        cache = read_document(saap_model, prompt[:-1], spare=tokens + 64)
+        with one_bar("read") as bar:
+            cache = read_document(
+                saap_model,
+                prompt[:-1],
+                spare=tokens + 64,
+                progress=lambda done, total: bar(f"{total:,} tokens", done, total),
+            )
         found = generate_text(loaded, tokenizer, prompt, tokens, cache=cache, write=write)
         if lossless:
             tell_lossless(method, sum(cache.lengths), cache.pace.tally, found)

@@ -13,7 +13,8 @@ from ..reference.sequences import Mix, SequenceMaker
 from ..report.page import main_budget, make_report
 from ..run import EvalConfig, run
 from ..scores import read_scores
-from .terminal import console, one_bar, print_scores, progress_bars
+from .progress import one_bar, progress_bars
+from .terminal import console, print_scores
 
 METHODS = (
     "dense", "oracle-tokens", "oracle", "streaming", "kmeans-rope", "kmeans", "linear", "mlp",

@@ -20,7 +20,8 @@ from ..scores import read_scores
 from ..tasks.answering import encode
 from ..tasks.passkey import IN_WORDS, NAMES, insert_lines
 from ..variants import N_SINK
-from .terminal import console, one_bar, plain_table, print_scores, tell_licence
+from .progress import one_bar
+from .terminal import console, plain_table, print_scores, tell_licence
 
 MODEL = "smollm2"
 SHARE = 0.05

@@ -1,13 +1,11 @@
-"""What the command line shows: progress with time left, tables, one-line errors."""
+"""What the command line shows: tables and one-line errors."""
 
 import functools
 import os
 import sys
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..compare import Change, Comparison
@@ -35,41 +33,6 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         console.on_broken_pipe()
-
-
-@contextmanager
-def progress_bars():
-    """Yields `report(what, done, total)`: one bar for each different `what`."""
-    columns = (
-        TextColumn("{task.description:<34.34}"),
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    # Units of work take from seconds to minutes: time left is told from all of them so far.
-    bars = Progress(*columns, console=console, speed_estimate_period=3600)
-    tasks: dict[str, int] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        bars.start()  # only now: what is refused before ends in one line, without an empty bar
-        # "routers (loss 3.21)" keeps one bar while the number in it changes.
-        stem = what.split(" (")[0]
-        if stem not in tasks:
-            tasks[stem] = bars.add_task(what, total=total)
-        bars.update(tasks[stem], description=what, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if tasks:
-            bars.stop()
-
-
-@contextmanager
-def one_bar(what: str):
-    """Yields `report(what_now, done, total)` for a single bar."""
-    with progress_bars() as report:
-        yield lambda now, done, total: report(f"{what} ({now})", done, total)
 
 
 def print_scores(scores: list[dict], context: int, budget: str) -> None:

@@ -58,7 +58,8 @@ def train(
     from saap.training import Processes, TrainingOptions, train_file
 
     from .outputs import check_output
-    from .terminal import console, progress_bars
+    from .progress import progress_bars
+    from .terminal import console
 
     for name, value in (("context", context), ("texts", texts)):
         if value < 1:

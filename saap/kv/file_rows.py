@@ -3,6 +3,7 @@
 `FileRows` stands in for `saap.index.rows.BucketRows` where rows stay in time order.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ from saap.kernels.slots import Slots, fetch
 from .row_file import HEADER, RowFile
 
 OF_SLOT = 13  # bytes beside the row of a slot: which row, its last step, whether it is spared
+
+
+@functools.lru_cache(maxsize=2)
+def counted(n: int) -> Int32[Tensor, " n"]:
+    """0 to n - 1, once for all layers of a context. Not to be written to."""
+    return torch.arange(n, dtype=torch.int32)
 
 
 @dataclass
@@ -61,9 +68,6 @@ class FileRows:
         """Rows that a saved state counts on: they may not be written to."""
         self._slots: Slots | None = None
         self._mapped: Tensor | None = None
-        self._tokens = torch.arange(0, dtype=torch.int32)
-        if file is not None:
-            self._tokens = torch.arange(file.capacity, dtype=torch.int32)
 
     @property
     def vectors(self) -> dict[str, Shaped[Tensor, "1 Hkv capacity width"]]:
@@ -92,7 +96,7 @@ class FileRows:
     @property
     def tokens(self) -> Int[Tensor, "1 Hkv capacity"]:
         """The token in each row has the number of the row. Not to be written to."""
-        return self._tokens.expand(1, self.file.n_kv, -1)
+        return counted(self.capacity).expand(1, self.file.n_kv, -1)
 
     @property
     def capacity(self) -> int:
@@ -101,7 +105,7 @@ class FileRows:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self._tokens.nbytes + (0 if self._slots is None else self._slots.nbytes)
+        return 0 if self._slots is None else self._slots.nbytes
 
     @property
     def file_bytes(self) -> int:
@@ -120,7 +124,6 @@ class FileRows:
             return
         self.file.reserve(n)
         self.unmap()
-        self._tokens = torch.arange(self.capacity, dtype=torch.int32)
         if self._slots is not None:
             self._slots.make_room(self.capacity)
 
