@@ -1,13 +1,13 @@
-"""A context of 1M tokens whose keys and values lie in files, under a limit of a tenth of their size.
+"""A context of 1M tokens whose keys and values lie in files, in a tenth of their size of memory.
 
     python -m benchmarks.tiers --folder /path/on/a/disk [--tokens 1048576] [--layers 5]
 
 Layers in the shape of SmolLM2's (9 query heads, 3 KV heads of 64) over random keys and values, in
-float32, and queries that change as they go: each step's have a cosine of 0.9 to those before, or
-are new. Some layers all in memory, and all in files within a control group whose limit is a tenth of keys
-and values; page cache counts there. Then the reference model's own steps, for the hits of
-queries that a text asks. Figures go to `$OUT`, else to `benchmarks/results/<device>/tiers.json`,
-and then into `docs/scale.md`.
+float32; queries have a cosine of 0.9 to those of the step before, or are new. Some layers all in
+memory, and all in files, within a control group whose limit is a tenth of keys and values; page
+cache counts there. Then the reference model's own steps, for the hits of queries that a text
+asks. Figures go to `$OUT`, else to `benchmarks/results/<device>/tiers.json`, and then into
+`docs/scale.md`.
 """
 
 import argparse

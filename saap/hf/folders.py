@@ -153,8 +153,8 @@ def check(saap_model, fast_memory: int | None) -> None:
     """ValueError for a model, method or memory that rows in files are not built for."""
     if saap_model.method.name not in METHODS:
         raise ValueError(
-            f"a cache in a directory needs method {' or '.join(METHODS)}, which leave rows in time "
-            f"order; got {saap_model.method.name!r}"
+            f"a cache in a directory needs method {' or '.join(METHODS)}, which leave rows in "
+            f"time order; got {saap_model.method.name!r}"
         )
     if saap_model.group is not None:
         raise ValueError("a cache in a directory must be whole in one process; got a group")

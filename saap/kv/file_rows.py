@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int32, Shaped
+from jaxtyping import Int, Int32, Shaped
 from torch import Tensor
 
 from saap.kernels.slots import Slots, fetch
@@ -33,7 +33,9 @@ class RowReads:
         return self.hits / self.asked if self.asked else 1.0
 
     def __add__(self, other: "RowReads") -> "RowReads":
-        return RowReads(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))  # noqa: B905
+        return RowReads(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 class FileRows:
