@@ -40,7 +40,9 @@ class RowReads:
         return self.hits / self.asked if self.asked else 1.0
 
     def __add__(self, other: "RowReads") -> "RowReads":
-        return RowReads(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))  # noqa: B905
+        return RowReads(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 class FileRows:

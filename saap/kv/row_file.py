@@ -1,9 +1,9 @@
 """Keys and values of one layer in a file that grows: a header, then a record for each token.
 
-A record holds `[Hkv, 2, width]`, key and value of each KV head, so rows are only ever added at the
-end. Room is taken from the disk before rows are written (`posix_fallocate`, then `pwrite`): a full
-disk is an error of that call, never a signal later. What of a file counts, and that it is whole,
-says whoever keeps its number of rows (`saap.hf.context_folder`).
+A record holds `[Hkv, 2, width]`, key and value of each KV head, so rows are only ever added at
+the end. Room is taken from the disk before rows are written (`posix_fallocate`), and rows are
+written by `pwrite`: a full disk is an error of that call, never a signal later. What of a file
+counts, and that it is whole, says whoever keeps its number of rows (`saap.context_folder`).
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class RowFile:
         self._file.close()
 
     def reserve(self, n: int) -> None:
-        """Take room for n rows from the disk. ValueError where it has none; nothing is changed."""
+        """Take room for n rows from the disk. ValueError where it has none: nothing changes."""
         if n <= self.capacity:
             return
         rows = max(n, self.capacity + self.capacity // GROWTH) + SPARE_ROWS
@@ -104,7 +104,7 @@ class RowFile:
         self.capacity = rows
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:
-        """Write `k, v [Hkv, T, width]`, of any float dtype or the file's, from row `start` on."""
+        """Write `k, v [Hkv, T, width]`, of any float dtype or the file's, from row `start`."""
         length = k.shape[1]
         for first in range(0, length, WRITTEN_AT_ONCE):
             own = slice(first, min(first + WRITTEN_AT_ONCE, length))

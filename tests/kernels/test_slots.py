@@ -104,7 +104,7 @@ def test_a_row_that_cannot_be_read_is_named_and_not_kept(rows_file, impl, tmp_pa
         fetch(slots, asked, torch.ones_like(asked), impl=impl, **places(file))
     assert (slots.slot_of[:, ROWS] == -1).all()
     asked[:, 1] = 4
-    where, _counts, _ = fetch(slots, asked, torch.ones_like(asked), impl=impl, **places(file))
+    where, _, _ = fetch(slots, asked, torch.ones_like(asked), impl=impl, **places(file))
     first = int(where[2, 0])
     assert torch.equal(slots.rows[2, first], content[3, 2])
 
