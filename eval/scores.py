@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from saap.index.tensor_files import write_atomically
+from saap.notebook import rows_table
 
 from .bootstrap import ratio_difference
 from .record_fields import check_scored
@@ -177,6 +178,30 @@ def add_share_of_oracle(scores: list[dict]) -> None:
             score["recall_of_oracle"] = score["recall_middle"] / best
 
 
-def read_scores(folder: Path) -> list[dict]:
+class Scores(list):
+    """Scores of a run, a dict for each method, task, context and budget; a table in a notebook."""
+
+    COLUMNS = (
+        ("selectivity", "visited", "{:.1%}"),
+        ("recall_middle", "recall", "{:.1%}"),
+        ("output_error", "output error", "{:.3f}"),
+        ("accuracy", "answers", "{:.0%}"),
+        ("nll", "nats", "{:.3f}"),
+    )
+
+    def _repr_html_(self) -> str:
+        shown = [c for c in self.COLUMNS if any(s.get(c[0]) is not None for s in self)]
+        head = ["method", "task", "context", "budget", *(title for _, title, _ in shown)]
+        rows = [
+            [
+                s["method"], s["task"], f"{s['context']:,}", s["budget"],
+                *("–" if s.get(k) is None else form.format(s[k]) for k, _, form in shown),
+            ]
+            for s in self
+        ]  # fmt: skip
+        return rows_table("saap eval", head, rows)
+
+
+def read_scores(folder: Path) -> Scores:
     path = folder / SCORES
-    return json.loads(path.read_text()) if path.is_file() else score_run(folder)
+    return Scores(json.loads(path.read_text()) if path.is_file() else score_run(folder))

@@ -12,6 +12,7 @@ from saap.index.coordinates import Coordinates
 from saap.index.routers import ROUTERS, CentroidRouter, Router
 
 from . import index_file
+from .notebook import line, size, table
 
 SCORING = ("n_segments", "interleaved", "sm_scale")
 
@@ -51,7 +52,7 @@ class LayerIndex:
         return self.routers[name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedIndex:
     """What `saap.train` makes and decoding needs, for every layer of one model.
 
@@ -78,6 +79,24 @@ class TrainedIndex:
     @property
     def default_router(self) -> str:
         return self.metadata["router"]
+
+    def _facts(self) -> list[tuple[str, object]]:
+        about = self.metadata
+        searched = sum(layer is not None for layer in self.layers)
+        return [
+            ("model", about["model"].get("model_type", "?")),
+            ("layers searched", f"{searched} of {len(self.layers)}"),
+            ("buckets", self.nlist),
+            ("router", self.default_router),
+            ("trained at", f"{about['context']:,} tokens" if "context" in about else "?"),
+            ("size", size(sum(t.nbytes for t in self.tensors().values()))),
+        ]
+
+    def __repr__(self) -> str:
+        return line("TrainedIndex", self._facts())
+
+    def _repr_html_(self) -> str:
+        return table("TrainedIndex", self._facts())
 
     def check_model(self, description: dict) -> None:
         """Raise ValueError naming what differs when this index was trained for another model."""

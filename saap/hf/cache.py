@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saap.kv import KVStore
 from saap.kv.file_rows import RowReads
+from saap.notebook import line, size, table
 
 from .attention import LayerCall
 from .folders import CacheFolder
@@ -162,6 +163,21 @@ class SaapCache(Cache):
         """Let another process open the directory; this cache cannot be used any more."""
         if self.folder is not None:
             self.folder.close()
+
+    def _facts(self) -> list[tuple[str, object]]:
+        held = ", ".join(f"{n:,}" for n in self.lengths[:4]) + (", ..." * (len(self.lengths) > 4))
+        return [
+            ("tokens", held or 0),
+            ("layers searched", f"{len(self.saap_layers)} of {len(self.layers)}"),
+            ("last step visited", f"{self.visited_share:.1%}"),
+            ("memory", size(self.nbytes)),
+        ]
+
+    def __repr__(self) -> str:
+        return line("SaapCache", self._facts())
+
+    def _repr_html_(self) -> str:
+        return table("SaapCache", self._facts())
 
     @property
     def visited_share(self) -> float:

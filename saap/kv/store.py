@@ -17,6 +17,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.rows import BucketRows, merged_order
 from saap.kernels.attention.api import PreparedRanges, attend_ranges
+from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
@@ -123,6 +124,22 @@ class KVStore:
             self.rows.nbytes + pending + self._ranges.nbytes
             + held_bytes(self.selector, besides=own)
         )  # fmt: skip
+
+    def _facts(self) -> list[tuple[str, object]]:
+        held = ", ".join(f"{n:,}" for n in self.lengths[:4]) + (", ..." if self.batch > 4 else "")
+        return [
+            ("tokens", held or 0),
+            ("rows to choose from", ", ".join(f"{n:,}" for n in self.middles[:4]) or 0),
+            ("selector", "none" if self.selector is None else type(self.selector).__name__),
+            ("last step visited", f"{self.visited_share:.1%}"),
+            ("memory", size(self.nbytes)),
+        ]
+
+    def __repr__(self) -> str:
+        return line("KVStore", self._facts())
+
+    def _repr_html_(self) -> str:
+        return table("KVStore", self._facts())
 
     @property
     def visited_rows(self) -> float:
