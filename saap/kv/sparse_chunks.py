@@ -1,7 +1,7 @@
 """Sparse attention of a chunk of new tokens: block by block, over rows that a block chooses.
 
 Queries of neighbouring tokens look at much the same rows, so a block of them chooses once for each
-KV head. It is asked by a few mean queries, of `AVERAGED` neighbouring tokens each: they score all
+KV head. It is asked by mean queries, of `averaged` neighbouring tokens each: they score all
 rows before the block exactly, and the rows with the largest sums of softmax weights are visited.
 Rows are chosen one by one: on a real model blocks of 64 neighbouring rows hold less than half of
 the weight that single rows do at equal numbers (docs/scale.md), so what block-sparse kernels do
@@ -20,7 +20,6 @@ from saap.prefill import PrefillBudget
 
 from .chunks import OutAndLse, attend_chunk, attend_past
 
-AVERAGED = 16  # tokens whose queries choose as one
 SCORED_TOGETHER = 4  # blocks: products of so few queries alone are slow
 SCORED_ROWS = 2048  # keys of a part stay in the cache of a core
 
@@ -86,7 +85,7 @@ def attend_sparse_chunk(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     for panel in _panels(blocks):
-        choices = _choose(q, k, panel, n_sink, window, sm_scale, softcap)
+        choices = _choose(q, k, panel, budget.averaged, n_sink, window, sm_scale, softcap)
         for block, chosen in zip(panel, choices, strict=True):
             queries, end = slice(block.first, block.last), n - length + block.last
             own = q[:, :, queries]
@@ -137,13 +136,13 @@ def _panels(blocks: list[_Block]):
 
 
 def _choose(
-    q: Tensor, k: Tensor, panel: list[_Block], n_sink: int, window: int, sm_scale, softcap
+    q, k, panel: list[_Block], averaged: int, n_sink: int, window: int, sm_scale, softcap
 ) -> list[Int[Tensor, "Hkv rows"] | None]:
     """For each block the rows before it that it visits, ascending; None for all."""
     if panel[0].chosen is None:
         return [None]
     n_kv = k.shape[1]
-    means = [_means(q[0, :, block.first : block.last], n_kv) for block in panel]
+    means = [_means(q[0, :, block.first : block.last], n_kv, averaged) for block in panel]
     scores = _scores(torch.cat(means, 1) * sm_scale, k[0, :, : panel[-1].before], softcap)
     choices, at = [], 0
     for block, mean in zip(panel, means, strict=True):
@@ -158,9 +157,9 @@ def _choose(
     return choices
 
 
-def _means(q: Float[Tensor, "Hq T D"], n_kv: int) -> Float[Tensor, "Hkv m D"]:
+def _means(q: Float[Tensor, "Hq T D"], n_kv: int, averaged: int) -> Float[Tensor, "Hkv m D"]:
     """Mean queries of neighbouring tokens of every head, the last of fewer."""
-    parts = [part.float().mean(1) for part in q.split(AVERAGED, 1)]
+    parts = [part.float().mean(1) for part in q.split(averaged, 1)]
     return torch.stack(parts, 1).unflatten(0, (n_kv, -1)).flatten(1, 2)
 
 

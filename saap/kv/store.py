@@ -282,9 +282,7 @@ class KVStore:
             self.rows_read.add(q.shape[2], k.shape[2] - q.shape[2])
             return attend_chunk(q, k, v, **options)
         places = {"n_sink": self.budget.n_sink, "window": self.budget.window}
-        return attend_sparse_chunk(
-            q, k, v, self.prefill, **places, **options, read=self.rows_read
-        )
+        return attend_sparse_chunk(q, k, v, self.prefill, **places, **options, read=self.rows_read)
 
     @stateful
     def flush(self) -> None:
