@@ -39,8 +39,8 @@ CONTEXT, CHUNK, SHARE, N_QUERIES, N_KEYS = 8192, 2048, 0.1, 16, 6
 WAYS = {
     "dense": None,
     "10 %": PrefillBudget(visited=0.1),
-    "10 %, `averaged=4`": PrefillBudget(visited=0.1, averaged=4),
     "20 %": PrefillBudget(visited=0.2),
+    "10 %, `averaged=4`": PrefillBudget(visited=0.1, averaged=4),
 }
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("part", choices=("quality", "time"))
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--documents", type=int, default=1)
-    parser.add_argument("--tokens", default="32768,65536")
+    parser.add_argument("--tokens", default="65536,32768")
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = report_path(cpu_name(), "sparse_prefill.json")

@@ -18,10 +18,9 @@ from torch import Tensor
 from saap.kernels.attention.merge import merge_states
 from saap.prefill import PrefillBudget
 
-from .chunks import OutAndLse, attend_chunk, attend_past
+from .chunks import WIDENED, OutAndLse, attend_chunk, attend_past
 
 SCORED_TOGETHER = 4  # blocks: products of so few queries alone are slow
-SCORED_ROWS = 2048  # keys of a part stay in the cache of a core
 
 
 @dataclass
@@ -144,12 +143,14 @@ def _choose(
     n_kv = k.shape[1]
     means = [_means(q[0, :, block.first : block.last], n_kv, averaged) for block in panel]
     scores = _scores(torch.cat(means, 1) * sm_scale, k[0, :, : panel[-1].before], softcap)
-    choices, at = [], 0
-    for block, mean in zip(panel, means, strict=True):
+    stops = torch.tensor([mean.shape[1] for mean in means]).cumsum(0).tolist()
+    for block, mean, stop in zip(panel, means, stops, strict=True):
+        scores[:, stop - mean.shape[1] : stop, block.before :] = -torch.inf
+    shares = torch.softmax(scores, -1, out=scores)  # in place: they are many
+    choices = []
+    for block, mean, stop in zip(panel, means, stops, strict=True):
         middle = slice(n_sink, block.before - window)
-        own = scores[:, at : at + mean.shape[1], : block.before].softmax(-1)
-        weights = own[..., middle].sum(1)
-        at += mean.shape[1]
+        weights = shares[:, stop - mean.shape[1] : stop, middle].sum(1)
         rows = weights.topk(block.chosen, dim=1, sorted=False).indices.sort(1).values + n_sink
         sinks = torch.arange(n_sink, device=k.device).expand(n_kv, -1)
         latest = torch.arange(block.before - window, block.before, device=k.device)
@@ -166,10 +167,10 @@ def _means(q: Float[Tensor, "Hq T D"], n_kv: int, averaged: int) -> Float[Tensor
 def _scores(
     q: Float[Tensor, "Hkv m D"], k: Float[Tensor, "Hkv n D"], softcap: float | None
 ) -> Float[Tensor, "Hkv m n"]:
-    out = q.new_empty(*q.shape[:2], k.shape[1])
-    for first in range(0, k.shape[1], SCORED_ROWS):
-        rows = slice(first, first + SCORED_ROWS)
-        out[..., rows] = q @ k[:, rows].float().mT
+    if k.dtype == q.dtype:
+        out = q @ k.mT
+    else:
+        out = torch.cat([q @ part.to(q.dtype).mT for part in k.split(WIDENED, 1)], 2)
     return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
