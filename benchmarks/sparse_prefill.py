@@ -39,8 +39,8 @@ CONTEXT, CHUNK, SHARE, N_QUERIES, N_KEYS = 8192, 2048, 0.1, 16, 6
 WAYS = {
     "dense": None,
     "10 %": PrefillBudget(visited=0.1),
-    "20 %": PrefillBudget(visited=0.2),
-    "10 %, `averaged=4`": PrefillBudget(visited=0.1, averaged=4),
+    "10 %, `averaged=8`": PrefillBudget(visited=0.1, averaged=8),
+    "20 %, `averaged=8`": PrefillBudget(visited=0.2, averaged=8),
 }
 
 
@@ -142,11 +142,11 @@ def documents(name: str, tokenizer, count: int):
         yield encode(tokenizer, text), pairs, passkey.IN_CODE
 
 
-def quality(name: str, count: int, keep) -> None:
+def quality(name: str, count: int, ways: list[str], keep) -> None:
     folder = reference.FOLDER if name == "reference" else name
     model, tokenizer = hf.load_model(folder), hf.load_tokenizer(folder)
     for number, (tokens, pairs, wording) in enumerate(documents(name, tokenizer, count)):
-        for label, prefill in WAYS.items():
+        for label, prefill in ((way, WAYS[way]) for way in ways):
             context, record = read(model, tokens, prefill, n_queries=N_QUERIES, scored=True)
             record["recall"] = recall(model, context)
             for method in ("dense", "saap"):
@@ -155,7 +155,7 @@ def quality(name: str, count: int, keep) -> None:
                   "tokens": len(tokens), **record})  # fmt: skip
 
 
-def timing(sizes: list[int], keep) -> None:
+def timing(sizes: list[int], ways: list[str], keep) -> None:
     model, tokenizer = hf.load_model(reference.FOLDER), hf.load_tokenizer(reference.FOLDER)
     text = b""
     for source in read_sources(held_out=False):
@@ -165,7 +165,7 @@ def timing(sizes: list[int], keep) -> None:
     tokens = encode(tokenizer, text)
     read(model, tokens[: 2 * CHUNK], WAYS["10 %"], n_queries=0, scored=False)
     for size in sizes:
-        for label, prefill in WAYS.items():
+        for label, prefill in ((way, WAYS[way]) for way in ways):
             _, record = read(model, tokens[:size], prefill, n_queries=0, scored=False)
             keep({"part": "time", "model": "reference", "number": 0, "way": label,
                   "tokens": size, **record})  # fmt: skip
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--tokens", default="65536,32768")
+    parser.add_argument("--ways", default=";".join(WAYS), help="which budgets, ';' between them")
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = report_path(cpu_name(), "sparse_prefill.json")
@@ -249,9 +250,9 @@ def main() -> None:
         write(path, {"environment": environment(), "records": [*held, record]})
 
     if options.part == "quality":
-        quality(options.model, options.documents, keep)
+        quality(options.model, options.documents, options.ways.split(";"), keep)
     else:
-        timing([int(n) for n in options.tokens.split(",")], keep)
+        timing([int(n) for n in options.tokens.split(",")], options.ways.split(";"), keep)
     records = json.loads(path.read_text())["records"]
     put_table(ROOT / "docs" / "scale.md", COMMAND, table(records))
     print(table(records))

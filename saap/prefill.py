@@ -31,7 +31,7 @@ class PrefillBudget:
     exact_last: int = 32
     dense_below: int = 2048
     block: int = 128
-    averaged: int = 8
+    averaged: int = 16
 
     def __post_init__(self):
         if self.visited is None and self.max_tokens is None:
