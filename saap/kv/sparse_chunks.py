@@ -3,10 +3,10 @@
 Queries of neighbouring tokens look at much the same rows, so a block of them chooses once for each
 KV head. It is asked by mean queries, of `averaged` neighbouring tokens each: they score all
 rows before the block exactly, and the rows with the largest sums of softmax weights are visited.
-Rows are chosen one by one: on a real model blocks of 64 neighbouring rows hold less than half of
-the weight that single rows do at equal numbers (docs/scale.md), so what block-sparse kernels do
-(MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428) is not done here. Chosen rows are
-brought together and attended by the kernel of dense attention.
+Rows are chosen one by one: on a real model runs of 64 neighbouring rows hold a quarter of the
+weight that single rows do at equal numbers (docs/scale.md), so what block-sparse kernels do
+(XAttention, arXiv 2503.16428; some heads of MInference, arXiv 2407.02490) is not done here. Chosen
+rows are brought together and attended by the kernel of dense attention.
 """
 
 from dataclasses import dataclass
