@@ -19,6 +19,8 @@ class PrefillBudget:
     so far, or `max_tokens` rows: whichever is less of those that are given, at least one. Sinks,
     window and the block itself are always visited, whatever they take.
 
+    `averaged`: a block is asked by the mean queries of so many neighbouring tokens each. Fewer see
+    more of what single tokens look up, and take longer (docs/scale.md).
     `exact_last`: the last tokens of every forward visit everything, because a question stands at
     the end; a forward of no more tokens is exact. `dense_below`: blocks that end within the first
     so many tokens visit everything, too.
@@ -29,6 +31,7 @@ class PrefillBudget:
     exact_last: int = 32
     dense_below: int = 2048
     block: int = 128
+    averaged: int = 16
 
     def __post_init__(self):
         if self.visited is None and self.max_tokens is None:
@@ -46,6 +49,10 @@ class PrefillBudget:
         if not (is_integer(self.block, LEAST_BLOCK) and self.block <= MOST_BLOCK):
             raise ValueError(
                 f"block must be an integer in {LEAST_BLOCK}..{MOST_BLOCK}; got {self.block!r}"
+            )
+        if not (is_integer(self.averaged, 1) and self.averaged <= MOST_BLOCK):
+            raise ValueError(
+                f"averaged must be an integer in 1..{MOST_BLOCK}; got {self.averaged!r}"
             )
 
     def chosen(self, before: int, length: int, always: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from saap import context_file
 from saap.eval import reference
 
 from .test_cli import bad, run_cli
@@ -160,3 +161,37 @@ def test_the_old_name_of_prefill_warns(context, monkeypatch, capsys, tmp_path):
     assert err.strip() == "saap: `saap index` is now `saap prefill`; the old name goes in 0.2"
     assert out.read_bytes() == (context / "context.safetensors").read_bytes()
     assert "901 tokens" in told
+
+
+def test_a_prompt_is_read_sparsely_and_says_so(files, monkeypatch, capsys):
+    long = files / "long.txt"
+    long.write_bytes(reference.split_held_out()[1][:3500])
+    out_file = files / "sparse.safetensors"
+    code, out, err = run_cli(
+        monkeypatch, capsys, "prefill", "reference", long, "--out", out_file,
+        "--prefill-visited", 0.2,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "of the rows visited to read them" in out
+    assert context_file.read(out_file)[0]["prefill_visited"] == 0.2
+    code, _, err = run_cli(
+        monkeypatch, capsys, "generate", "reference", "--prompt-file", long,
+        "--prefill-visited", 0.2, "--tokens", 2,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--prefill-visited", 0), "--prefill-visited must be above 0 and at most 1; got 0.0"),
+        (("--prefill-visited", 1.5), "at most 1; got 1.5"),
+        (("--prefill-visited", 0.1, "--lossless"), "must not be given beside --lossless"),
+    ],
+)
+def test_a_wrong_share_is_refused(files, options, line, monkeypatch, capsys):
+    prompt = ("--prompt-file", files / "document.txt")
+    code, _, err = run_cli(monkeypatch, capsys, "generate", "reference", *prompt, *options)
+    assert code == 2
+    assert line in err
+    assert err.count("\n") == 1

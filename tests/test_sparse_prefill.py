@@ -10,7 +10,7 @@ import saap
 from saap import Budget, KVStore, LayerInfo, PrefillBudget
 from saap.kernels.attention import merge_states
 from saap.kv.chunks import attend_chunk
-from saap.kv.sparse_chunks import AVERAGED, RowsRead, attend_sparse_chunk
+from saap.kv.sparse_chunks import RowsRead, attend_sparse_chunk
 from saap.methods import find_method
 
 from .test_generate import generated, make, prompt, random_index
@@ -46,7 +46,7 @@ def visited_by(q, k, budget, sm_scale, softcap=None, n_sink=3, window=20):
             for head in range(n_kv):
                 queries = q[0].unflatten(0, (n_kv, -1))[head, :, own].double()
                 weights = torch.zeros(first)
-                for part in queries.split(AVERAGED, 1):
+                for part in queries.split(budget.averaged, 1):
                     scores = part.mean(1) @ k[0, head, :first].double().mT * sm_scale
                     if softcap is not None:
                         scores = softcap * torch.tanh(scores / softcap)
@@ -75,7 +75,7 @@ def attended(q, k, v, mask, sm_scale, softcap=None):
     "budget",
     [
         SPARSE,
-        PrefillBudget(visited=0.9, exact_last=0, dense_below=0, block=48),
+        PrefillBudget(visited=0.9, exact_last=0, dense_below=0, block=48, averaged=5),
         PrefillBudget(max_tokens=90, exact_last=7, dense_below=130, block=32),
         PrefillBudget(visited=0.5, max_tokens=10, exact_last=0, dense_below=0, block=16),
     ],
@@ -121,15 +121,16 @@ def test_narrower_rows_are_attended_as_they_are_stored(dtype):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_later_token_changes_nothing_before_its_block_and_no_value_comes_early():
-    n, place = 320, 300
+@pytest.mark.parametrize("place", [200, 300])
+def test_a_later_token_changes_nothing_before_its_block_and_no_value_comes_early(place):
+    n = 320
     q, k, v = tensors(n, n)
     options = {**LAYOUT, "sm_scale": 0.3}
     budget = PrefillBudget(visited=0.3, exact_last=0, dense_below=0, block=32)
     before = attend_sparse_chunk(q, k, v, budget, **options)
     keys, values, queries = k.clone(), v.clone(), q.clone()
     for changed in (keys, values):
-        changed[:, :, place:] += 3
+        changed[:, :, place:] *= 30
     for own, other in zip(
         before, attend_sparse_chunk(q, keys, values, budget, **options), strict=True
     ):
@@ -281,7 +282,7 @@ def test_a_context_goes_on_sparsely_after_the_file(tmp_path):
     model, tokens = make("llama"), prompt(1, 300)
     index = random_index(model)
     options = {"budget": STORE, "prefill": TIGHT, "method": "blend"}
-    expected, _cache = model_logits(model, tokens, chunk=150, index=index, **options)
+    expected, _ = model_logits(model, tokens, chunk=150, index=index, **options)
     with saap.attached(model, index, **options) as attached, torch.no_grad():
         first = attached.cache()
         model(tokens[:, :150], past_key_values=first)
@@ -318,6 +319,7 @@ def test_a_part_of_a_chunk_merges_as_it_should():
         ({"visited": 0.1, "dense_below": 2**31}, "got 2147483648"),
         ({"visited": 0.1, "block": 8}, "block must be an integer in 16..4096; got 8"),
         ({"visited": 0.1, "block": 64.0}, "got 64.0"),
+        ({"visited": 0.1, "averaged": 0}, "averaged must be an integer in 1..4096; got 0"),
     ],
 )
 def test_a_wrong_budget_is_refused(options, line):

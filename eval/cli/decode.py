@@ -18,6 +18,12 @@ KVDtype = Annotated[
     str,
     typer.Option(help="hold keys and values as bfloat16 or float16; as the model if not given"),
 ]
+PrefillVisited = Annotated[
+    float | None,
+    typer.Option(
+        help="read long prompts sparsely: a token visits such a share of what is before it"
+    ),
+]
 NumberOfTokens = Annotated[int, typer.Option("--tokens", help="tokens to generate at most")]
 MaxTokens = Annotated[
     int | None, typer.Option(help="rows of the middle that a token visits in each layer")
@@ -46,6 +52,7 @@ def prefill(
     method: Method = "saap",
     chunk: Chunk = 2048,
     kv_dtype: KVDtype = "",
+    prefill_visited: PrefillVisited = None,
 ) -> None:
     """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
     import saap
@@ -58,10 +65,11 @@ def prefill(
         raise ValueError(f"--chunk must be at least 1; got {chunk}")
     check_output(out, [model, document, index])
     held_as = dtype_named(kv_dtype) if kv_dtype else None
+    sparse = prefill_budget(prefill_visited)
     loaded, tokenizer, trained = load(model, index)
     tokens = read_tokens(tokenizer, document, loaded)
     with saap.attached(
-        loaded, trained, budget_of(trained), method=method, kv_dtype=held_as
+        loaded, trained, budget_of(trained), method=method, kv_dtype=held_as, prefill=sparse
     ) as saap_model:
         from saap.hf.text import read_document
 
@@ -74,9 +82,13 @@ def prefill(
             )
         out.parent.mkdir(parents=True, exist_ok=True)
         note = {} if index is None else {"index_file": str(index.resolve())}
+        if sparse is not None:
+            note["prefill_visited"] = prefill_visited
         saap_model.save_context(cache, tokens, out, note=note)
+    read = "" if sparse is None else f", {cache.read_share:.1%} of the rows visited to read them"
     console.print(
-        f"wrote {out}: {len(tokens):,} tokens, {out.stat().st_size / 1e6:,.0f} MB", highlight=False
+        f"wrote {out}: {len(tokens):,} tokens, {out.stat().st_size / 1e6:,.0f} MB{read}",
+        highlight=False,
     )
 
 
@@ -138,6 +150,7 @@ def generate(
         bool, typer.Option(help="what dense attention gives: drafted sparsely, verified exactly")
     ] = False,
     drafts: Annotated[int, typer.Option(help="most tokens drafted at once, for --lossless")] = 8,
+    prefill_visited: PrefillVisited = None,
     tokens: NumberOfTokens = 64,
     max_tokens: MaxTokens = None,
     nprobe: Nprobe = None,
@@ -154,10 +167,18 @@ def generate(
 
     check_tokens(tokens)
     verify = Verify(drafts) if lossless else None
+    sparse = prefill_budget(prefill_visited)
+    if lossless and sparse is not None:
+        raise ValueError(
+            "--prefill-visited must not be given beside --lossless, which gives what dense "
+            f"attention gives; got {prefill_visited}"
+        )
     loaded, tokenizer, trained = load(model, index)
     prompt = read_tokens(tokenizer, prompt_file, loaded)
     budget = budget_of(trained, max_tokens, nprobe, top_p, min_weight)
-    with saap.attached(loaded, trained, budget, method=method, verify=verify) as saap_model:
+    with saap.attached(
+        loaded, trained, budget, method=method, verify=verify, prefill=sparse
+    ) as saap_model:
         with one_bar("read") as bar:
             cache = read_document(
                 saap_model,
@@ -179,6 +200,16 @@ def generate(
                 same = place
                 break
         console.print(f"[dim]same tokens: the first {same} of {len(dense.tokens)}[/]")
+
+
+def prefill_budget(visited: float | None):
+    from saap import PrefillBudget
+
+    if visited is None:
+        return None
+    if not 0 < visited <= 1:
+        raise ValueError(f"--prefill-visited must be above 0 and at most 1; got {visited}")
+    return PrefillBudget(visited=visited)
 
 
 def check_tokens(tokens: int) -> None:

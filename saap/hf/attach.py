@@ -14,12 +14,11 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from saap.budget import Budget
 from saap.distributed import Group, SplitStore
 from saap.kv import KVStore
-from saap.kv.checks import check_kv_dtype
 from saap.methods import Method, find_method
 from saap.prefill import PrefillBudget
 from saap.trained_index import TrainedIndex
 
-from . import agreement, lossless
+from . import agreement, lossless, options
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .families import model_layers
@@ -50,8 +49,8 @@ class SaapModel:
             method.index.check_model(describe(model))
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
         self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
-        _check_prefill(model, prefill, verify, group)
-        _check_kv_dtype(model, kv_dtype)
+        options.check_prefill(model, prefill, verify, group)
+        options.check_kv_dtype(model, kv_dtype)
         self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
@@ -171,49 +170,6 @@ class SaapModel:
 
     def __repr__(self) -> str:
         return f"SaapModel({self.method.name!r}, {self.budget})"
-
-
-def _check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
-    """ValueError for a dtype that the attention over this model's cache cannot read."""
-    check_kv_dtype(kv_dtype)
-    if kv_dtype is None:
-        return
-    if kv_dtype.itemsize > model.dtype.itemsize:
-        raise ValueError(
-            f"kv_dtype must be no wider than the model's {model.dtype}; got {kv_dtype}"
-        )
-    if model.device.type != "cpu" and kv_dtype != model.dtype:
-        raise ValueError(
-            f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
-            f"{kv_dtype}"
-        )
-
-
-def _check_prefill(
-    model: nn.Module,
-    prefill: PrefillBudget | None,
-    verify: Verify | None,
-    group: Group | None,
-) -> None:
-    """ValueError for what a prompt cannot be read sparsely with."""
-    if prefill is None:
-        return
-    if not isinstance(prefill, PrefillBudget):
-        raise ValueError(f"prefill must be None or a saap.PrefillBudget; got {prefill!r}")
-    if verify is not None:
-        raise ValueError(
-            "prefill must be None beside verify, whose tokens are those of exact attention; got "
-            f"{prefill}"
-        )
-    if group is not None:
-        raise ValueError(
-            f"prefill must be None where the context is split over a group; got {prefill}"
-        )
-    if model.device.type != "cpu":
-        raise ValueError(
-            f"prefill must be None on {model.device.type}, where prompts are read densely; got "
-            f"{prefill}"
-        )
 
 
 @torch.compiler.disable(recursive=False)

@@ -1,12 +1,12 @@
 """Sparse attention of a chunk of new tokens: block by block, over rows that a block chooses.
 
 Queries of neighbouring tokens look at much the same rows, so a block of them chooses once for each
-KV head. It is asked by a few mean queries, of `AVERAGED` neighbouring tokens each: they score all
+KV head. It is asked by mean queries, of `averaged` neighbouring tokens each: they score all
 rows before the block exactly, and the rows with the largest sums of softmax weights are visited.
-Rows are chosen one by one: on a real model blocks of 64 neighbouring rows hold less than half of
-the weight that single rows do at equal numbers (docs/scale.md), so what block-sparse kernels do
-(MInference, arXiv 2407.02490; XAttention, arXiv 2503.16428) is not done here. Chosen rows are
-brought together and attended by the kernel of dense attention.
+Rows are chosen one by one: on a real model runs of 64 neighbouring rows hold a quarter of the
+weight that single rows do at equal numbers (docs/scale.md), so what block-sparse kernels do
+(XAttention, arXiv 2503.16428; some heads of MInference, arXiv 2407.02490) is not done here. Chosen
+rows are brought together and attended by the kernel of dense attention.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,9 @@ from torch import Tensor
 from saap.kernels.attention.merge import merge_states
 from saap.prefill import PrefillBudget
 
-from .chunks import OutAndLse, attend_chunk, attend_past
+from .chunks import WIDENED, OutAndLse, attend_chunk, attend_past
 
-AVERAGED = 16  # tokens whose queries choose as one
 SCORED_TOGETHER = 4  # blocks: products of so few queries alone are slow
-SCORED_ROWS = 2048  # keys of a part stay in the cache of a core
 
 
 @dataclass
@@ -86,7 +84,7 @@ def attend_sparse_chunk(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     for panel in _panels(blocks):
-        choices = _choose(q, k, panel, n_sink, window, sm_scale, softcap)
+        choices = _choose(q, k, panel, budget.averaged, n_sink, window, sm_scale, softcap)
         for block, chosen in zip(panel, choices, strict=True):
             queries, end = slice(block.first, block.last), n - length + block.last
             own = q[:, :, queries]
@@ -137,20 +135,22 @@ def _panels(blocks: list[_Block]):
 
 
 def _choose(
-    q: Tensor, k: Tensor, panel: list[_Block], n_sink: int, window: int, sm_scale, softcap
+    q, k, panel: list[_Block], averaged: int, n_sink: int, window: int, sm_scale, softcap
 ) -> list[Int[Tensor, "Hkv rows"] | None]:
     """For each block the rows before it that it visits, ascending; None for all."""
     if panel[0].chosen is None:
         return [None]
     n_kv = k.shape[1]
-    means = [_means(q[0, :, block.first : block.last], n_kv) for block in panel]
+    means = [_means(q[0, :, block.first : block.last], n_kv, averaged) for block in panel]
     scores = _scores(torch.cat(means, 1) * sm_scale, k[0, :, : panel[-1].before], softcap)
-    choices, at = [], 0
-    for block, mean in zip(panel, means, strict=True):
+    stops = torch.tensor([mean.shape[1] for mean in means]).cumsum(0).tolist()
+    for block, mean, stop in zip(panel, means, stops, strict=True):
+        scores[:, stop - mean.shape[1] : stop, block.before :] = -torch.inf
+    shares = torch.softmax(scores, -1, out=scores)  # in place: they are many
+    choices = []
+    for block, mean, stop in zip(panel, means, stops, strict=True):
         middle = slice(n_sink, block.before - window)
-        own = scores[:, at : at + mean.shape[1], : block.before].softmax(-1)
-        weights = own[..., middle].sum(1)
-        at += mean.shape[1]
+        weights = shares[:, stop - mean.shape[1] : stop, middle].sum(1)
         rows = weights.topk(block.chosen, dim=1, sorted=False).indices.sort(1).values + n_sink
         sinks = torch.arange(n_sink, device=k.device).expand(n_kv, -1)
         latest = torch.arange(block.before - window, block.before, device=k.device)
@@ -158,19 +158,19 @@ def _choose(
     return choices
 
 
-def _means(q: Float[Tensor, "Hq T D"], n_kv: int) -> Float[Tensor, "Hkv m D"]:
+def _means(q: Float[Tensor, "Hq T D"], n_kv: int, averaged: int) -> Float[Tensor, "Hkv m D"]:
     """Mean queries of neighbouring tokens of every head, the last of fewer."""
-    parts = [part.float().mean(1) for part in q.split(AVERAGED, 1)]
+    parts = [part.float().mean(1) for part in q.split(averaged, 1)]
     return torch.stack(parts, 1).unflatten(0, (n_kv, -1)).flatten(1, 2)
 
 
 def _scores(
     q: Float[Tensor, "Hkv m D"], k: Float[Tensor, "Hkv n D"], softcap: float | None
 ) -> Float[Tensor, "Hkv m n"]:
-    out = q.new_empty(*q.shape[:2], k.shape[1])
-    for first in range(0, k.shape[1], SCORED_ROWS):
-        rows = slice(first, first + SCORED_ROWS)
-        out[..., rows] = q @ k[:, rows].float().mT
+    if k.dtype == q.dtype:
+        out = q @ k.mT
+    else:
+        out = torch.cat([q @ part.to(q.dtype).mT for part in k.split(WIDENED, 1)], 2)
     return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 

@@ -1,0 +1,53 @@
+"""Check what `attached` is given against the model: each ValueError names the value."""
+
+import torch
+from torch import nn
+
+from saap.distributed import Group
+from saap.kv import checks
+from saap.prefill import PrefillBudget
+
+from .pace import Verify
+
+
+def check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that the attention over this model's cache cannot read."""
+    checks.check_kv_dtype(kv_dtype)
+    if kv_dtype is None:
+        return
+    if kv_dtype.itemsize > model.dtype.itemsize:
+        raise ValueError(
+            f"kv_dtype must be no wider than the model's {model.dtype}; got {kv_dtype}"
+        )
+    if model.device.type != "cpu" and kv_dtype != model.dtype:
+        raise ValueError(
+            f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
+            f"{kv_dtype}"
+        )
+
+
+def check_prefill(
+    model: nn.Module,
+    prefill: PrefillBudget | None,
+    verify: Verify | None,
+    group: Group | None,
+) -> None:
+    """ValueError for what a prompt cannot be read sparsely with."""
+    if prefill is None:
+        return
+    if not isinstance(prefill, PrefillBudget):
+        raise ValueError(f"prefill must be None or a saap.PrefillBudget; got {prefill!r}")
+    if verify is not None:
+        raise ValueError(
+            "prefill must be None beside verify, whose tokens are those of exact attention; got "
+            f"{prefill}"
+        )
+    if group is not None:
+        raise ValueError(
+            f"prefill must be None where the context is split over a group; got {prefill}"
+        )
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"prefill must be None on {model.device.type}, where prompts are read densely; got "
+            f"{prefill}"
+        )
