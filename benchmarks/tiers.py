@@ -1,10 +1,10 @@
-"""A context of 1M tokens whose keys and values lie in files, in a tenth of their size of memory.
+"""A context of 1M tokens whose keys and values lie in files, under a limit of memory.
 
     python -m benchmarks.tiers --folder /path/on/a/disk [--tokens 1048576] [--layers 5]
 
 Layers in the shape of SmolLM2's (9 query heads, 3 KV heads of 64) over random keys and values, in
 float32; queries have a cosine of 0.9 to those of the step before, or are new. Some layers all in
-memory, and all in files, within a control group whose limit is a tenth of keys and values; page
+memory, and all in files, within a control group whose limit is a share of keys and values; page
 cache counts there. Then the reference model's own steps, for the hits of queries that a text
 asks. Figures go to `$OUT`, else to `benchmarks/results/<device>/tiers.json`, and then into
 `docs/scale.md`.
@@ -35,7 +35,7 @@ from .reports import ROOT, put_table, report_path, write
 COMMAND = "python -m benchmarks.tiers"
 HEADS, N_KV, DIM, CHUNK, LAST = 9, 3, 64, 2048, 64
 BUDGET = Budget(max_tokens=4096, flush_every=256)
-WARM, STEPS = 4, 12
+WARM, STEPS = 4, 8
 COSINES = (0.9, 0.0)
 
 
@@ -104,10 +104,11 @@ def child(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     stack.fill(options.tokens)
     found = {"fill_s": time.perf_counter() - began, "steps": {}}
-    print("filled", found["fill_s"], file=sys.stderr, flush=True)
+    print("filled", found["fill_s"], anonymous_memory(), file=sys.stderr, flush=True)
     began = time.perf_counter()
     stack.steps(1, 0.5)
     found["first_s"] = time.perf_counter() - began
+    print("first", found["first_s"], anonymous_memory(), file=sys.stderr, flush=True)
     for cosine in COSINES:
         found["steps"][str(cosine)] = stack.steps(STEPS, cosine)
         print(cosine, found["steps"][str(cosine)], file=sys.stderr, flush=True)
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--inside-layers", type=int, default=1, help="layers all in memory")
     parser.add_argument("--fast-memory", type=int, default=60 * 2**20, help="bytes, all layers")
+    parser.add_argument("--share", type=float, default=0.1, help="limit, of keys and values")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -224,7 +226,7 @@ def main() -> None:
     }  # fmt: skip
     report["text"] = of_a_text()
     try:
-        report["files"] = measured(options, kv_bytes // 10, options.folder)
+        report["files"] = measured(options, round(options.share * kv_bytes), options.folder)
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
     report["inside"] = measured(options, None, None)

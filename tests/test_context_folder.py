@@ -1,5 +1,6 @@
 """Caches whose keys and values lie in files: the same tokens, and what is left after accidents."""
 
+import contextlib
 import copy
 import errno
 import os
@@ -169,8 +170,10 @@ def test_a_killed_process_leaves_what_it_saved(tiny_model, long_tokens, tmp_path
     command = [sys.executable, "-c", textwrap.dedent(KILLED), folder, tokens]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as on_exit,
         saap.attached(tiny_model, budget=BUDGET) as attached,
     ):
+        on_exit.callback(process.kill)  # else a test that fails waits for it
         assert process.stdout.readline() == "saved\n"
         for use in (
             lambda: attached.open_context(folder),
