@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test fuzz models lint docs docs-serve bench gpu vllm clean
+.PHONY: demo test fuzz models lint types docs docs-serve bench gpu vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,14 @@ endif
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The public names, as a typed program uses them; in an installed copy, since type checkers do not
+# follow the mapping of an editable installation.
+types: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pyright==1.1.*"
+	rm -rf .venv/types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/types .
+	$(BIN)/pyright --project tests/typed
 
 # The site, strictly, in site/; and the same while pages are being written.
 DOCS := $(VENV)/.docs-installed

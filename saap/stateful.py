@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 
+F = TypeVar("F", bound=Callable)
 
-def stateful(function: Callable) -> Callable:
+
+def stateful(function: F) -> F:
     """A function that works wherever it is called, as it is written.
 
     A caller that `torch.compile` compiles runs it between two graphs. Under
@@ -24,4 +27,4 @@ def stateful(function: Callable) -> Callable:
                 return function(*arguments, **keywords)
         return function(*arguments, **keywords)
 
-    return called
+    return cast(F, called)
