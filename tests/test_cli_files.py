@@ -233,6 +233,8 @@ def test_an_interrupt_while_workers_start_is_quiet(tmp_path):
         "from saap.eval.workers import Crew, results\n"
         "from tests.units_of_work import nothing, forever\n"
         "if __name__ == '__main__':\n"
+        # Shells start what runs in the background without it.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    send = lambda: os.killpg(os.getpgid(0), signal.SIGINT)\n"
         f"    threading.Timer(0.4, send).start()\n"
         f"    list(results(nothing, forever, [{str(tmp_path / 'pid')!r}], Crew(1, 1)))"
