@@ -2,6 +2,7 @@
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from transformers.generation import logits_process as processors_of_transformers
 
 # They keep something from call to call, or call a function of the user's.
