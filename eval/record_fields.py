@@ -58,7 +58,9 @@ def is_some(value) -> bool:
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("unit", "task", "method", "budget"), (is_text, "a text")),
     **dict.fromkeys(("layer", "head", "accepted"), (is_count, "an integer from 0")),
-    **dict.fromkeys(("context", "queries", "tokens", "verifications"), (is_some, "an integer from 1")),
+    **dict.fromkeys(
+        ("context", "queries", "tokens", "verifications"), (is_some, "an integer from 1")
+    ),
     **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
     **dict.fromkeys(
         (*COSTS, "output_error", "nll", "accuracy", "build_ms", "load", "middle_mass_share",

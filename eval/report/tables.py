@@ -99,8 +99,8 @@ def answer_section(scores: list[dict]) -> str:
     return "".join(
         html_table(
             f"Against dense attention, {context:,} tokens",
-            "The context is dense, question and answer are sparse. drafting: tokens that one dense "
-            "verification gives where the method drafts 8. Difference with a 95 % "
+            "The context is dense, question and answer are sparse. drafting: tokens that one "
+            "dense verification gives where the method drafts 8. Difference with a 95 % "
             "interval of a paired bootstrap over prompts or texts; * excludes 0.",
             ANSWER_HEAD,
             rows,
