@@ -199,7 +199,7 @@ def test_a_sequence_of_a_batch_ends_at_every_place_of_a_draft(llama):
     inputs = batch_of(LENGTHS, seed=3)
     dense = generated(model, inputs, max_new_tokens=30, eos_token_id=None)
     with attached(model, index) as saap_model:
-        for n in range(1, 10):
+        for n in (1, 3, 5, 8):
             options = {"max_new_tokens": 30, "eos_token_id": int(dense[1, 59 + n])}
             expected = generated(model, inputs, **options)
             cache = saap_model.cache()
@@ -248,7 +248,7 @@ def test_sampled_batches_have_the_distribution_of_dense(llama):
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.lm_head.weight *= 6
-    inputs, n_runs, n_each = inputs_of(prompt(1, 60, seed=1)), 500, 4
+    inputs, n_runs, n_each = inputs_of(prompt(1, 60, seed=1)), 150, 4
     options = {"do_sample": True, "top_k": 3, "max_new_tokens": 3, "eos_token_id": None}
     options["pad_token_id"] = 0
     torch.manual_seed(0)

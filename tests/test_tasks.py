@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saap.eval import reference
+from saap.eval.report.tables import answer_rows
 from saap.eval.run import EvalConfig, run
 from saap.eval.scores import score_run
 from saap.eval.tasks.copying import Copying
@@ -140,6 +141,9 @@ def test_drafting_counts_tokens_per_verification(scores):
     assert own["streaming"]["selectivity"] < 0.4
     value, *_ = own["streaming"]["to_dense"]
     assert value == pytest.approx(own["streaming"]["accepted_per_verification"] - 8.0)
+    rows = {(row[0], row[1]): row for row in answer_rows(scores)[900]}
+    assert rows["dense", "drafting"][2] == "8.00 tokens"
+    assert rows["streaming", "drafting"][3].startswith(f"{value:+.2f}")
 
 
 def test_drafting_counts_as_lossless_decoding_does(reference_model, reference_tokenizer):
