@@ -1,21 +1,22 @@
 """Lossless decoding of a pretrained model: how many tokens a verification accepts, how fast it is.
 
     make models
-    python -m benchmarks.lossless [--contexts 2048,4096] [--prompts 4] [--tokens 64] [--threads 2]
+    python -m benchmarks.lossless [--contexts 2048] [--prompts 12] [--tokens 32] [--threads 1]
 
-Prompts are pieces of Python's documentation (`prose2`) and of its standard library (`code`), or of
-`--corpora`, in turn. Each is read once, densely; then continued greedily
+Prompts are, in turn, text (Python's documentation), code (its standard library), and text with a
+question behind it. Each is read once, densely; then continued greedily, one after the other,
 
 - by `transformers`: the model's own attention over its `DynamicCache`;
 - by `dense`: ours over the same store, every row visited;
 - at each budget by `saap` drafting: with a fixed number of drafts, which counts what verifications
-  accept, and adapting, which is what users run.
+  accept, and where `--ways fixed,adapting` asks for it adapting, which is what users run.
 
 Rates are of the tokens after the first. What selectors learn from a prompt happens before that and
 is told apart (`learn_s`). `same`: all tokens are those of `transformers`; else `parts_at`, the
 first place where they are not, and `gap`, by how much its likeliest token leads the next one
 there, in nats: rounding may turn a tie. JSON goes to `$OUT` or
-`benchmarks/results/<device>/lossless.json`.
+`benchmarks/results/<device>/lossless.json`, the table to `docs/lossless.md`, both after each
+prompt, so a run may be stopped at any time.
 """
 
 import argparse
@@ -39,9 +40,16 @@ from saap.hf.text import Generated, generate_text
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
-from .reports import report_path, write
+from .reports import ROOT, put_table, report_path, write
 
-CORPORA = "prose2,code"
+KINDS = {"text": "prose2", "code": "code", "question": "prose2"}
+QUESTIONS = (
+    "What is the text above about?",
+    "Which functions does the text above name, and what do they do?",
+    "What should a beginner remember of the text above?",
+)
+COMMAND = "python -m benchmarks.lossless"
+WAYS = {"fixed": False, "adapting": True}  # whether the number of drafts adapts
 N_SINK, WINDOW = 4, 16  # small, so that 2 % of 2,048 tokens are more than they
 BYTES_A_TOKEN = 8
 
@@ -49,14 +57,19 @@ BYTES_A_TOKEN = 8
 def prompts(
     tokenizer, texts: dict[str, bytes], context: int, n: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The corpus and `tokens [context]` of each prompt, from places spread over the corpora."""
+    """The kind and `tokens [context]` of each prompt, from places spread over the corpora."""
     for number in range(n):
-        name, text = list(texts.items())[number % len(texts)]
+        kind = list(KINDS)[number % len(KINDS)]
+        text = texts[KINDS[kind]]
         start = (2 * number + 1) * len(text) // (2 * n)
-        tokens = encode(tokenizer, text[start : start + BYTES_A_TOKEN * context])[:context]
+        tokens = encode(tokenizer, text[start : start + BYTES_A_TOKEN * context])
         if len(tokens) < context:
-            raise ValueError(f"corpus {name} must have {context} tokens; got {len(tokens)}")
-        yield name, tokens
+            raise ValueError(f"{KINDS[kind]} must have {context} tokens; got {len(tokens)}")
+        asked = tokens[:0]
+        if kind == "question":
+            question = QUESTIONS[number // len(KINDS) % len(QUESTIONS)]
+            asked = encode(tokenizer, f"\n\nQuestion: {question}\nAnswer:".encode(), special=False)
+        yield kind, torch.cat([tokens[: context - len(asked)], asked])
 
 
 def budgets(shares: list[float], context: int) -> dict[float, Budget]:
@@ -111,13 +124,13 @@ class Prompt:
         return {"same": False, "parts_at": at, "gap": first - second}
 
 
-def measure(prompt: Prompt, shares: list[float], drafts: int) -> Iterator[dict]:
+def measure(prompt: Prompt, shares: list[float], drafts: int, ways: list[str]) -> Iterator[dict]:
     """Records of one prompt: dense first, then each budget."""
     yield {"way": "transformers", "tokens_per_s": prompt.transformers.tokens_per_second}
     yield {"way": "dense", **prompt.record("dense", DENSE, None)}
     for share, budget in budgets(shares, len(prompt.tokens)).items():
-        for way, adapt in (("fixed", False), ("adapting", True)):
-            own = prompt.record("saap", budget, Verify(drafts, adapt=adapt))
+        for way in ways:
+            own = prompt.record("saap", budget, Verify(drafts, adapt=WAYS[way]))
             yield {"way": way, "share": share, **own}
 
 
@@ -170,15 +183,38 @@ def print_summary(s: dict) -> None:
     )
 
 
+def table(records: list[dict]) -> str:
+    """What verifications accept with a fixed number of drafts, for a page of the docs."""
+    lines = [
+        "| context | budget | text | code | question | all | same tokens as `transformers` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    fixed = [r for r in records if r["way"] == "fixed"]
+    for context, share in sorted({(r["context"], r["share"]) for r in fixed}):
+        own = [r for r in fixed if (r["context"], r["share"]) == (context, share)]
+        parts = [per_verification([r for r in own if r["kind"] == kind]) for kind in KINDS]
+        same = sum(r["same"] for r in own)
+        lines.append(
+            f"| {context:,} | {share:.0%} | {' | '.join(parts)} | {per_verification(own)} | "
+            f"{same} of {len(own)} prompts |"
+        )
+    return "\n".join(lines)
+
+
+def per_verification(records: list[dict]) -> str:
+    done = sum(r["verifications"] for r in records)
+    return f"{1 + sum(r['accepted'] for r in records) / done:.2f}" if done else "–"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--corpora", default=CORPORA, help="names, files or folders of text")
-    parser.add_argument("--contexts", default="2048,4096")
+    parser.add_argument("--contexts", default="2048")
     parser.add_argument("--budgets", default="0.02,0.05,0.1,0.2", help="shares of the context")
-    parser.add_argument("--prompts", type=int, default=4, help="of each context")
-    parser.add_argument("--tokens", type=int, default=64, help="generated for each prompt")
+    parser.add_argument("--prompts", type=int, default=12, help="of each context")
+    parser.add_argument("--tokens", type=int, default=32, help="generated for each prompt")
     parser.add_argument("--drafts", type=int, default=8)
+    parser.add_argument("--ways", default="fixed", help="of fixed and adapting, by commas")
     parser.add_argument("--threads", type=int, help="torch's number of threads")
     options = parser.parse_args()
     if options.threads:
@@ -186,30 +222,28 @@ def main() -> int:
     shares = [float(part) for part in options.budgets.split(",")]
     model, tokenizer = hf.load_model(options.model), hf.load_tokenizer(options.model)
     model.generation_config.eos_token_id = None  # as many tokens of every prompt
-    names = [Path(part) for part in options.corpora.split(",")]
-    texts = {name.name: read_corpus([name]) for name in names}
-    records = []
-    for context in [int(part) for part in options.contexts.split(",")]:
-        chosen = prompts(tokenizer, texts, context, options.prompts)
-        for number, (corpus, tokens) in enumerate(chosen):
-            place = {"context": context, "prompt": number, "corpus": corpus}
-            prompt = Prompt(model, tokenizer, tokens, options.tokens)
-            for record in measure(prompt, shares, options.drafts):
-                records.append({**place, **record})
-                print(records[-1], flush=True)
-    found = summaries(records)
-    for summary in found:
-        print_summary(summary)
+    texts = {name: read_corpus([Path(name)]) for name in sorted(set(KINDS.values()))}
     report = {
-        "environment": {**environment(), "load_after": load()},
+        "environment": environment(),
         "model": options.model,
         "options": {"tokens": options.tokens, "drafts": options.drafts, "n_sink": N_SINK,
                     "window": WINDOW},
-        "summaries": found,
-        "records": records,
     }  # fmt: skip
     path = report_path(cpu_name(), "lossless.json")
-    write(path, report)
+    records = []
+    for context in [int(part) for part in options.contexts.split(",")]:
+        chosen = prompts(tokenizer, texts, context, options.prompts)
+        for number, (kind, tokens) in enumerate(chosen):
+            place = {"context": context, "prompt": number, "kind": kind}
+            prompt = Prompt(model, tokenizer, tokens, options.tokens)
+            for record in measure(prompt, shares, options.drafts, options.ways.split(",")):
+                records.append({**place, **record})
+                print(records[-1], flush=True)
+            report["environment"]["load_after"] = load()
+            write(path, {**report, "summaries": summaries(records), "records": records})
+            put_table(ROOT / "docs" / "lossless.md", COMMAND, table(records))
+    for summary in summaries(records):
+        print_summary(summary)
     print(f"wrote {path}")
     return 0
 

@@ -77,6 +77,16 @@ class Decoder:
             pending = generated[-1:]
         return generated
 
+    @torch.no_grad()
+    def take(self, tokens: list[int]) -> None:
+        """Tokens that come after exact attention, not the method's; they do not count."""
+        before, self.cache.exact = self.cache.exact, True
+        try:
+            given = torch.tensor([tokens], device=self.model.device)
+            self.model(given, past_key_values=self.cache)
+        finally:
+            self.cache.exact = before
+
     def _count(self) -> None:
         visited = self.visited
         for layer in self.cache.saap_layers:

@@ -12,10 +12,16 @@ PLACE = ("unit", "task", "context")
 NEEDED = {
     "attention": (*COSTS, "layer", "queries", "output_error", *HEADS),
     "perplexity": (*COSTS, "nll", "tokens"),
+    "drafting": (*COSTS, "accepted", "verifications"),
     "speed": (*COSTS, *PARTS, "build_ms", "load"),
 }
 # A metric is a ratio: what it is divided by.
-PARTNERS = {"middle_caught": "middle_mass", "output_error": "queries", "nll": "tokens"}
+PARTNERS = {
+    "middle_caught": "middle_mass",
+    "output_error": "queries",
+    "nll": "tokens",
+    "accepted": "verifications",
+}
 OF_A_HEAD = ("layer", "head", "middle_mass_share", "explained", "keys", "queries")  # no method's
 
 
@@ -51,8 +57,10 @@ def is_some(value) -> bool:
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("unit", "task", "method", "budget"), (is_text, "a text")),
-    **dict.fromkeys(("layer", "head"), (is_count, "an integer from 0")),
-    **dict.fromkeys(("context", "queries", "tokens"), (is_some, "an integer from 1")),
+    **dict.fromkeys(("layer", "head", "accepted"), (is_count, "an integer from 0")),
+    **dict.fromkeys(
+        ("context", "queries", "tokens", "verifications"), (is_some, "an integer from 1")
+    ),
     **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
     **dict.fromkeys(
         (*COSTS, "output_error", "nll", "accuracy", "build_ms", "load", "middle_mass_share",

@@ -113,6 +113,20 @@ def score_text(members: list[dict]) -> dict:
     }
 
 
+def score_drafting(members: list[dict]) -> dict:
+    """Tokens that one verification gives, the one that it adds itself counted in."""
+    done = sum(r["verifications"] for r in members)
+    return {
+        "recall_all": None,
+        "recall_middle": None,
+        "recall_of_oracle": None,
+        "output_error": None,
+        "accuracy": None,
+        "accepted_per_verification": 1 + sum(r["accepted"] for r in members) / done,
+        "texts": len(members),
+    }
+
+
 def score_speed(members: list[dict]) -> dict:
     """Microseconds per layer and step: medians over the rounds of the mean over the layers.
 
@@ -138,18 +152,23 @@ def score_speed(members: list[dict]) -> dict:
     }
 
 
-MEASURES = {"attention": score_attention, "perplexity": score_text, "speed": score_speed}
+MEASURES = {
+    "attention": score_attention,
+    "perplexity": score_text,
+    "drafting": score_drafting,
+    "speed": score_speed,
+}
 
 
 def add_difference_to_dense(scores: list[dict], records: list[dict]) -> None:
-    """`to_dense: [difference, low, high]` of accuracy or nats per token, paired over the units."""
+    """`to_dense: [difference, low, high]` of what tasks are judged by, paired over the units."""
     units = by_unit(records)
     dense = {
         (p[0], p[1], metric): found for (p, metric), found in units.items() if p[2] == "dense"
     }
     for score in scores:
         place = score["task"], score["context"], score["method"], score["budget"]
-        for metric in ("accuracy", "nll"):
+        for metric in ("accuracy", "nll", "accepted_per_verification"):
             own = units.get((place, metric))
             if own is None or (*place[:2], metric) not in dense or score["method"] == "dense":
                 continue

@@ -47,6 +47,21 @@ class Kept(BaseStreamer):
         self.tokens.append("end")
 
 
+def batch_of(lengths, seed=0):
+    """Prompts of these lengths, padded on the left."""
+    width = max(lengths)
+    mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
+    return {"input_ids": prompt(len(lengths), width, seed=seed), "attention_mask": mask}
+
+
+def assert_batch_holds(model, cache, ids, lengths, n_prompt):
+    """As `assert_holds`, each sequence by itself."""
+    for b, n in enumerate(lengths):
+        own = copy.deepcopy(cache)
+        own.batch_select_indices(torch.tensor([b]))
+        assert_holds(model, own, ids[b : b + 1], n_prompt - n)
+
+
 def assert_holds(model, cache, ids, padding=0):
     """The cache holds all of `ids [1, N]` but the last, as an exact forward would have it."""
     n = ids.shape[1] - 1
@@ -150,6 +165,130 @@ def test_left_padding_and_the_next_turn(family):
             assert_holds(model, cache, ours, padding)
             # One token more than the cache holds, then several: a prompt is read exactly.
             tokens = torch.cat([ours, prompt(1, 1 + 8 * turn, seed=turn)], 1)
+
+
+LENGTHS = [60, 41, 53]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_batch_and_its_next_turn(family):
+    """Greedy tokens of a left-padded batch, and its cache, are those of each sequence alone."""
+    model = make(family)
+    model.set_attn_implementation("eager")
+    inputs, lengths = batch_of(LENGTHS, seed=3), list(LENGTHS)
+    with attached(model, random_index(model)) as saap_model:
+        cache = saap_model.cache()
+        for turn in range(2):
+            width = inputs["input_ids"].shape[1]
+            ours = generated(model, inputs, past_key_values=cache, max_new_tokens=12)
+            assert torch.equal(ours, generated(model, inputs, max_new_tokens=12))
+            assert_batch_holds(model, cache, ours, lengths, width)
+            more = torch.cat([ours, prompt(len(LENGTHS), 1 + turn, seed=9)], 1)
+            new = inputs["attention_mask"].new_ones(len(LENGTHS), more.shape[1] - width)
+            lengths = [n + new.shape[1] for n in lengths]
+            inputs = {
+                "input_ids": more,
+                "attention_mask": torch.cat([inputs["attention_mask"], new], 1),
+            }
+    tally = cache.pace.tally
+    assert 0 < tally.accepted < tally.drafted
+
+
+def test_a_sequence_of_a_batch_ends_at_every_place_of_a_draft(llama):
+    model, index = llama
+    inputs = batch_of(LENGTHS, seed=3)
+    dense = generated(model, inputs, max_new_tokens=30, eos_token_id=None)
+    with attached(model, index) as saap_model:
+        for n in (1, 3, 5, 8):
+            options = {"max_new_tokens": 30, "eos_token_id": int(dense[1, 59 + n])}
+            expected = generated(model, inputs, **options)
+            cache = saap_model.cache()
+            ours = generated(model, inputs, past_key_values=cache, **options)
+            assert torch.equal(ours, expected)
+            assert_batch_holds(model, cache, ours, LENGTHS, 60)
+    ends = (expected[:, 60:] == options["eos_token_id"]).any(1)
+    assert bool(ends[1]), "one ends"
+    assert not bool(ends.all()), "and others go on"
+
+
+class StopsOne(StoppingCriteria):
+    """The first sequence is finished after so many tokens."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **_):
+        stopped = torch.zeros(len(input_ids), dtype=torch.bool)
+        stopped[0] = input_ids.shape[1] >= self.length
+        return stopped
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_a_sequence_of_a_batch_that_is_stopped(llama, eos):
+    """Padding follows where there is a token that ends sequences, else tokens as before."""
+    model, index = llama
+    inputs = batch_of(LENGTHS, seed=3)
+    options = {"max_new_tokens": 14, "eos_token_id": eos}
+    for n in (62, 64):
+        options["stopping_criteria"] = [StopsOne(n)]
+        expected = generated(model, inputs, **options)
+        with attached(model, index) as saap_model:
+            cache = saap_model.cache()
+            ours = generated(model, inputs, past_key_values=cache, **options)
+        assert torch.equal(ours, expected)
+        assert bool((ours[0, n:] == 0).all()) == (eos is not None)
+        assert_batch_holds(model, cache, ours, LENGTHS, 60)
+
+
+def test_sampled_batches_have_the_distribution_of_dense(llama):
+    """Pairs of tokens of `num_return_sequences`, where other sequences cut what was accepted."""
+    from scipy.stats import chisquare
+
+    model, index = llama
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight *= 6
+    inputs, n_runs, n_each = inputs_of(prompt(1, 60, seed=1)), 150, 4
+    options = {"do_sample": True, "top_k": 3, "max_new_tokens": 3, "eos_token_id": None}
+    options["pad_token_id"] = 0
+    torch.manual_seed(0)
+    counts = {}
+    with attached(model, index, verify=Verify(2, adapt=False)) as saap_model:
+        for _ in range(n_runs):
+            cache = saap_model.cache()
+            found = model.generate(
+                **inputs, past_key_values=cache, num_return_sequences=n_each, **options
+            )
+            for three in found[:, 60:].tolist():
+                counts[tuple(three)] = counts.get(tuple(three), 0) + 1
+    shares = {(): 1.0}
+    for _ in range(3):
+        ids = torch.cat(
+            [
+                inputs["input_ids"].expand(len(shares), -1),
+                torch.tensor(list(shares), dtype=torch.long),
+            ],
+            1,
+        )
+        with torch.no_grad():
+            best = model(ids).logits[:, -1].topk(3)
+        own = best.values.softmax(-1)
+        shares = {
+            (*before, int(best.indices[b, i])): share * float(own[b, i])
+            for b, (before, share) in enumerate(shares.items())
+            for i in range(3)
+        }
+    assert set(counts) <= set(shares)
+    n = n_runs * n_each
+    often = [key for key, share in shares.items() if share * n >= 5]
+    seen = [counts.get(key, 0) for key in often]
+    expected = [shares[key] * n for key in often]
+    if n - sum(expected) > 1:
+        seen.append(n - sum(seen))
+        expected.append(n - sum(expected))
+    assert len(often) > 5
+    total = sum(expected)
+    assert chisquare(seen, [e * n / total for e in expected]).pvalue > 1e-3
 
 
 def test_adapting_gives_the_same_tokens(llama):
@@ -369,7 +508,6 @@ BAD = {
         {"output_hidden_states": True, "return_dict_in_generate": True},
         "output_hidden_states must be False where verify is set; got True",
     ),
-    "batch": ({"input_ids": prompt(3, 9)}, "the batch must be 1 where verify is set; got 3"),
 }
 
 

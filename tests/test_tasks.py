@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saap.eval import reference
+from saap.eval.report.tables import answer_rows
 from saap.eval.run import EvalConfig, run
 from saap.eval.scores import score_run
 from saap.eval.tasks.copying import Copying
@@ -129,6 +130,44 @@ def test_perplexity_is_that_of_the_model(scores, reference_model, reference_toke
     own = {s["method"]: s["nll"] for s in scores if s["task"] == "perplexity"}
     assert own["dense"] == pytest.approx(true, rel=1e-4)
     assert own["streaming"] != own["dense"]
+
+
+def test_drafting_counts_tokens_per_verification(scores):
+    own = {s["method"]: s for s in scores if s["task"] == "drafting"}
+    # 16 tokens: 9 of a full round, then 6 drafts and the verification's own.
+    assert own["dense"]["accepted_per_verification"] == 8.0
+    assert own["dense"]["selectivity"] == 1.0
+    assert 1 <= own["streaming"]["accepted_per_verification"] <= 8.0
+    assert own["streaming"]["selectivity"] < 0.4
+    value, *_ = own["streaming"]["to_dense"]
+    assert value == pytest.approx(own["streaming"]["accepted_per_verification"] - 8.0)
+    rows = {(row[0], row[1]): row for row in answer_rows(scores)[900]}
+    assert rows["dense", "drafting"][2] == "8.00 tokens"
+    assert rows["streaming", "drafting"][3].startswith(f"{value:+.2f}")
+
+
+def test_drafting_counts_as_lossless_decoding_does(reference_model, reference_tokenizer):
+    from saap import hf
+    from saap.budget import Budget
+    from saap.eval.decoding import decoder
+    from saap.eval.tasks.base import text_tokens
+    from saap.eval.tasks.drafting import DRAFTS, drafted
+    from saap.methods import find_method
+
+    tokens = text_tokens(reference_tokenizer, TEXT, 600, 0, 1)
+    read = hf.read_context(reference_model, tokens[:-1])
+    budget = Budget(max_tokens=0, n_sink=4, window=16, flush_every=1)
+    verify = hf.Verify(DRAFTS, adapt=False)
+    options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
+    with hf.attached(reference_model, method="streaming", budget=budget, verify=verify) as own:
+        cache = hf.cache_from(own, read, 700)
+        found = reference_model.generate(tokens[None], past_key_values=cache, **options)
+    read = hf.read_context(reference_model, tokens)
+    with decoder(reference_model, read, find_method("streaming")(), budget, 64) as own:
+        counted = drafted(own, int(found[0, 600]), found[0, 601:].tolist())
+    tally = cache.pace.tally
+    assert 0 < tally.accepted < tally.drafted
+    assert counted == (tally.verifications, tally.accepted)
 
 
 def test_speed_is_split(scores):

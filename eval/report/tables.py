@@ -43,6 +43,12 @@ def with_bounds(score: dict, form: str) -> str:
 
 
 ANSWER_HEAD = ("method", "task", "score", "minus dense", "visited", "budget")
+# What a task is judged by, and the forms of it and of its difference to dense.
+JUDGED = (
+    ("accuracy", "{:.0%}", "{:+.0%}"),
+    ("nll", "{:.3f} nats", "{:+.3f}"),
+    ("accepted_per_verification", "{:.2f} tokens", "{:+.2f}"),
+)
 SPEED_HEAD = ("method", "budget", "route", "select", "attend", "other", "step", "dense",
               "speed-up", "build ms", "break-even")  # fmt: skip
 
@@ -58,15 +64,14 @@ def by_context(scores: list[dict]) -> dict[int, list[dict]]:
 
 
 def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
-    """Rows by context for all tasks that are judged by answers or by nats."""
-    asked = [s for s in scores if s.get("accuracy") is not None or s.get("nll") is not None]
+    """Rows by context for all tasks that are judged by answers, nats or accepted drafts."""
+    asked = [s for s in scores if any(s.get(name) is not None for name, *_ in JUDGED)]
     rows = {}
     for context, own in by_context(asked).items():
         rows[context] = []
         for s in own:
-            right = s.get("accuracy")
-            score = f"{s['nll']:.3f} nats" if right is None else f"{right:.0%}"
-            difference = with_bounds(s, "{:+.3f}" if right is None else "{:+.0%}")
+            name, form, change = next(j for j in JUDGED if s.get(j[0]) is not None)
+            score, difference = form.format(s[name]), with_bounds(s, change)
             visited = f"{s['selectivity']:.1%}"
             rows[context].append([named(s), s["task"], score, difference, visited, budget_cell(s)])
     return rows
@@ -94,7 +99,8 @@ def answer_section(scores: list[dict]) -> str:
     return "".join(
         html_table(
             f"Against dense attention, {context:,} tokens",
-            "The context is dense, question and answer are sparse. Difference with a 95 % "
+            "The context is dense, question and answer are sparse. drafting: tokens that one "
+            "dense verification gives where the method drafts 8. Difference with a 95 % "
             "interval of a paired bootstrap over prompts or texts; * excludes 0.",
             ANSWER_HEAD,
             rows,

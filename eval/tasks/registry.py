@@ -5,6 +5,7 @@ from saap.names import find_named
 from .attention import Attention
 from .base import Task
 from .copying import Copying
+from .drafting import Drafting
 from .geometry import Geometry
 from .needles import MultiKey, MultiQuery, MultiValue
 from .passkey import PassKey
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     "frequent-words": FrequentWords,
     "copying": Copying,
     "perplexity": Perplexity,
+    "drafting": Drafting,
     "speed": Speed,
     "geometry": Geometry,
 }

@@ -21,17 +21,10 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import logits_process as processors_of_transformers
 
+from .acceptance import accepted_or_drawn, can_guess, drawn, likeliest
 from .cache import SaapCache
 from .pace import Pace
-
-# They keep something from call to call, or call a function of the user's.
-WITH_STATE = (
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    "SynthIDTextWatermarkLogitsProcessor",
-    "PrefixConstrainedLogitsProcessor",
-)
 
 
 def check_tables(model) -> None:
@@ -93,8 +86,6 @@ def decode(
             "the generation mode must be greedy_search or sample where verify is set; got "
             f"{mode.value}"
         )
-    if len(input_ids) != 1:
-        raise ValueError(f"the batch must be 1 where verify is set; got {len(input_ids)}")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"{name} must be False where verify is set; got True")
@@ -122,8 +113,13 @@ def decode(
 
 
 class Decoding:
-    """One call of `generate()`. Before and after each round the cache holds all of `ids [1, N]`
-    but the last, which is decoded next."""
+    """One call of `generate()`. Before and after each round the cache holds all of `ids [B, N]`
+    but the last of each sequence, which is decoded next.
+
+    The sequences of a batch stay side by side: a verification ends where the first of them needs
+    another token than its draft, or is finished. Those that are finished go on with padding, which
+    is their draft too, so they hold back none of the others.
+    """
 
     def __init__(self, model, ids, processors, criteria, config, streamer, model_kwargs):
         self.model, self.ids, self.config = model, ids, config
@@ -133,10 +129,20 @@ class Decoding:
         self.draft_processors = LogitsProcessorList(p for p in processors if can_guess(p))
         eos = getattr(config, "_eos_token_tensor", None)
         self.eos = [] if eos is None else eos.flatten().tolist()
+        # As in transformers: without a token that ends a sequence all go on until the last stops.
+        self.pads = any(hasattr(own, "eos_token_id") for own in criteria)
+        pad = getattr(config, "_pad_token_tensor", None)
+        self.pad = 0 if pad is None else int(pad)
+        self.finished = [False] * len(ids)
         self.keeps_scores = config.return_dict_in_generate and config.output_scores
         self.keeps_logits = config.return_dict_in_generate and config.output_logits
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
+
+    @property
+    def padded(self) -> list[bool]:
+        """For each sequence whether it goes on with padding."""
+        return [self.pads and finished for finished in self.finished]
 
     def run(self) -> None:
         outputs = self.model._prefill(self.ids, self.config, self.kwargs)
@@ -145,11 +151,11 @@ class Decoding:
         if self.cache.pace is None:
             self.cache.pace = Pace(self.cache.owner.verify)
         self.pace = self.cache.pace
-        _, done = self.accept(outputs.logits[0, -1:], [], [])
+        self.accept(outputs.logits[:, -1:], [], [])
         del outputs
-        while not done:
+        while not all(self.finished):
             most = self.config.max_length - self.ids.shape[1] - 1
-            done = self.round(self.pace.choose(most) if self.can_draft() else 0)
+            self.round(self.pace.choose(most) if self.can_draft() else 0)
 
     def can_draft(self) -> bool:
         """Whether a sparse step leaves out anything; fixed numbers of drafts do not ask."""
@@ -157,115 +163,112 @@ class Decoding:
             return True
         return any([layer.store.chooses() for layer in self.cache.saap_layers])
 
-    def round(self, n: int) -> bool:
-        """Draft `n` tokens and verify them; whether that was the last round."""
+    def round(self, n: int) -> None:
+        """Draft `n` tokens of each sequence and verify them."""
         drafts, shares, seconds = self.draft(n) if n else ([], [], [])
-        ids = torch.cat([self.ids, self.ids.new_tensor([drafts])], 1) if drafts else self.ids
+        ids = self.followed_by(*drafts)
         with self.cache.on_trial() as trial:
             begin = time.perf_counter()
             logits = self.forward(ids, len(drafts) + 1)
             # Not before the first result is read has a GPU done its work.
-            emitted, done = self.accept(logits, drafts, shares, trial)
+            emitted = self.accept(logits, drafts, shares, trial)
             took = time.perf_counter() - begin
         tested = min(emitted, len(drafts))
-        same = sum(int(self.ids[0, i - emitted]) == drafts[i] for i in range(tested))
+        same = sum(self.ids[:, i - emitted].tolist() == drafts[i] for i in range(tested))
         self.pace.took(seconds, took, tested, same)
-        return done
 
-    def draft(self, n: int) -> tuple[list[int], list[Tensor | None], list[float]]:
-        """Up to `n` tokens of sparse steps, the distribution `[vocab]` that each was drawn from
-        (None: the likeliest was taken), and the seconds of each step."""
-        drafts: list[int] = []
+    def draft(self, n: int) -> tuple[list[list[int]], list[Tensor | None], list[float]]:
+        """Up to `n` tokens of sparse steps for each sequence, the distributions `[B, vocab]` that
+        they were drawn from (None: the likeliest were taken), and the seconds of each step."""
+        drafts: list[list[int]] = []
         shares: list[Tensor | None] = []
         seconds: list[float] = []
-        ids = self.ids
+        ids, padded = self.ids, self.padded
         with self.cache.drafting():
-            while len(drafts) < n and not (drafts and drafts[-1] in self.eos):
+            while len(drafts) < n:
                 begin = time.perf_counter()
-                scores = self.draft_processors(ids, self.forward(ids, 1))[0]
+                scores = self.draft_processors(ids, self.forward(ids, 1)[:, 0])
                 share = scores.softmax(-1) if self.config.do_sample else None
-                drafts.append(likeliest(scores) if share is None else drawn(share))
+                drafts.append([
+                    self.pad if padded[b]
+                    else likeliest(scores[b]) if share is None
+                    else drawn(share[b])
+                    for b in range(len(ids))
+                ])  # fmt: skip
                 shares.append(share)
                 seconds.append(time.perf_counter() - begin)
-                ids = torch.cat([ids, ids.new_tensor([drafts[-1:]])], 1)
+                ids = self.followed_by(*drafts)
+                ends = [
+                    t in self.eos for t, out in zip(drafts[-1], padded, strict=True) if not out
+                ]
+                if any(ends):  # a verification would go no further
+                    break
         return drafts, shares, seconds
 
-    def accept(self, logits, drafts, shares, trial=None) -> tuple[int, bool]:
-        """Emit tokens by exact `logits [n + 1, vocab]` of the last token and n drafts.
+    def followed_by(self, *tokens: list[int]) -> Tensor:
+        """`ids`, then for each sequence its own of each list."""
+        if not tokens:
+            return self.ids
+        return torch.cat([self.ids, self.ids.new_tensor(tokens).T], 1)
 
-        Processors and stopping criteria are called for one token after the other, those that are
-        emitted and no others, so they may keep state. Returns how many were emitted, and whether
-        one of them was the last.
+    def accept(self, logits, drafts, shares, trial=None) -> int:
+        """Emit tokens by exact `logits [B, n + 1, vocab]` of the last token and n drafts.
+
+        A token follows the exact distribution after those before it, whatever is drafted and
+        whatever other sequences need: no place is looked at before all are through with the one
+        before. Processors and stopping criteria are called for one place after the other, those
+        that are emitted and no others, so they may keep state. Returns how many were emitted.
         """
-        for place in range(len(logits)):
-            own = logits[place : place + 1].to(torch.float32, copy=True)
+        for place in range(logits.shape[1]):
+            own = logits[:, place].to(torch.float32, copy=True)
             scores = self.processors(self.ids, own.clone() if self.keeps_logits else own)
             draft = drafts[place] if place < len(drafts) else None
-            if not self.config.do_sample:
-                token = likeliest(scores[0])
-            elif draft is None:
-                token = drawn(scores[0].softmax(-1))
-            else:
-                token = accepted_or_drawn(draft, scores[0].softmax(-1), shares[place])
+            tokens = self.tokens(scores, draft, shares[place] if draft else None)
             if self.keeps_scores:
                 self.scores.append(scores)
             if self.keeps_logits:
                 self.logits.append(own)
-            self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], 1)
+            self.ids = self.followed_by(tokens)
             if trial is not None:
                 trial.keep = place + 1
             if self.streamer is not None:
                 self.streamer.put(self.ids[:, -1].cpu())
             given = tuple(self.scores) if self.keeps_scores else None
-            if bool(self.criteria(self.ids, given).all()):
-                return place + 1, True
-            if token != draft:
+            before, stopped = self.padded, self.criteria(self.ids, given).tolist()
+            self.finished = [a or b for a, b in zip(self.finished, stopped, strict=True)]
+            if all(self.finished) or tokens != draft or self.padded != before:
                 break
-        return place + 1, False
+        return place + 1
 
-    def forward(self, ids: Tensor, n: int) -> Float[Tensor, "n vocab"]:
-        """Logits of the last `n` of `ids [1, N]`, over the cache of those before."""
-        slots, first = self.cache.get_seq_length(), self.cache.last_positions[0] + 1
+    def tokens(
+        self, scores: Float[Tensor, "B vocab"], drafts: list[int] | None, shares: Tensor | None
+    ) -> list[int]:
+        """The next token of each sequence, by exact scores and what was drafted for the place."""
+        found = []
+        for b, padded in enumerate(self.padded):
+            if padded:
+                found.append(self.pad)
+            elif not self.config.do_sample:
+                found.append(likeliest(scores[b]))
+            elif drafts is None:
+                found.append(drawn(scores[b].softmax(-1)))
+            else:
+                found.append(accepted_or_drawn(drafts[b], scores[b].softmax(-1), shares[b]))
+        return found
+
+    def forward(self, ids: Tensor, n: int) -> Float[Tensor, "B n vocab"]:
+        """Logits of the last `n` of `ids [B, N]`, over the cache of those before."""
+        slots = self.cache.get_seq_length()
         own = dict(self.kwargs, past_key_values=self.cache)
-        own["position_ids"] = torch.arange(first, first + n, device=ids.device)[None]
+        last = torch.tensor(self.cache.last_positions, device=ids.device)
+        own["position_ids"] = last[:, None] + torch.arange(1, n + 1, device=ids.device)
         mask = own.pop("attention_mask", None)
         if mask is not None:
-            new = mask.new_ones(1, max(0, slots + n - mask.shape[1]))
+            new = mask.new_ones(len(ids), max(0, slots + n - mask.shape[1]))
             own["attention_mask"] = torch.cat([mask, new], 1)
         inputs = self.model.prepare_inputs_for_generation(
             ids[:, -n:], next_sequence_length=n, **own
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = n
-        return self.model(**inputs, return_dict=True).logits[0, -n:].float()
-
-
-def can_guess(processor) -> bool:
-    """Whether a logits processor may be asked about drafts too: it keeps nothing of a call.
-
-    Of others nobody knows. They are asked about what is emitted alone, so drafts are worse.
-    """
-    own = type(processor)
-    return own.__module__ == processors_of_transformers.__name__ and own.__name__ not in WITH_STATE
-
-
-def likeliest(scores: Float[Tensor, " vocab"]) -> int:
-    return int(scores.argmax())
-
-
-def drawn(shares: Float[Tensor, " vocab"]) -> int:
-    return int(torch.multinomial(shares, 1))
-
-
-def accepted_or_drawn(
-    draft: int, exact: Float[Tensor, " vocab"], drafted: Float[Tensor, " vocab"]
-) -> int:
-    """A token of the distribution `exact`, given a `draft` of the distribution `drafted`.
-
-    The draft with the probability `exact / drafted`, at most 1; else a token of what `exact` has
-    more than `drafted`, which is never the draft (Leviathan et al., theorem 1).
-    """
-    if float(torch.rand((), device=exact.device)) * float(drafted[draft]) < float(exact[draft]):
-        return draft
-    rest = (exact - drafted).clamp(min=0)
-    return drawn(rest if float(rest.sum()) > 0 else exact)
+        return self.model(**inputs, return_dict=True).logits[:, -n:].float()
