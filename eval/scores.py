@@ -23,6 +23,10 @@ SCORES = "scores.json"
 FAR_HEAD_SHARE = 0.05
 
 
+NO_ATTENTION = dict.fromkeys(("recall_all", "recall_middle", "recall_of_oracle", "output_error"))
+"""Of tasks that are judged by what the model says."""
+
+
 def score_run(folder: Path) -> list[dict]:
     """Score a result folder and write `scores.json` into it."""
     run, records = read_run(folder)
@@ -91,10 +95,7 @@ def score_attention(members: list[dict]) -> dict:
 
 def score_answers(members: list[dict]) -> dict:
     return {
-        "recall_all": None,
-        "recall_middle": None,
-        "recall_of_oracle": None,
-        "output_error": None,
+        **NO_ATTENTION,
         "accuracy": float(np.mean([r["accuracy"] for r in members])),
         "prompts": len(members),
         "by_depth": [[r["depth"], r["accuracy"]] for r in members if r.get("depth") is not None],
@@ -103,10 +104,7 @@ def score_answers(members: list[dict]) -> dict:
 
 def score_text(members: list[dict]) -> dict:
     return {
-        "recall_all": None,
-        "recall_middle": None,
-        "recall_of_oracle": None,
-        "output_error": None,
+        **NO_ATTENTION,
         "accuracy": None,
         "nll": sum(r["nll"] for r in members) / sum(r["tokens"] for r in members),
         "texts": len(members),
@@ -117,10 +115,7 @@ def score_drafting(members: list[dict]) -> dict:
     """Tokens that one verification gives, the one that it adds itself counted in."""
     done = sum(r["verifications"] for r in members)
     return {
-        "recall_all": None,
-        "recall_middle": None,
-        "recall_of_oracle": None,
-        "output_error": None,
+        **NO_ATTENTION,
         "accuracy": None,
         "accepted_per_verification": 1 + sum(r["accepted"] for r in members) / done,
         "texts": len(members),

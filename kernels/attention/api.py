@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from saap.kernels.backends import installed
+from saap.kernels.backends.prepared import Preparation
 
 from . import operator, validate
 from .merge import merge_states
@@ -74,7 +75,7 @@ def attend_ranges(
     return out, lse.float()
 
 
-class PreparedRanges:
+class PreparedRanges(Preparation):
     """`attend_ranges` over the same tensors at every call: all but the queries is checked once.
 
     So a decode step of a store costs little beside its kernel. What the tensors hold may change
@@ -110,12 +111,6 @@ class PreparedRanges:
             return self._attend(q)
         _, _, _, sm_scale, softcap, impl, _ = self._about
         return attend_ranges(q, *self._tensors, sm_scale=sm_scale, softcap=softcap, impl=impl)
-
-    def __deepcopy__(self, memo):
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 def _checked(q, k, v, starts, lengths, sm_scale, softcap, impl) -> tuple[ModuleType, dict]:

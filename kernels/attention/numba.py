@@ -80,7 +80,7 @@ class Prepared:
         self.starts, self.lengths = starts, lengths
         self.sm_scale, self.softcap = sm_scale, softcap
         self.lse_shape = batch, q_heads
-        self.threads = threads = torch.get_num_threads()
+        threads = torch.get_num_threads()
         scratch_count, partials_count = kernel.float_counts(threads, group, dim)
         self.layout = Layout(
             {
@@ -126,16 +126,13 @@ class Prepared:
         # A job of this call alone, since several threads may use one preparation.
         job = kernel.Job.from_buffer_copy(self.job)
         job.q, job.out, job.lse = queries.data_ptr(), out.data_ptr(), lse.data_ptr()
-        held, at = self.layout.held()  # to the end of this call
-        for name, offset in self.layout.offsets.items():
-            setattr(job, name, at + offset)
+        _held = self.layout.place(job)  # to the end of this call
         plan, work = self.functions
         address = ctypes.addressof(job)
         plan(address)
         if job.wrong:
             check_range_values(self.starts, self.lengths, self.k.shape[2])
         run(work, address, job.workers)
-        del held
         if job.not_finite:
             self._mend(queries, lse)
         return out if out.dtype == q.dtype else out.to(q.dtype), lse

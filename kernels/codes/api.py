@@ -8,6 +8,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from saap.kernels.backends import chosen
+from saap.kernels.backends.prepared import Preparation
 
 from .layout import COARSE_PLANES, CODED, Codes
 
@@ -82,7 +83,7 @@ def select_rows(
     )  # fmt: skip
 
 
-class PreparedChoice:
+class PreparedChoice(Preparation):
     """`select_rows` by the same codes, into the same tensors, at every call: what does not change
     is checked once.
 
@@ -93,16 +94,16 @@ class PreparedChoice:
     Args and Raises: as `select_rows`; `out` and `scored` are given.
     """
 
-    __slots__ = ("_about", "_choose", "_codes", "_heads", "_options", "_out", "_scored")
+    __slots__ = ("_about", "_choose", "_codes", "_options", "_out", "_scored")
 
     def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
         n, n_heads, _ = _check(
             q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share"))
         )
-        self._heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
+        heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
         capacity = min(options["max_tokens"], max(n_rows, default=0))
-        _check_out(out, (n, self._heads), capacity)
-        _check_scored(scored, (n, self._heads))
+        _check_out(out, (n, heads), capacity)
+        _check_scored(scored, (n, heads))
         backend = _backend(impl, q, codes, out)
         self._codes, self._out, self._scored = codes, out, scored
         self._options = {"impl": impl, **options}
@@ -110,7 +111,7 @@ class PreparedChoice:
         self._choose = None
         if hasattr(backend, "Prepared") and capacity and n:
             self._choose = backend.Prepared(
-                (n, self._heads, n_heads // self._heads, q.shape[2]), codes, n_rows,
+                (n, heads, n_heads // heads, q.shape[2]), codes, n_rows,
                 max_tokens=options["max_tokens"],
                 n_candidates=max(options["n_candidates"], options["max_tokens"]),
                 first_row=options.get("first_row", 0), out=out, scored=scored,
@@ -134,12 +135,6 @@ class PreparedChoice:
                 q, self._codes, n_rows, out=self._out, scored=self._scored, **self._options
             )
         return self._out
-
-    def __deepcopy__(self, memo):
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 def _backend(impl, q, codes, out):

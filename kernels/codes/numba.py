@@ -96,9 +96,7 @@ class Prepared:
         # A job of this call alone, since several threads may use one preparation.
         job = numba_job.Job.from_buffer_copy(self.job)
         job.q = a.data_ptr()
-        _held, at = self.layout.held()  # to the end of this call
-        for name, offset in self.layout.offsets.items():
-            setattr(job, name, at + offset)
+        _held = self.layout.place(job)  # to the end of this call
         prepare, scan, choose = _functions()
         address = ctypes.addressof(job)
         prepare(address)

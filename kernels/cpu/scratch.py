@@ -38,6 +38,13 @@ class Layout:
             _local.memory = (memory, address) if self.n_bytes <= MOST_HELD else (None, 0)
         return memory, address
 
+    def place(self, job) -> Tensor:
+        """Tell a job where its buffers are, by their names; the memory, to be held on to."""
+        memory, address = self.held()
+        for name, offset in self.offsets.items():
+            setattr(job, name, address + offset)
+        return memory
+
 
 def scratch(sizes: dict[str, int]) -> tuple[Tensor, dict[str, int]]:
     """Room for each buffer of so many bytes, as `Layout` has it, and their addresses."""
