@@ -1,6 +1,7 @@
 """`saap`: coordinates that keys and queries share, codes as tokens come, and what is saved."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -75,6 +76,17 @@ def fed(cuts, keys, q, method=None, budget=BUDGET):
         found = store.attend(q[:, :, start:stop], q[:, :, start:stop])
         start = stop
     return store, found
+
+
+@pytest.mark.parametrize("first", [20, 200])
+def test_a_step_under_another_budget_is_what_it_is_in_a_store_of_its_own(first):
+    keys, q = tokens(1201)
+    store, _ = fed([1200, 1201], keys, q, budget=replace(BUDGET, max_tokens=first))
+    _, expected = fed([1200, 1201], keys, q)
+    latest = q[:, :, 1200:]
+    found = store.attend(latest, latest, BUDGET)
+    assert torch.equal(found[0], expected[0])
+    assert store.visited_rows == 60 + 4 + 1201 - 4 - store.middles[0]
 
 
 def test_chunks_do_not_matter():

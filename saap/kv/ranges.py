@@ -18,7 +18,7 @@ class StepRanges:
         self.n_sink = n_sink
         self.room = RangeBuffer(LOCAL)
         self._whole: AllRanges | None = None
-        self._written: tuple[list[int], list[int]] | None = None
+        self._written: tuple[Tensor, list[int], list[int]] | None = None
         self._last: Tensor | None = None
 
     @property
@@ -64,10 +64,10 @@ class StepRanges:
             if n <= dense_below:
                 all_counts[b, :, LOCAL:] = 0
                 sinks[b], tails[b] = n, 0
-        if not kept or self._written != (middles, sinks):  # what hardly ever changes
+        if not (kept and self._holds(all_starts, middles, sinks)):  # what hardly ever changes
             _set_by_sequence(all_starts[..., 1], [self.n_sink + m for m in middles])
             _set_by_sequence(all_counts[..., 0], sinks)
-            self._written = (list(middles), sinks) if kept else None
+            self._written = (all_starts, list(middles), sinks) if kept else None
         _set_by_sequence(all_counts[..., 1], tails)
         if kept and starts is self.room.taken[0]:
             self._last = all_counts
@@ -75,6 +75,13 @@ class StepRanges:
         used = LOCAL + starts.shape[2]
         self._last = all_counts[..., :used]
         return all_starts[..., :used], self._last
+
+    def _holds(self, all_starts: Tensor, middles: list[int], sinks: list[int]) -> bool:
+        """Whether this very tensor, which another budget replaces, has been written to so."""
+        written = self._written
+        return (
+            written is not None and written[0] is all_starts and written[1:] == (middles, sinks)
+        )
 
     def _dense(self, lengths: list[int], n_queries: int, k: Tensor) -> AllRanges:
         """One range per sequence: everything."""
