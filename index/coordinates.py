@@ -168,6 +168,11 @@ class Coordinates:
         own = q.float().unflatten(1, (n_kv, -1))
         return (own @ self.of_queries.mT).flatten(1, 2)
 
+    def left_out(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
+        """What the mean adds to a query's inner product with every key."""
+        own = q.float().unflatten(1, (self.mean.shape[1], -1))
+        return (own @ self.mean[..., None]).flatten(1)
+
     def tensors(self) -> dict[str, Tensor]:
         names = ("of_keys", "of_queries", "mean", "importance")
         return {name: getattr(self, name) for name in names}

@@ -1,6 +1,7 @@
 """How much of the cache a decode step may visit, and where the cache stays dense."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -21,7 +22,9 @@ class Budget:
 
     `max_tokens` costs each head, layer and token the same. `min_weight` spends rows where
     attention is: nothing on heads that look at the sinks, much on tokens that ask for something
-    far back; less error for the same mean (docs/routing.md).
+    far back; less error for the same mean (docs/routing.md). `layer_importance`: a number for each
+    layer of the model, by which the weights of its rows count more or less beside `min_weight`
+    (`saap advise --layers` measures them); None: all alike.
 
     `share`: "group" makes one selection for the query heads of a KV head; "head" makes one for
     each query head.
@@ -39,6 +42,7 @@ class Budget:
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
+    layer_importance: tuple[float, ...] | None = None
     flush_every: int | None = None
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0
@@ -65,6 +69,7 @@ class Budget:
             isinstance(self.min_weight, Real) and 0 < self.min_weight < math.inf
         ):
             raise ValueError(f"min_weight must be a number above 0; got {self.min_weight!r}")
+        self._check_importance()
         if self.share not in ("group", "head"):
             raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
         if isinstance(self.dense_layers, str) or not all(
@@ -74,6 +79,25 @@ class Budget:
                 f"dense_layers must be a tuple of layer numbers from 0; got {self.dense_layers!r}"
             )
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+
+    def _check_importance(self) -> None:
+        given = self.layer_importance
+        if given is None:
+            return
+        numbers = not isinstance(given, str) and isinstance(given, Iterable)
+        if not numbers or not all(isinstance(x, Real) and 0 < x < math.inf for x in given):
+            raise ValueError(
+                f"layer_importance must be numbers above 0, one for each layer; got {given!r}"
+            )
+        if self.min_weight is None:
+            raise ValueError("layer_importance must be None without min_weight; got some")
+        object.__setattr__(self, "layer_importance", tuple(float(x) for x in given))
+
+    def least_weight(self, layer: int) -> float | None:
+        """`min_weight` as it holds in the layer of that number."""
+        if self.layer_importance is None:
+            return self.min_weight
+        return self.min_weight / self.layer_importance[layer]
 
     def rows_in_lists(self, length: int) -> int:
         """How many rows of a sequence of `length` tokens are indexed: neither sinks nor tail.

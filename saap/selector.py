@@ -76,12 +76,15 @@ class Query:
 
     There is one for each sequence of the store, or any number for a store of one sequence.
     `positions`: the number of the token that asks, for each query or the same for all.
+    `local_lse(sm_scale, softcap)`: the log-sum-exp `[n, Hq]` of the scores with sinks and tail,
+    float32; None where nobody knows.
     """
 
     q_rope: Float[Tensor, "n Hq D"]
     q_derope: Float[Tensor, "n Hq D"]
     positions: int | list[int] | Int[Tensor, " n"]
     impl: str | None = None
+    local_lse: Callable[[float, float | None], Tensor] | None = None
 
 
 @dataclass

@@ -89,6 +89,89 @@ def test_a_step_under_another_budget_is_what_it_is_in_a_store_of_its_own(first):
     assert store.visited_rows == 60 + 4 + 1201 - 4 - store.middles[0]
 
 
+def true_weights(store, q):
+    """What attention gives each row of the middle, added over a KV head's query heads."""
+    own, n = q[0].unflatten(0, (HKV, -1)).double(), store.lengths[0]
+    scores = own @ store.k[0, :, :n].double().mT * DIM**-0.5
+    return scores.softmax(-1).sum(1)[:, 4 : 4 + store.middles[0]]
+
+
+@pytest.mark.parametrize("dim", [0, DIM])
+def test_min_weight_visits_what_attention_gives_so_much(dim):
+    """Also where all keys have something in common, which coordinates leave out (`dim` is how
+    many dimensions have it)."""
+    keys, q = tokens(1201)
+    keys[0][..., :dim] += 1.5
+    keys[0][:, :, :4] += 0.4
+    q = 2.5 * q + 1.0
+    q[:, 3:] *= 0.1  # the last query head looks everywhere
+    budget = replace(BUDGET, max_tokens=400, min_weight=0.004)
+    store, _ = fed([1200, 1201], keys, q, budget=budget)
+    starts, lengths = store.select(q[:, :, 1200], q[:, :, 1200])
+    weights = true_weights(store, q[:, :, 1200])
+    counts = lengths[0, :, 2:].sum(-1)
+    assert counts.min() > 10
+    assert counts.max() < 250
+    for head, own in enumerate(weights):
+        chosen = torch.cat(
+            [
+                torch.arange(s - 4, s - 4 + n)
+                for s, n in zip(
+                    starts[0, head, 2:].tolist(), lengths[0, head, 2:].tolist(), strict=True
+                )
+            ]
+        )
+        enough = own >= 0.004
+        assert float(own[chosen].sum() / own[enough].sum()) > 0.93
+        assert abs(len(chosen) - int(enough.sum())) < 0.2 * len(chosen) + 4
+
+
+def test_a_layer_that_matters_more_visits_more():
+    keys, q = tokens(1201)
+    rows = []
+    for number in (0, 1):
+        budget = replace(
+            BUDGET, max_tokens=400, min_weight=0.004, layer_importance=(0.5, 2.0), window=16
+        )
+        selector = find_method("saap")().selector(LayerInfo(DIM**-0.5, number=number))
+        store = KVStore(selector, budget)
+        for part in (slice(0, 1200), slice(1200, 1201)):
+            store.append(*(t[:, :, part] for t in keys))
+            store.attend(2 * q[:, :, part], 2 * q[:, :, part])
+        rows.append(store.visited_rows)
+        same = KVStore(
+            find_method("saap")().selector(LayerInfo(DIM**-0.5)),
+            replace(budget, layer_importance=None, min_weight=0.004 / (0.5, 2.0)[number]),
+        )
+        for part in (slice(0, 1200), slice(1200, 1201)):
+            same.append(*(t[:, :, part] for t in keys))
+            same.attend(2 * q[:, :, part], 2 * q[:, :, part])
+        assert same.visited_rows == store.visited_rows
+    assert rows[1] > rows[0] + 20
+
+
+@pytest.mark.parametrize("share", ["group", "head"])
+def test_weights_of_a_batch_are_those_of_each_alone(share):
+    keys, q = tokens(1201, batch=2)
+    budget = replace(BUDGET, max_tokens=400, min_weight=0.004, share=share)
+    mask = torch.ones(2, 1200, dtype=torch.bool)
+    mask[1, :500] = False
+    method = find_method("saap")()
+    store = KVStore(method.selector(LayerInfo(DIM**-0.5)), budget)
+    store.append(*(t[:, :, :1200] for t in keys), mask)
+    store.attend(q[:, :, :1200], q[:, :, :1200])
+    store.append(*(t[:, :, 1200:] for t in keys))
+    together = store.attend(q[:, :, 1200:], q[:, :, 1200:])
+    for b, first in ((0, 0), (1, 500)):
+        own = tuple(t[b : b + 1, :, first:] for t in keys)
+        alone, found = fed(
+            [1200 - first, 1201 - first], own, q[b : b + 1, :, first:], budget=budget
+        )
+        assert alone.visited_share < 0.5
+        for got, exact in zip(together, found, strict=True):
+            assert (got[b : b + 1] - exact).abs().max() < 1e-5
+
+
 def test_chunks_do_not_matter():
     keys, q = tokens(900)
     stores = [
@@ -295,8 +378,10 @@ def test_bad_search(options, message):
 
 def test_only_rows_bound_it():
     selector = find_method("saap")().selector(LayerInfo(1.0))
-    with pytest.raises(ValueError, match="follows max_tokens; got nprobe=4"):
+    with pytest.raises(ValueError, match="follows max_tokens and min_weight; got nprobe=4"):
         KVStore(selector, Budget(nprobe=4))
+    with pytest.raises(ValueError, match=r"needs max_tokens, .* got min_weight=0.01 alone"):
+        KVStore(selector, Budget(min_weight=0.01))
 
 
 def test_coordinates_of_an_index_are_used():

@@ -1,5 +1,6 @@
 """The command `saap advise`: how much of its cache a model should visit, and if that pays."""
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +25,17 @@ def advise(
     method: Annotated[str, typer.Option(help="a name of `saap eval --methods`")] = "saap",
     index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
     texts: Annotated[int, typer.Option(help="texts to measure")] = 2,
+    by_weight: Annotated[
+        bool,
+        typer.Option(
+            "--by-weight",
+            help="also find a budget by weight: what each layer matters; minutes more",
+        ),
+    ] = False,
 ) -> None:
     """Measure a model on a text for some minutes, and recommend a budget."""
     from saap import hf
+    from saap.methods import find_method
 
     from .. import advise as measure
     from .. import corpus as texts_of
@@ -39,6 +48,10 @@ def advise(
         raise ValueError(f"--error must be above 0 and at most 2; got {error}")
     if not 1 <= texts <= 64:
         raise ValueError(f"--texts must be in 1..64; got {texts}")
+    if by_weight and texts < 2:
+        raise ValueError(
+            "--by-weight needs --texts of at least 2, one to judge what the others taught; got 1"
+        )
     loaded, tokenizer, trained = load(model, index)
     check_contexts((context,), hf.max_context(loaded), None)
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
@@ -48,6 +61,49 @@ def advise(
             index=trained, progress=bar,
         )  # fmt: skip
     print_advice(found, method, index)
+    if by_weight and found.chosen is not None:
+        from .. import by_weight as weights
+
+        with one_bar("by weight") as bar:
+            better = weights.advise(
+                loaded, tokenizer, text, context=context, n_texts=texts,
+                method=find_method(method)(trained), budget=found.chosen.budget, progress=bar,
+            )  # fmt: skip
+        print_by_weight(better, method, index)
+
+
+def print_by_weight(found, method: str, index: Path | None) -> None:
+    from .terminal import console, plain_table
+
+    names = ("max_tokens", "min_weight, layers alike", "min_weight, layers by importance")
+    rows = [
+        [name, f"{visited:,.0f}", f"{nats:.4f}"]
+        for name, visited, nats in zip(names, found.rows, found.divergence, strict=True)
+    ]
+    console.print()
+    plain_table("bounded by", ("a step's rows", "visited", "nats from dense"), rows)
+    console.print(
+        "Visited: per head and layer in the mean, sinks and window counted in. Nats: KL\n"
+        "divergence of the next token's distribution, on a text that importance was not\n"
+        "measured on.\n",
+        highlight=False,
+    )
+    budget = found.budget
+    numbers = textwrap.fill(
+        ", ".join(f"{x:g}" for x in budget.layer_importance), 84,
+        initial_indent=" " * 12, subsequent_indent=" " * 12,
+    )  # fmt: skip
+    console.print(
+        f"{call(method, index)}\n"
+        f"        max_tokens={budget.max_tokens}, min_weight={budget.min_weight:g}, "
+        f"window={budget.window}, layer_importance=(\n{numbers},\n        )))",
+        highlight=False,
+    )
+
+
+def call(method: str, index: Path | None) -> str:
+    loads = "" if index is None else f"saap.TrainedIndex.load({str(index)!r}), "
+    return f"    saap.attached(model, {loads}method={method!r}, budget=saap.Budget("
 
 
 def print_advice(found, method: str, index: Path | None) -> None:
@@ -82,10 +138,9 @@ def print_advice(found, method: str, index: Path | None) -> None:
     layers = found.hard_layers
     dense = f", dense_layers={layers}" if layers else ""
     budget = best.budget
-    loads = "" if index is None else f"saap.TrainedIndex.load({str(index)!r}), "
     console.print(f"[bold]{best.share:.0%} of the cache[/], {verdict}.\n", highlight=False)
     console.print(
-        f"    saap.attached(model, {loads}method={method!r}, budget=saap.Budget(\n"
+        f"{call(method, index)}\n"
         f"        max_tokens={budget.max_tokens}, window={budget.window}{dense}))",
         highlight=False,
     )

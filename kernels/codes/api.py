@@ -1,6 +1,8 @@
 """Public choice of rows by coded keys: validates, chooses a backend, never falls back from an
 explicit one."""
 
+import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -24,6 +26,8 @@ def select_rows(
     *,
     max_tokens: int,
     n_candidates: int,
+    min_weight: float | None = None,
+    outside: Float[Tensor, "n Hq"] | None = None,
     share: Literal["group", "head"] = "group",
     first_row: int = 0,
     out: Ranges | None = None,
@@ -34,9 +38,9 @@ def select_rows(
 
     Every row is scored by its coarse code. The `n_candidates` best of each query head are scored
     by all of their code, for all heads that share a selection; if there are no more rows than
-    that, all are. A row then counts by the sum of the heads' softmax over the candidates. Of equal
-    rows the first comes first. Queries are rounded to bytes, with a scale for each head; where one
-    is NaN or infinite, all rows are equal to it.
+    that, all are. A row then counts by the sum of the heads' softmax over the candidates and what
+    is `outside`. Of equal rows the first comes first. Queries are rounded to bytes, with a scale
+    for each head; where one is NaN or infinite, all rows are equal to it.
 
     Args:
         q: `[n, Hq, P]` float32, queries in the coordinates of the codes, scaled so that their
@@ -46,6 +50,9 @@ def select_rows(
         n_rows: rows of each sequence, at most `codes.n`; rows after them hold anything.
         max_tokens: rows to choose, all if there are no more.
         n_candidates: rows that each head lets through to its fine codes; at least `max_tokens`.
+        min_weight: the least sum of a row that is chosen; None: any.
+        outside: float32, for each head the log-sum-exp of the scores of rows that attention visits
+            in any case, which takes its part of the softmax; NaN counts as -inf, as no rows do.
         share: "group": one selection for the query heads of a KV head, `H = Hkv`; "head": one
             each, `H = Hq`.
         first_row: number of the first row.
@@ -63,6 +70,8 @@ def select_rows(
         ValueError: an argument that does not fit, or that `impl` cannot do, naming its value.
     """
     n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, share)
+    _check_min_weight(min_weight)
+    _check_outside(outside, q)
     heads = codes.scale.shape[1] if share == "group" else n_heads
     capacity = min(max_tokens, max(n_rows, default=0))
     if out is None:
@@ -78,8 +87,8 @@ def select_rows(
     backend = _backend(impl, q, codes, out)
     return backend.select_rows(
         q.unflatten(1, (heads, -1)), codes, n_rows, max_tokens=max_tokens,
-        n_candidates=max(n_candidates, max_tokens), first_row=first_row, out=out,
-        scored=scored,
+        n_candidates=max(n_candidates, max_tokens), min_weight=min_weight, outside=outside,
+        first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
 
 
@@ -100,6 +109,7 @@ class PreparedChoice(Preparation):
         n, n_heads, _ = _check(
             q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share"))
         )
+        _check_min_weight(options.get("min_weight"))
         heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
         capacity = min(options["max_tokens"], max(n_rows, default=0))
         _check_out(out, (n, heads), capacity)
@@ -114,6 +124,7 @@ class PreparedChoice(Preparation):
                 (n, heads, n_heads // heads, q.shape[2]), codes, n_rows,
                 max_tokens=options["max_tokens"],
                 n_candidates=max(options["n_candidates"], options["max_tokens"]),
+                min_weight=options.get("min_weight"),
                 first_row=options.get("first_row", 0), out=out, scored=scored,
             )  # fmt: skip
 
@@ -125,15 +136,19 @@ class PreparedChoice(Preparation):
             and self._about == (q.shape, q.device, n_rows, torch.get_num_threads())
         )  # fmt: skip
 
-    def __call__(self, q: Float[Tensor, "n Hq P"]) -> Ranges:
+    def __call__(
+        self, q: Float[Tensor, "n Hq P"], outside: Float[Tensor, "n Hq"] | None = None
+    ) -> Ranges:
         """`out` whole, of float32 queries that this fits."""
         if self._choose is not None:
-            self._choose(q)
+            _check_outside(outside, q)
+            self._choose(q, outside)
         else:
             n_rows = self._about[2]
             select_rows(
-                q, self._codes, n_rows, out=self._out, scored=self._scored, **self._options
-            )
+                q, self._codes, n_rows, outside=outside, out=self._out, scored=self._scored,
+                **self._options,
+            )  # fmt: skip
         return self._out
 
 
@@ -170,6 +185,21 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> torch.Size:
     if share not in ("group", "head"):
         raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
     return q.shape
+
+
+def _check_min_weight(min_weight) -> None:
+    if min_weight is not None and not (isinstance(min_weight, Real) and 0 < min_weight < math.inf):
+        raise ValueError(f"min_weight must be None or a number above 0; got {min_weight!r}")
+
+
+def _check_outside(outside, q) -> None:
+    if outside is None:
+        return
+    if outside.shape != q.shape[:2] or outside.dtype != q.dtype or outside.device != q.device:
+        raise ValueError(
+            f"outside must be float32 {list(q.shape[:2])} on {q.device}; got {outside.dtype} "
+            f"{list(outside.shape)} on {outside.device}"
+        )
 
 
 def _check_scored(scored, shape) -> None:

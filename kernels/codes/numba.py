@@ -29,14 +29,15 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    min_weight: float | None, outside: Tensor | None, first_row: int,
+    out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
     prepared = Prepared(
         a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates,
-        first_row=first_row, out=out, scored=scored,
+        min_weight=min_weight, first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
-    used = prepared(a)
+    used = prepared(a, outside)
     starts, lengths = out
     return starts[..., :used], lengths[..., :used]
 
@@ -49,7 +50,8 @@ class Prepared:
 
     def __init__(
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
-        n_candidates: int, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+        n_candidates: int, min_weight: float | None, first_row: int,
+        out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
         n, heads, group, coordinates = shape
         most = max(n_rows)
@@ -76,7 +78,8 @@ class Prepared:
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
         self.kept = codes, starts, lengths, scored  # addresses of theirs follow
-        self.scans = not by_task and max_tokens < most  # else every row is chosen
+        least = 0 if min_weight is None else bits_of(min_weight)
+        self.scans = not by_task and (max_tokens < most or least)  # else every row is chosen
         self.choosing = min(threads, tasks)
         self.workers = threads
         self.job = numba_job.Job(
@@ -86,16 +89,19 @@ class Prepared:
             by_sequence=len(n_rows) > 1, by_task=by_task, whole=n_candidates >= most,
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
-            candidates=n_candidates, worker_bytes=worker_bytes,
+            least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
             **places_of(codes),
         )  # fmt: skip
 
-    def __call__(self, a: Tensor) -> int:
+    def __call__(self, a: Tensor, outside: Tensor | None = None) -> int:
         """Writes ranges and counts where it was told; returns the most ranges of a selection."""
         a = a.resolve_neg().contiguous()
         # A job of this call alone, since several threads may use one preparation.
         job = numba_job.Job.from_buffer_copy(self.job)
         job.q = a.data_ptr()
+        if outside is not None:
+            outside = outside.contiguous()
+            job.outside = outside.data_ptr()
         _held = self.layout.place(job)  # to the end of this call
         prepare, scan, choose = _functions()
         address = ctypes.addressof(job)
@@ -118,6 +124,11 @@ def places_of(codes: Codes) -> dict[str, int]:
         "fine_head": 4 * fine.stride(1), "scale_batch": scale.stride(0),
         "scale_head": scale.stride(1),
     }  # fmt: skip
+
+
+def bits_of(weight: float) -> int:
+    """As an int32: weights, which are float32 not below 0, are in the order of their bits."""
+    return max(1, ctypes.c_int32.from_buffer(ctypes.c_float(weight)).value)
 
 
 @functools.cache

@@ -48,7 +48,10 @@ def entry(stamp):
 
 @_njit
 def _work(jobs):
-    """`by_task`: the rows of a task are weighed here, before it is chosen from; else they were."""
+    """`by_task`: the rows of a task are weighed here, before it is chosen from; else they were.
+
+    `least_weight`: the bits of the least weight, a float32, of a row that is chosen; 0 for any.
+    """
     job = jobs[0]
     counters = jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
@@ -60,7 +63,8 @@ def _work(jobs):
         if task >= job.tasks:
             break
         held = worker if job.by_task else task
-        if job.by_task and job.max_tokens < place_of(job, task)[2]:  # else every row is chosen
+        every = job.max_tokens >= place_of(job, task)[2] and job.least_weight == 0
+        if job.by_task and not every:
             for chunk in range(job.chunks):
                 weigh_chunk(job, task, chunk, held, space)
         counts[task], scored[task] = _choose(job, task, held, space)
@@ -79,23 +83,23 @@ def _choose(job, task, held, space):
     weights = factors + 4 * job.group * (job.chunks + 1)
     rows = carray(int32_pointer(places), room + LANES)
     kept, scored = min(job.max_tokens, n), np.int64(0)
-    if kept == n:
+    if kept == n and job.least_weight == 0:
         for i in range(n):
             rows[i] = i
     elif job.whole:
-        _weigh_chunks(job, held, n, factors)
+        _weigh_chunks(job, task, held, n, factors)
         for chunk in range((n + CHUNK - 1) // CHUNK):
             place = job.scores + 4 * (held * job.group * room + chunk * CHUNK)
             length = min(CHUNK, n - chunk * CHUNK)
             add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
                         blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        best(keys, n, kept, places)
+        kept = _best_of(job, keys, n, places)
         scored = n
     else:
         found = _candidates(job, held, n, marks, places, listed)
         _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
-        kept, scored = min(kept, found), found
-        best(keys, found, kept, places)
+        scored = found
+        kept = _best_of(job, keys, found, places)
         chosen = carray(int32_pointer(listed), found)
         for i in range(kept):
             rows[i] = chosen[rows[i]]
@@ -117,7 +121,32 @@ def _choose(job, task, held, space):
 
 
 @_njit
-def _weigh_chunks(job, held, n, factors):
+def _best_of(job, weights, n, places):
+    """The rows that weigh most, as many as are asked for and weigh enough; returns how many."""
+    kept = min(job.max_tokens, n)
+    if job.least_weight == 0:
+        best(weights, n, kept, places)
+        return kept
+    vectors = blocks_of(n) * _PER_BLOCK
+    enough = count_from(weights, vectors, job.least_weight)
+    if enough > kept:
+        best(weights, n, kept, places)
+        return kept
+    return places_from(weights, vectors, job.least_weight, places)
+
+
+@_njit
+def _outside(job, task, g, largest):
+    """What is visited in any case, beside a row of the largest score, whose weight is 1."""
+    if job.outside == 0:
+        return np.float32(0.0)
+    own = carray(float32_pointer(job.outside + 4 * (task * job.group + g)), 1)[0]
+    weight = np.float32(math.exp(own - largest))
+    return weight if weight >= 0 else np.float32(0.0)  # NaN
+
+
+@_njit
+def _weigh_chunks(job, task, held, n, factors):
     """What each chunk's weights count by, for a softmax over all rows of each head."""
     n_chunks = (n + CHUNK - 1) // CHUNK
     place = 4 * held * job.group * job.chunks
@@ -134,6 +163,7 @@ def _weigh_chunks(job, held, n, factors):
             share = math.exp(maxima[g, chunk] - largest)
             factor[g, chunk] = share
             total += share * totals[g, chunk]
+        total += _outside(job, task, g, largest)
         for chunk in range(n_chunks):
             factor[g, chunk] /= np.float32(total)
 
@@ -215,6 +245,7 @@ def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
     vectors = blocks_of(found) * _PER_BLOCK
     for g in range(job.group):
         total = exponentials(weights + 4 * g * room, vectors, factor[g])
+        total += _outside(job, task, g, factor[g])
         factor[g] = np.float32(1.0) / total
     add_weighed(weights, 4 * room, job.group, factors, 4, vectors, keys)
 

@@ -12,10 +12,10 @@ from .numba_simd import BLOCK, WIDEST
 
 FIELDS = (
     "q coarse fine scale rows weights factors scores maxima totals starts lengths "  # addresses
-    "counts scored "
+    "counts scored outside "
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
-    "out_batch out_head capacity first_row max_tokens candidates "
+    "out_batch out_head capacity first_row max_tokens least_weight candidates "
     "workspace worker_bytes next_worker next_task"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")

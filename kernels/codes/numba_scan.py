@@ -85,7 +85,7 @@ def _prepare(job, task):
             largest = np.float32(0.0)
             for d in range(job.coordinates):
                 size = abs(q[g, d] * _STEPS[whole, d // quarter])
-                largest = size if not size <= largest else largest  # NaN stays
+                largest = size if size > largest or np.isnan(size) else largest
             usable = largest > 0 and largest < np.inf
             factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
             offset = np.float32(0.0)

@@ -19,13 +19,17 @@ from .layout import (
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    min_weight: float | None, outside: Tensor | None, first_row: int,
+    out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
     starts, lengths = out
     starts.zero_()
     lengths.zero_()
     fine, coarse = decode(codes), decode_coarse(codes)
+    if outside is None:
+        outside = a.new_full(a.shape[:3], -torch.inf)
+    outside = outside.reshape(a.shape[:3]).nan_to_num(nan=-torch.inf)
     most = 0
     for i, own in enumerate(a):
         b = min(i, len(n_rows) - 1) if len(n_rows) > 1 else 0
@@ -33,8 +37,9 @@ def select_rows(
         for h, heads in enumerate(own):
             kv = h * fine.shape[1] // len(own)
             rows, scored[i, h] = chosen(
-                heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens, n_candidates
-            )
+                heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens, n_candidates,
+                min_weight, outside[i, h],
+            )  # fmt: skip
             begins, counts = as_ranges(rows)
             starts[i, h, : len(begins)] = begins + first_row
             lengths[i, h, : len(begins)] = counts
@@ -42,18 +47,23 @@ def select_rows(
     return starts[..., :most], lengths[..., :most]
 
 
-def chosen(q, fine, coarse, max_tokens: int, n_candidates: int) -> tuple[Tensor, int]:
+def chosen(
+    q, fine, coarse, max_tokens: int, n_candidates: int, min_weight: float | None, outside: Tensor
+) -> tuple[Tensor, int]:
     """The rows, ascending, of equal ones the oldest; how many were scored by all of their code."""
     n = len(fine)
-    if max_tokens >= n:
+    if max_tokens >= n and min_weight is None:
         return torch.arange(n), 0
     candidates = torch.arange(n)
     if n_candidates < n:
         scores = rounded(q, whole=False) @ coarse.T
         candidates = torch.cat([best(own, n_candidates) for own in scores]).unique()
     scores = rounded(q, whole=True) @ fine[candidates].T
-    weight = scores.softmax(-1).sum(0)
-    return candidates[best(weight, max_tokens)], len(candidates)
+    weight = torch.cat([scores, outside[:, None]], -1).softmax(-1)[:, :-1].sum(0)
+    found = best(weight, max_tokens)
+    if min_weight is not None:
+        found = found[weight[found] >= min_weight]
+    return candidates[found], len(candidates)
 
 
 def rounded(q: Tensor, *, whole: bool) -> Tensor:

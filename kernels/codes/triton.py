@@ -40,17 +40,20 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    min_weight: float | None, outside: Tensor | None, first_row: int,
+    out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
     n, heads, group, _ = a.shape
     if group > MOST_HEADS:
         raise ValueError(f"at most {MOST_HEADS} query heads can share a selection; got {group}")
     most = max(n_rows)
+    if outside is not None:
+        outside = outside.reshape(n * heads, group, 1)
     counts = _counts(tuple(n_rows), a.device)
     of_task = counts.repeat_interleave(heads) if len(n_rows) > 1 else counts.expand(n * heads)
     if n_candidates >= most:
-        weights = _softmax(_scores(a, codes, counts, most, None))
+        weights = _softmax(_scores(a, codes, counts, most, None), outside)
         rows = torch.arange(most, dtype=torch.int32, device=a.device).expand(n * heads, -1)
         inside = rows < of_task[:, None]
         scored.copy_(of_task.view(n, heads))
@@ -61,12 +64,13 @@ def select_rows(
         again[:, 1:] = rows[:, 1:] == rows[:, :-1]
         inside = ~again & (rows < of_task[:, None])
         rows = torch.where(inside, rows, -1).int()
-        weights = _softmax(_scores(a, codes, counts, rows.shape[1], rows))
+        weights = _softmax(_scores(a, codes, counts, rows.shape[1], rows), outside)
         scored.copy_(inside.sum(-1).view(n, heads))
     # Weights are not below 0: what is no row comes after all of them.
     weights = torch.where(inside, weights, -1.0)
     best = weights.topk(min(max_tokens, most), -1, sorted=False)
-    chosen = torch.where(best.values >= 0, rows.gather(-1, best.indices), _NONE)
+    least = 0.0 if min_weight is None else min_weight
+    chosen = torch.where(best.values >= least, rows.gather(-1, best.indices), _NONE)
     return _ranges(chosen.sort(-1).values, first_row, out)
 
 
@@ -76,9 +80,14 @@ def _counts(n_rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(n_rows, dtype=torch.int32, device=device)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Added over the heads `[tasks, G, n]`; 0 for a sequence without rows."""
-    return scores.softmax(-1).nan_to_num(nan=0.0).sum(1)
+def _softmax(scores: Tensor, outside: Tensor | None) -> Tensor:
+    """Added over the heads `[tasks, G, n]`, beside `outside [tasks, G, 1]`; 0 for a sequence
+    without rows."""
+    if outside is not None:
+        outside = outside.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = torch.cat([scores, outside], -1)
+    weights = scores.softmax(-1).nan_to_num(nan=0.0).sum(1)
+    return weights if outside is None else weights[:, :-1]
 
 
 def _scores(a, codes, counts, n_listed, listed, *, whole=True) -> Tensor:

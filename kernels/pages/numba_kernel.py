@@ -133,7 +133,7 @@ def _prepare(job, head):
     largest = np.float32(0.0)
     for d in range(job.dim):
         size = abs(q[d])
-        largest = size if not size <= largest else largest  # NaN stays
+        largest = size if size > largest or np.isnan(size) else largest
     usable = largest > 0 and largest < np.inf
     factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
     total = np.float32(0.0)

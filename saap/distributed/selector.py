@@ -29,6 +29,14 @@ class SplitSelector(SaapSelector):
         super().__init__(selector.layer, selector.method, selector.trained)
         self.group = group
 
+    def check_budget(self, budget):
+        if budget.min_weight is not None:
+            raise ValueError(
+                "min_weight must be None in a split context, whose ranks choose a number of rows "
+                f"together; got {budget.min_weight}"
+            )
+        super().check_budget(budget)
+
     def _learn(self, middle: Middle) -> None:
         """`learn_together` has learned before rows are coded."""
 

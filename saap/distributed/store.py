@@ -56,8 +56,8 @@ class SplitStore:
                     "a split context must use method saap or dense, whose choice over several "
                     f"ranks is built; got {type(selector).__name__}"
                 )
-            selector.check_budget(budget)
             selector = SplitSelector(selector, group)
+            selector.check_budget(budget)
         self.selector, self.budget, self.group = selector, budget, group
         check_kv_dtype(kv_dtype)
         self.kv_dtype = kv_dtype

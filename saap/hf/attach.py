@@ -57,6 +57,12 @@ class SaapModel:
             raise ValueError(
                 f"dense_layers must be in 0..{len(self.layers) - 1}; got {budget.dense_layers}"
             )
+        named = budget.layer_importance
+        if named is not None and len(named) != len(self.layers):
+            raise ValueError(
+                f"layer_importance must have {len(self.layers)} numbers, one for each layer; got "
+                f"{len(named)}"
+            )
         if group is not None:
             agreement.check(self)
         self.cache_layers()  # a budget that does not fit the method is refused here

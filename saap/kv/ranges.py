@@ -18,12 +18,15 @@ class StepRanges:
         self.n_sink = n_sink
         self.room = RangeBuffer(LOCAL)
         self._whole: AllRanges | None = None
+        self._local: AllRanges | None = None
         self._written: tuple[Tensor, list[int], list[int]] | None = None
         self._last: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.room.nbytes + sum(t.nbytes for t in self._whole or ())
+        return self.room.nbytes + sum(
+            t.nbytes for t in (*(self._whole or ()), *(self._local or ()))
+        )
 
     def forget(self) -> None:
         """The middle has changed: where it begins and ends is to be written anew."""
@@ -76,12 +79,25 @@ class StepRanges:
         self._last = all_counts[..., :used]
         return all_starts[..., :used], self._last
 
+    def local(
+        self, lengths: list[int], middles: list[int], n_queries: int, k: Tensor
+    ) -> AllRanges:
+        """Sinks and tail alone."""
+        shape = (n_queries, k.shape[1], LOCAL)
+        if self._local is None or self._local[0].shape != shape:
+            self._local = tuple(torch.zeros(2, *shape, dtype=torch.int32, device=k.device))
+        starts, counts = self._local
+        sinks = [min(n, self.n_sink) for n in lengths]
+        tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
+        _set_by_sequence(starts[..., 1], [self.n_sink + m for m in middles])
+        _set_by_sequence(counts[..., 0], sinks)
+        _set_by_sequence(counts[..., 1], tails)
+        return self._local
+
     def _holds(self, all_starts: Tensor, middles: list[int], sinks: list[int]) -> bool:
         """Whether this very tensor, which another budget replaces, has been written to so."""
         written = self._written
-        return (
-            written is not None and written[0] is all_starts and written[1:] == (middles, sinks)
-        )
+        return written is not None and written[0] is all_starts and written[1:] == (middles, sinks)
 
     def _dense(self, lengths: list[int], n_queries: int, k: Tensor) -> AllRanges:
         """One range per sequence: everything."""

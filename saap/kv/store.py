@@ -5,6 +5,7 @@ those that have left the window join the middle, some at a time (Saap, arXiv 250
 3.3). Attention does not care about the order of rows.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ class KVStore:
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
         self._prepared: PreparedRanges | None = None
+        self._prepared_local: PreparedRanges | None = None
         self._middle: tuple[tuple | None, Middle | None] = (None, None)
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
@@ -304,12 +306,31 @@ class KVStore:
                 q_derope,
                 [n - 1 for n in self.lengths] if positions is None else positions,
                 impl,
+                functools.partial(self._local_lse, q_rope),
             )
             middle = self.middle
             chosen = self.selector.select(query, middle, budget, self._ranges.room)
             if self.debug:
                 self._ranges.check(chosen, middle)
         return self.with_local(chosen, budget.dense_below, len(q_rope))
+
+    def _local_lse(
+        self, q: Float[Tensor, "n Hq D"], sm_scale: float, softcap: float | None
+    ) -> Float[Tensor, "n Hq"]:
+        """Of the scores of queries with what a step visits in any case."""
+        ranges = self._ranges.local(self.lengths, self.middles, len(q), self.k)
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        if self.in_file:
+            return attend_ranges(q, *self.rows.in_memory(*ranges), **options)[1]
+        k, v = (
+            t if len(t) == len(q) else t.expand(len(q), *t.shape[1:]) for t in (self.k, self.v)
+        )
+        if len(q) != self.batch:
+            return attend_ranges(q, k, v, *ranges, **options)[1]
+        given = q, k, v, *ranges
+        if self._prepared_local is None or not self._prepared_local.fits(*given, **options):
+            self._prepared_local = PreparedRanges(*given, **options)
+        return self._prepared_local(q)[1]
 
     def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
         """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
@@ -362,7 +383,8 @@ class KVStore:
 
     def _let_go(self) -> None:
         """Of what holds on to rows that will lie elsewhere."""
-        self._prepared, self._middle = None, (None, None)
+        self._prepared = self._prepared_local = None
+        self._middle = None, None
 
     def _chooses(self, budget: Budget) -> bool:
         some = self.selector is not None and any(self.middles)

@@ -50,6 +50,7 @@ class PromptSelector(RoutedSelector):
 
     def __init__(self, layer, seed):
         self.layer, self.seed = layer, seed
+        self.layer_number = layer.number
         self.routing = None
 
     predicts_weights = True
@@ -87,7 +88,9 @@ class Linear(Method):
     def selector(self, layer):
         own = self.layer_index(layer)
         routing = LayerRouting.of(own, self.router, self.n_segments)
-        return RoutedSelector(routing.to(layer.device))
+        selector = RoutedSelector(routing.to(layer.device))
+        selector.layer_number = layer.number
+        return selector
 
 
 class MLP(Linear):

@@ -22,6 +22,7 @@ class ListSelector(Selector):
     """Visits the lists with the highest scores; subclasses say how a list is scored."""
 
     assigns_by = "derope"
+    layer_number = 0
     predicts_weights = False
     """Whether scores per row are attention weights, as `budget.min_weight` needs."""
 
@@ -86,7 +87,7 @@ class ListSelector(Selector):
             nprobe=most,
             max_tokens=budget.max_tokens,
             top_p=budget.top_p,
-            min_score=budget.min_weight,
+            min_score=budget.least_weight(self.layer_number),
             per_row=self.ranks_by_row(budget),
             first_row=middle.first_row,
             out=room.take(*scores.shape[:2], most, scores.device),

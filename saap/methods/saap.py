@@ -74,7 +74,7 @@ class SaapSearch:
 class SaapSelector(Selector):
     """Codes of the rows of the middle, in time order, coded once when they join it."""
 
-    bounds = ("max_tokens",)
+    bounds = ("max_tokens", "min_weight")
     reads_derope = False
 
     least_rows = 512  # to learn coordinates from
@@ -95,6 +95,14 @@ class SaapSelector(Selector):
         self.n_scanned = 0.0  # rows whose coarse codes it read, for each sequence and KV head
         if coordinates is not None:
             self.least_rows = 0
+
+    def check_budget(self, budget):
+        super().check_budget(budget)
+        if budget.max_tokens is None:
+            raise ValueError(
+                "method 'saap' needs max_tokens, the most rows of a step, beside min_weight; got "
+                f"min_weight={budget.min_weight} alone"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -293,26 +301,35 @@ class SaapSelector(Selector):
         most = min(budget.max_tokens, n)
         if self.scored is None or self.scored.shape != (len(q), heads):
             self.scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
+        outside = None
+        if budget.min_weight is not None:
+            outside = query.local_lse(self.layer.sm_scale, self.layer.softcap)
+            outside = outside - self.layer.sm_scale * self.coordinates.left_out(query.q_rope)
         ranges = self.choose_rows(
             q,
+            outside,
             self.codes,
             middle.n_rows,
             max_tokens=budget.max_tokens,
             n_candidates=self.method.search_options.candidates(budget.max_tokens, n),
+            min_weight=budget.least_weight(self.layer.number),
             share=budget.share,
             first_row=middle.first_row,
             out=room.take(len(q), heads, most, q.device),
             scored=self.scored,
             impl=query.impl,
         )
-        self.n_scanned = 0.0 if most == n else sum(middle.n_rows) / len(middle.n_rows)
+        every = most == n and budget.min_weight is None
+        self.n_scanned = 0.0 if every else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
 
-    def choose_rows(self, q: Tensor, codes: Codes, n_rows: list[int], **options) -> Ranges:
-        """`select_rows`, whose arguments but for the queries are those of the step before."""
+    def choose_rows(
+        self, q: Tensor, outside: Tensor | None, codes: Codes, n_rows: list[int], **options
+    ) -> Ranges:
+        """`select_rows`, whose arguments but for the first two are those of the step before."""
         if self._choice is None or not self._choice.fits(q, codes, n_rows, **options):
             self._choice = PreparedChoice(q, codes, n_rows, **options)
-        return self._choice(q)
+        return self._choice(q, outside)
 
 
 class Saap(Method):
@@ -322,7 +339,7 @@ class Saap(Method):
     name = "saap"
     needs_index = False
     saves_itself = True
-    bounds = ("max_tokens",)
+    bounds = ("max_tokens", "min_weight")
 
     def __init__(self, index=None, *, seed=0, search: SaapSearch | None = None):
         super().__init__(index, seed=seed)

@@ -133,10 +133,19 @@ def test_select_rows():
         options = {
             "max_tokens": most, "n_candidates": own.choice((0, most, most + 3, n, INT32)),
             "share": own.choice(("group", "head")), "first_row": own.choice((0, 4, 1000)),
+            "min_weight": own.choice((None, None, 1e-40, 1e-3, 0.3, 1e30)),
         }  # fmt: skip
+        if own.random() < 0.5:
+            options["outside"] = strange(own, 9 * torch.randn(q.shape[:2], generator=generator))
         if own.random() < 0.2:
             wrong = own.choice(
-                ({"max_tokens": -1}, {"n_candidates": -2}, {"share": "x"}, {"max_tokens": 2**70})
+                (
+                    {"max_tokens": -1},
+                    {"min_weight": -1.0},
+                    {"n_candidates": -2},
+                    {"share": "x"},
+                    {"max_tokens": 2**70},
+                )
             )
             options |= wrong
             if own.random() < 0.5:
@@ -152,6 +161,9 @@ def test_select_rows():
             for h in range(starts.shape[1]):
                 pairs = zip(starts[i, h].tolist(), lengths[i, h].tolist(), strict=True)
                 chosen = [row for s, m in pairs for row in range(s - first, s - first + m)]
-                assert len(chosen) == min(options["max_tokens"], rows), (chosen, rows)
+                most = min(options["max_tokens"], rows)
+                if options["min_weight"] is None:
+                    assert len(chosen) == most, (chosen, rows)
+                assert len(chosen) <= most
                 assert chosen == sorted(set(chosen))
                 assert not chosen or (chosen[0] >= 0 and chosen[-1] < rows)

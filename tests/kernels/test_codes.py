@@ -86,13 +86,22 @@ def test_all_candidates_are_chosen_from(impl, coordinates, group):
     group=st.integers(1, 5),
     share=st.sampled_from(["group", "head"]),
     threads=st.sampled_from([1, 3]),
+    min_weight=st.sampled_from([None, 1e-30, 1e-4, 2e-3, 0.1]),
+    with_outside=st.booleans(),
 )
-def test_numba_chooses_as_the_reference(seed, n, max_tokens, width, group, share, threads):
+def test_numba_chooses_as_the_reference(
+    seed, n, max_tokens, width, group, share, threads, min_weight, with_outside
+):
     """Three threads divide the rows of tasks, one does a task at a time."""
     _, codes, _ = coded(batch=2, n=n, seed=seed)
     q = random(2, 2 * group, 64, seed=seed + 1) * 0.5
     n_rows = [n, max(0, n - 37)]
-    options = {"max_tokens": max_tokens, "n_candidates": width * max_tokens, "share": share}
+    options = {
+        "max_tokens": max_tokens, "n_candidates": width * max_tokens, "share": share,
+        "min_weight": min_weight,
+    }  # fmt: skip
+    if with_outside:
+        options["outside"] = 8 * random(2, 2 * group, seed=seed + 2)
     heads = 2 if share == "group" else 2 * group
     room = min(max_tokens, n)
     memory = torch.full((2, 2, heads, room + 8), CANARY, dtype=torch.int32)
@@ -114,11 +123,61 @@ def test_numba_chooses_as_the_reference(seed, n, max_tokens, width, group, share
     for i in range(2):
         for h in range(heads):
             own, other = rows(found, i, h), rows(true, i, h)
-            assert len(own) == len(other) == min(max_tokens, n_rows[i])
+            if min_weight is None:
+                assert len(own) == len(other) == min(max_tokens, n_rows[i])
+            assert len(own) <= max_tokens
             assert own == sorted(set(own))
             assert all(3 <= row < 3 + n_rows[i] for row in own)
             # Sums in another order put a row here and there on the other side of an edge.
-            assert len(set(own) - set(other)) <= 1 + len(own) // 50
+            assert len(set(own) ^ set(other)) <= 2 + 2 * (len(own) // 50)
+
+
+def weights_of(q, codes, n, n_kv, outside):
+    """By all of the codes and in float64: what each row weighs for each KV head `[Hkv, n]`."""
+    x = decode(codes)[0, :, :n].double()
+    scores = q[0].double().unflatten(0, (n_kv, -1)) @ x.mT
+    beside = outside[0].double().unflatten(0, (n_kv, -1))[..., None]
+    return torch.cat([scores, beside], -1).softmax(-1)[..., :-1].sum(1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n_candidates", [400, 700])
+def test_rows_that_weigh_enough_are_chosen(impl, n_candidates):
+    """A head that looks elsewhere gets none; others as many as weigh so much, however many."""
+    _, codes, _ = coded(n=700)
+    q = random(1, 4, 64, seed=1) * torch.tensor([0.6, 0.6, 0.1, 0.1])[:, None]
+    outside = torch.tensor([[3.0, 3.0, 30.0, 30.0]])
+    weights = weights_of(q, codes, 700, 2, outside)
+    found = {}
+    for least in (1e-2, 2e-3, 5e-4):
+        chosen = select_rows(
+            q, codes, [700], max_tokens=300, n_candidates=n_candidates, min_weight=least,
+            outside=outside, impl=impl,
+        )  # fmt: skip
+        own, none = (rows(chosen, 0, h) for h in range(2))
+        assert none == []
+        # Queries in bytes move a weight by a tenth.
+        assert set((weights[0] > 1.3 * least).nonzero()[:, 0].tolist()) <= set(own)
+        assert set(own) <= set((weights[0] > least / 1.3).nonzero()[:, 0].tolist())
+        found[least] = len(own)
+    assert 0 < found[1e-2] < found[2e-3] < found[5e-4] < 300
+    few = select_rows(
+        q, codes, [700], max_tokens=7, n_candidates=n_candidates, min_weight=5e-4,
+        outside=outside, impl=impl,
+    )  # fmt: skip
+    assert set(weights[0].topk(3).indices.tolist()) < set(rows(few, 0, 0))
+    assert len(rows(few, 0, 0)) == 7
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("beside", [torch.nan, -torch.inf])
+def test_nothing_outside_is_a_softmax_over_the_rows(impl, beside):
+    _, codes, _ = coded(n=200)
+    q = random(1, 4, 64, seed=5) * 0.5
+    options = {"max_tokens": 200, "n_candidates": 200, "min_weight": 0.005, "impl": impl}
+    without = select_rows(q, codes, [200], **options)
+    found = select_rows(q, codes, [200], outside=torch.full((1, 4), beside), **options)
+    assert all(rows(found, 0, h) == rows(without, 0, h) != [] for h in range(2))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -171,6 +230,20 @@ def test_nan_queries_choose_as_many_rows(impl):
     assert all(len(rows(found, 0, h)) == 20 for h in range(2))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 30, 63])
+def test_a_query_with_one_nan_counts_for_nothing(impl, value, place):
+    _, codes, _ = coded(n=63)
+    q = random(1, 4, 64, seed=2)
+    q[0, 1, place] = value
+    without = q.clone()
+    without[0, 1] = 0.0
+    options = {"max_tokens": 3, "n_candidates": 63, "impl": impl}
+    found, expected = (select_rows(own, codes, [63], **options) for own in (q, without))
+    assert [rows(found, 0, h) for h in range(2)] == [rows(expected, 0, h) for h in range(2)]
+
+
 def bad(change, message):
     return pytest.param(change, message, id=message[:30])
 
@@ -186,6 +259,9 @@ def bad(change, message):
         bad({"n_rows": [1, 2]}, "must be of 1 sequence or of 1; got 1 and 2"),
         bad({"max_tokens": -1}, "max_tokens must be an integer of at least 0; got -1"),
         bad({"max_tokens": 2**70}, "max_tokens must be an integer below 2 .. 63; got"),
+        bad({"min_weight": 0.0}, "min_weight must be None or a number above 0; got 0.0"),
+        bad({"min_weight": "1"}, "min_weight must be None or a number above 0; got '1'"),
+        bad({"outside": torch.zeros(1, 2)}, r"outside must be float32 \[1, 4\] on cpu; got"),
         bad({"share": "all"}, "share must be 'group' or 'head'; got 'all'"),
         bad({"impl": "fast"}, "impl must be None or one of reference, numba, triton; got 'fast'"),
         bad({"impl": "triton"}, "q must be on a CUDA device for impl 'triton'; got cpu"),

@@ -51,6 +51,23 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
             assert len(set(own) - set(other)) <= 1
 
 
+@pytest.mark.parametrize("n_candidates", [40, 10**6])
+def test_chooses_rows_that_weigh_enough(n_candidates):
+    q, codes = problem(300, 3, 64)
+    outside = torch.tensor([[2.0] * 3 + [torch.nan] * 3, [-torch.inf] * 3 + [30.0] * 3])
+    found = {}
+    for impl in ("reference", "triton"):
+        chosen = select_rows(
+            q, codes, [300, 210], max_tokens=30, n_candidates=n_candidates, min_weight=0.02,
+            outside=outside.to(DEVICE), impl=impl,
+        )  # fmt: skip
+        found[impl] = [rows(chosen, i, h) for i in range(2) for h in range(2)]
+    assert found["triton"][3] == []
+    assert all(0 < len(own) < 30 for own in found["triton"][:3])
+    for own, other in zip(found["triton"], found["reference"], strict=True):
+        assert len(set(own) ^ set(other)) <= 1
+
+
 def test_sequences_with_few_rows_or_none():
     q, codes = problem(100, 2, 64)
     for candidates in (12, 1000):
