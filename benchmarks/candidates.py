@@ -71,8 +71,9 @@ class Choice:
         self.groups, self.choose, self.read = groups, choose, []
 
     def __call__(
-        self, q, codes, n_rows, *, max_tokens, n_candidates, share, first_row, out, scored, impl
-    ):
+        self, q, outside, codes, n_rows, *, max_tokens, n_candidates, min_weight, share, first_row,
+        out, scored, impl,
+    ):  # fmt: skip
         (n,) = n_rows
         fine, coarse = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
         coarse[..., self.groups * coarse.shape[-1] // 4 :] = 0

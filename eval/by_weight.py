@@ -22,6 +22,7 @@ from saap.methods import Method
 from .decoding import Decoder, decoder
 from .tasks.base import text_tokens
 
+Progress = Callable[[str, int, int], None]
 WHOLE = 2**31 - 1
 MOST_IMPORTANT = 4.0
 """Importance is kept in 1/4..4: few tokens tell no more than that."""
@@ -29,73 +30,87 @@ CAP = 6
 """The most rows of a step, of those of the budget by rows."""
 
 
+def no_progress(*_) -> None:
+    pass
+
+
 @dataclass(frozen=True)
-class Found:
-    """`divergence`: nats from dense attention with the budget of rows, by weight with all layers
-    alike, and with their importance. `rows`: what a step of each visits in the mean, per head and
-    layer, sinks and window counted in."""
+class Measured:
+    """`divergence`: nats from dense attention; `rows`: what a step visits in the mean, per head
+    and layer, sinks and window counted in."""
 
     budget: Budget
-    divergence: tuple[float, float, float]
-    rows: tuple[float, float, float]
+    divergence: float
+    rows: float
 
 
-def advise(model, tokenizer, text: bytes, *, context: int, n_texts: int, **options) -> Found:
-    """`find` on `n_texts` texts of `context` tokens, evenly spread; the last one judges."""
-    *learned_from, judged = (
+def advise(
+    model, tokenizer, text: bytes, *, method: Method, budget: Budget, context: int, n_texts: int,
+    progress: Progress = no_progress,
+) -> list[Measured]:  # fmt: skip
+    """Budgets that visit about as many rows in the mean: by `max_tokens`, by weight with all
+    layers alike, by weight with their importance.
+
+    Of `n_texts` texts of `context` tokens, evenly spread, the last one judges what was found on
+    the others, at least one.
+    """
+    *texts, last = (
         text_tokens(tokenizer, text, context, number, n_texts) for number in range(n_texts)
     )
-    return find(model, learned_from=learned_from, judged=judged, **options)
+    found = learn(model, method, texts, budget, progress=progress)
+    return measure(model, method, [last], [budget, *found], progress=progress)
 
 
-def find(
-    model,
-    method: Method,
-    learned_from: list[Tensor],
-    judged: Tensor,
-    budget: Budget,
-    *,
-    n_tokens: int = 32,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> Found:
-    """The budget by weight that visits as many rows in the mean as `budget` does by `max_tokens`.
+def learn(
+    model, method: Method, texts: list[Tensor], budget: Budget, *, n_tokens: int = 32,
+    progress: Progress = no_progress,
+) -> tuple[Budget, Budget]:  # fmt: skip
+    """Budgets by weight that visit as many rows in the mean as `budget` does by `max_tokens`: with
+    all layers alike, and with their importance.
 
-    learned_from, judged: texts `[N]`, whose last `n_tokens` tokens are decoded; figures are of
-    `judged` alone, which is in none of the others.
+    The last `n_tokens` tokens of each text `[N]` are decoded.
     """
     layers = hf.model_layers(model)
     searched = [n for n, layer in enumerate(layers) if layer.is_full]
-    weights = []
-    total, done = len(learned_from) * (len(searched) + 1) + 2, 0
     sums = torch.zeros(len(layers), dtype=torch.float64)
-    for tokens in learned_from:
-        with decoding(model, method, budget, tokens, n_tokens) as (own, rest):
-            dense = logits(own, rest, [whole(budget)] * len(searched))
+    total, done = len(texts) * len(searched) + 1, 0
+    for text in texts:
+        with decoding(model, method, budget, text, n_tokens) as (own, rest):
+            everywhere = [whole(budget)] * len(searched)
+            dense = logits(own, rest, everywhere)
             for place, number in enumerate(searched):
                 progress("layers", done, total)
-                budgets = [whole(budget)] * len(searched)
+                done += 1
+                budgets = everywhere.copy()
                 budgets[place] = budget
                 sums[number] += divergence(dense, logits(own, rest, budgets))
-                done += 1
-            weights.append(weight_of(own, rest, budget, importance(sums, searched)))
-            done += 1
-    progress("budgets", done, total)
-    with decoding(model, method, budget, judged, n_tokens) as (own, rest):
-        dense = logits(own, rest, [whole(budget)] * len(searched))
-        plain = dataclasses.replace(
-            budget,
-            max_tokens=CAP * budget.max_tokens,
-            min_weight=weight_of(own, rest, budget, None),
-        )
-        best = dataclasses.replace(
-            plain, min_weight=weights[-1], layer_importance=importance(sums, searched)
-        )
-        nats, rows = [], []
-        for tried in (budget, plain, best):
-            nats.append(divergence(dense, logits(own, rest, [tried] * len(searched))))
-            rows.append(own.visited.rows / max(1, own.visited.steps))
-    progress("budgets", total, total)
-    return Found(best, tuple(nats), tuple(rows))
+            if text is texts[-1]:
+                progress("least weight", done, total)
+                found = [
+                    as_many_rows(own, rest, budget, told)
+                    for told in (None, importance(sums, searched))
+                ]
+    progress("least weight", total, total)
+    return tuple(found)
+
+
+def measure(
+    model, method: Method, texts: list[Tensor], budgets: list[Budget], *, n_tokens: int = 32,
+    progress: Progress = no_progress,
+) -> list[Measured]:  # fmt: skip
+    """Means over the last `n_tokens` tokens of each text `[N]`; budgets lay out rows alike."""
+    nats, rows = torch.zeros(2, len(budgets), dtype=torch.float64)
+    for number, text in enumerate(texts):
+        progress("budgets", number, len(texts))
+        with decoding(model, method, budgets[0], text, n_tokens) as (own, rest):
+            n_layers = len(own.cache.saap_layers)
+            dense = logits(own, rest, [whole(budgets[0])] * n_layers)
+            for i, budget in enumerate(budgets):
+                nats[i] += divergence(dense, logits(own, rest, [budget] * n_layers))
+                rows[i] += own.visited.rows / own.visited.steps
+    progress("budgets", len(texts), len(texts))
+    means = ((t / len(texts)).tolist() for t in (nats, rows))
+    return [Measured(*own) for own in zip(budgets, *means, strict=True)]
 
 
 @contextmanager
@@ -126,7 +141,8 @@ def divergence(dense: Tensor, other: Tensor) -> float:
 
 def importance(sums: Tensor, searched: list[int]) -> tuple[float, ...]:
     """A number for each layer, 1 in the geometric mean, by the divergences of those `searched`."""
-    own = sums[searched].clamp(min=float(sums.max()) * 1e-6 + 1e-30).sqrt()
+    own = sums[searched]
+    own = own.clamp(min=1e-6 * float(own.max()) + 1e-30).sqrt()
     own = (own / own.log().mean().exp()).clamp(1 / MOST_IMPORTANT, MOST_IMPORTANT)
     found = [1.0] * len(sums)
     for number, value in zip(searched, own.tolist(), strict=True):
@@ -134,20 +150,19 @@ def importance(sums: Tensor, searched: list[int]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def weight_of(
+def as_many_rows(
     own: Decoder, tokens: Tensor, budget: Budget, importance: tuple[float, ...] | None
-) -> float:
-    """The least weight with which steps visit as many rows in the mean, to two digits."""
+) -> Budget:
+    """That by weight whose steps visit as many rows in the mean; the weight to two digits."""
     n_layers = len(own.cache.saap_layers)
     logits(own, tokens, [budget] * n_layers)
     wanted = own.visited.rows
+    bound = dataclasses.replace(budget, max_tokens=CAP * budget.max_tokens)
     low, high = -7.0, 0.0  # of the logarithm to the base 10
     for _ in range(7):
         middle = (low + high) / 2
-        tried = dataclasses.replace(
-            budget, max_tokens=CAP * budget.max_tokens, min_weight=10**middle,
-            layer_importance=importance,
-        )  # fmt: skip
+        tried = dataclasses.replace(bound, min_weight=10**middle, layer_importance=importance)
         logits(own, tokens, [tried] * n_layers)
         low, high = (middle, high) if own.visited.rows > wanted else (low, middle)
-    return float(f"{10 ** ((low + high) / 2):.2g}")
+    least = float(f"{10 ** ((low + high) / 2):.2g}")
+    return dataclasses.replace(bound, min_weight=least, layer_importance=importance)

@@ -42,7 +42,7 @@ class Budget:
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
-    layer_importance: tuple[float, ...] | None = None
+    layer_importance: tuple[float | int, ...] | None = None
     flush_every: int | None = None
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0

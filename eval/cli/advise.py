@@ -75,10 +75,12 @@ def advise(
 def print_by_weight(found, method: str, index: Path | None) -> None:
     from .terminal import console, plain_table
 
-    names = ("max_tokens", "min_weight, layers alike", "min_weight, layers by importance")
+    names = (
+        "max_tokens", "min_weight, all layers alike", "min_weight, layers by importance",
+    )  # fmt: skip
     rows = [
-        [name, f"{visited:,.0f}", f"{nats:.4f}"]
-        for name, visited, nats in zip(names, found.rows, found.divergence, strict=True)
+        [name, f"{m.rows:,.0f}", f"{m.divergence:.4f}"]
+        for name, m in zip(names, found, strict=True)
     ]
     console.print()
     plain_table("bounded by", ("a step's rows", "visited", "nats from dense"), rows)
@@ -88,7 +90,7 @@ def print_by_weight(found, method: str, index: Path | None) -> None:
         "measured on.\n",
         highlight=False,
     )
-    budget = found.budget
+    budget = found[-1].budget
     numbers = textwrap.fill(
         ", ".join(f"{x:g}" for x in budget.layer_importance), 84,
         initial_indent=" " * 12, subsequent_indent=" " * 12,
