@@ -51,13 +51,12 @@ def told(measured: list[by_weight.Measured]) -> list[dict]:
 
 def measure(model, tokenizer, n_texts: int) -> dict:
     saap, oracle = find_method("saap")(), find_method("oracle-tokens")()
-    texts = {
-        corpus: [
-            text_tokens(tokenizer, b"\n\n".join(read_named(corpus)), CONTEXT, number, count)
-            for number in range(count)
+    texts = {}
+    for corpus, count in ((LEARNED_FROM, N_LEARNED), (JUDGED, n_texts)):
+        text = b"\n".join(read_named(corpus))
+        texts[corpus] = [
+            text_tokens(tokenizer, text, CONTEXT, number, count) for number in range(count)
         ]
-        for corpus, count in ((LEARNED_FROM, N_LEARNED), (JUDGED, n_texts))
-    }
 
     def progress(what: str, done: int, total: int) -> None:
         if done % 10 == 0 or done == total:

@@ -4,12 +4,16 @@
     saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention,passkey,perplexity \\
         --methods dense,oracle-tokens,saap,pq,blend,quest --budgets 0.05,0.1 \\
         --answer-budgets 0.05,0.1 --texts 2 --prompts 10 --out runs/smollm2-4k
-    python -m benchmarks.real_models runs/smollm2-4k ...
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey,perplexity \\
+        --methods dense,saap --search saap.min_weight=0.0022,0.0005 --search saap.max_tokens=600 \\
+        --answer-budgets 0.05 --texts 16 --prompts 50 --out runs/by-weight
+    python -m benchmarks.real_models [--add] runs/smollm2-4k ...
 
-Scores of all folders go to `benchmarks/results/<device>/real_models.json`, raw records stay where
-they are. The text that is judged is another than any that a method learned from.
+Scores of all folders, with `--add` beside those that are there, go to
+`benchmarks/results/<device>/real_models.json`, raw records stay where they are. The text that is judged is another than any that a method learned from.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,8 +55,14 @@ def tables(found: list[dict]) -> str:
     parts = []
     for run in found:
         scores = run["scores"]
-        places = sorted({(s["context"], s["budget"]) for s in scores if s["method"] != "dense"})
-        for context, budget in places:
+        places = {(s["context"], s["budget"]) for s in scores if s["method"] != "dense"}
+        by_weight = {place for place in places if "min_weight" in place[1]}
+        for context in sorted({context for context, _ in by_weight}):
+            parts.append(
+                f"**{run['model']}, {context:,} tokens, rows by weight** "
+                f"({told(scores, context)}):\n\n{weight_rows(scores, context)}"
+            )
+        for context, budget in sorted(places - by_weight):
             rows = table_rows(scores, context, budget)
             if rows:
                 parts.append(
@@ -87,8 +97,8 @@ def table_rows(scores: list[dict], context: int, budget: str) -> str:
                 cell(attention.get("recall_middle"), "{:.1%}"),
                 cell(attention.get("recall_of_oracle"), "{:.1%}"),
                 cell(attention.get("output_error"), "{:.3f}"),
-                cell(attention.get("bytes_read"), "{:,.0f}", 1e-3),
-                cell(attention.get("router_bytes"), "{:,.0f}", 1e-3),
+                cell((attention or text).get("bytes_read"), "{:,.0f}", 1e-3),
+                cell((attention or text).get("router_bytes"), "{:,.0f}", 1e-3),
                 cell(keys.get("accuracy"), "{:.0%}"),
                 cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
             ]
@@ -97,18 +107,63 @@ def table_rows(scores: list[dict], context: int, budget: str) -> str:
         "method", "recall of the middle", "of the oracle's", "output error",
         "kB per layer and step", "of them to choose", "pass keys", "nats over dense",
     ]  # fmt: skip
-    return markdown(head, rows) if rows else ""
+    return markdown(*without_empty(head, rows)) if rows else ""
 
 
-def cell(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "–" if value is None else form.format(factor * value)
+def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which something was measured."""
+    kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def weight_rows(scores: list[dict], context: int) -> str:
+    """A row for each least weight, the largest first, after the model's own attention."""
+    rows = []
+    places = {(s["method"], s["budget"]): s["selectivity"] for s in scores
+              if s["context"] == context and s["task"] == "perplexity"}  # fmt: skip
+    for (method, budget), visited in sorted(places.items(), key=lambda p: p[1]):
+        if method == "dense" and any(row[0] == "`dense`" for row in rows):
+            continue
+        keys, text = (
+            next(
+                s for s in scores
+                if (s["context"], s["task"], s["method"], s["budget"])
+                == (context, task, method, budget)
+            )
+            for task in ("passkey", "perplexity")
+        )  # fmt: skip
+        bounds = dict(part.split("=") for part in budget.split() if "=" in part)
+        rows.append(
+            [
+                f"`{method}`",
+                cell(None if method == "dense" else bounds.get("min_weight"), "{}"),
+                f"{keys['selectivity']:.1%}",
+                f"{visited:.1%}",
+                cell(text["bytes_read"], "{:,.0f}", 1e-3),
+                f"{keys['accuracy']:.0%}",
+                cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
+            ]
+        )
+    head = [
+        "method", "`min_weight`", "visited for pass keys", "visited for text",
+        "kB per layer and step", "pass keys", "nats over dense",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def cell(value, form: str, factor: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    return form.format(factor * value if isinstance(value, float) else value)
 
 
 def main(folders: list[str]) -> None:
     if not folders:
         raise SystemExit(__doc__)
-    found = [summary(Path(folder)) for folder in folders]
     path = reports.report_path(cpu_name(), "real_models.json")
+    add, folders = "--add" in folders, [folder for folder in folders if folder != "--add"]
+    found = json.loads(path.read_text())["runs"] if add else []
+    found += [summary(Path(folder)) for folder in folders]
     reports.write(path, {"runs": found})
     reports.put_table(PAGE, COMMAND, tables(found))
     print(f"wrote {path} and {PAGE}")

@@ -89,7 +89,7 @@ def test_lossless_has_the_tokens_of_dense(context, monkeypatch, capsys):
         bad(["ask", "reference", "CONTEXT", "x", "--index", "OTHER"], "made with another index"),
         bad(
             ["ask", "reference", "CONTEXT", "x", "--nprobe", "9"],
-            "follows max_tokens; got nprobe=9",
+            "follows max_tokens and min_weight; got nprobe=9",
         ),
         bad(
             ["ask", "reference", "CONTEXT", "x", "--top-p", "2"],

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from saap.budget import Budget
 from saap.distributed import choice
+from saap.distributed.selector import SplitSelector
 from saap.kernels.codes import weigh_rows
+from saap.methods import find_method
 from saap.methods.saap import SaapSelector
+from saap.selector import LayerInfo
 
 from . import split_worker
 
@@ -230,3 +234,10 @@ def test_weights_of_rows_as_the_reference_has_them(n, whole):
     expected = weigh_rows(q, codes, n, whole=whole, impl="reference")
     found = weigh_rows(q, codes, n, whole=whole, impl="numba")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.bad_input
+def test_a_split_context_refuses_a_least_weight():
+    selector = SplitSelector(find_method("saap")().selector(LayerInfo(0.25)), group=None)
+    with pytest.raises(ValueError, match=r"min_weight must be None in a split context.*got 0.1"):
+        selector.check_budget(Budget(max_tokens=9, min_weight=0.1))

@@ -33,7 +33,7 @@ TopP = Annotated[
     float | None, typer.Option(help="visit buckets until this share of the predicted mass")
 ]
 MinWeight = Annotated[
-    float | None, typer.Option(help="visit buckets whose keys are predicted such a weight")
+    float | None, typer.Option(help="visit rows that are predicted at least this attention weight")
 ]
 
 
@@ -265,7 +265,7 @@ def budget_of(trained, max_tokens=None, nprobe=None, top_p=None, min_weight=None
     """What was asked for, or the default; sinks and window as the index was trained."""
     from saap import Budget
 
-    if max_tokens is nprobe is top_p is min_weight is None:
+    if max_tokens is nprobe is top_p is None:  # beside min_weight it is the most of a step
         max_tokens = Budget.default().max_tokens
     places = {} if trained is None else {n: trained.metadata[n] for n in ("n_sink", "window")}
     return Budget(
