@@ -39,6 +39,7 @@ from saap.hf import attention
 from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
 from saap.kv import KVStore
+from saap.kv.steps import StepAttention
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
 
@@ -162,7 +163,7 @@ class Clock:
             "append": (KVStore, "append"),
             "rope": (attention, "VARIANTS"),
             "choosing": (KVStore, "select"),
-            "attention": (KVStore, "attend_selected"),
+            "attention": (StepAttention, "attend"),
             "glue": (Forward, "__call__"),
         }
         patches = [

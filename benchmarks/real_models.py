@@ -10,7 +10,8 @@
     python -m benchmarks.real_models [--add] runs/smollm2-4k ...
 
 Scores of all folders, with `--add` beside those that are there, go to
-`benchmarks/results/<device>/real_models.json`, raw records stay where they are. The text that is judged is another than any that a method learned from.
+`benchmarks/results/<device>/real_models.json`, raw records stay where they are. The text that is
+judged is another than any that a method learned from.
 """
 
 import json

@@ -24,6 +24,7 @@ import torch
 
 from saap import hf
 from saap.kv import KVStore
+from saap.kv.steps import StepAttention
 
 from ..decoding import layout
 from .base import Task, text_tokens
@@ -130,9 +131,9 @@ def stopwatch(selector):
 
         return call
 
-    attend, ranges = KVStore.attend_selected, KVStore.select
+    attend, ranges = StepAttention.attend, KVStore.select
     with (
-        mock.patch.object(KVStore, "attend_selected", timed("attend", attend)),
+        mock.patch.object(StepAttention, "attend", timed("attend", attend)),
         mock.patch.object(KVStore, "select", timed("ranges", ranges)),
     ):
         if hasattr(selector, "scores"):

@@ -17,18 +17,19 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.rows import BucketRows, merged_order
-from saap.kernels.attention.api import PreparedRanges, attend_ranges
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
 from .checks import check_append, check_kv_dtype, check_query
-from .chunks import OutAndLse, attend_chunk
+from .chunk_attention import ChunkAttention
+from .chunks import OutAndLse
 from .file_rows import FileRows
 from .memory import held_bytes
 from .ranges import AllRanges, StepRanges
-from .sparse_chunks import RowsRead, attend_sparse_chunk
+from .sparse_chunks import RowsRead
+from .steps import StepAttention
 
 ASSIGNED_AT_ONCE = 2048
 PENDING = 256  # single tokens that wait for their list together
@@ -91,13 +92,25 @@ class KVStore:
         self._n_pending = 0
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
-        self._prepared: PreparedRanges | None = None
-        self._prepared_local: PreparedRanges | None = None
+        self._steps = StepAttention(self._ranges)
         self._middle: tuple[tuple | None, Middle | None] = (None, None)
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
-        self.prefill = prefill
-        self.rows_read = RowsRead()  # by chunks of several tokens
+        self._chunks = ChunkAttention(prefill, budget)
+
+    @property
+    def prefill(self) -> PrefillBudget | None:
+        """What tokens visit that come several at a time; None: everything."""
+        return self._chunks.prefill
+
+    @prefill.setter
+    def prefill(self, prefill: PrefillBudget | None) -> None:
+        self._chunks.prefill = prefill
+
+    @property
+    def rows_read(self) -> RowsRead:
+        """By chunks of several tokens."""
+        return self._chunks.rows_read
 
     @property
     def batch(self) -> int:
@@ -253,31 +266,18 @@ class KVStore:
         if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
-            found = self._attend_chunk(q_rope, sm_scale, softcap)
+            found = self._chunks.attend(
+                q_rope, self.k, self.v, self.lengths, self._new, sm_scale=sm_scale, softcap=softcap
+            )
             if self.in_file:
                 self.rows.unmap()
             return found
         q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
         chosen = self.select(q, qd, budget, impl=impl)
-        out, lse = self.attend_selected(q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl)
+        out, lse = self._steps.attend(
+            self.rows, q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl
+        )
         return out.unsqueeze(2), lse.unsqueeze(2)
-
-    def attend_selected(
-        self,
-        q: Float[Tensor, "B Hq D"],
-        starts: Int[Tensor, "B H R"],
-        lengths: Int[Tensor, "B H R"],
-        **options,
-    ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
-        """`saap.attend_ranges` over the rows of this store, which a step prepares for the next."""
-        if self.in_file:
-            return attend_ranges(q, *self.rows.in_memory(starts, lengths), **options)
-        given = q, self.k, self.v, starts, lengths
-        if not starts.is_contiguous():
-            return attend_ranges(*given, **options)
-        if self._prepared is None or not self._prepared.fits(*given, **options):
-            self._prepared = PreparedRanges(*given, **options)
-        return self._prepared(q)
 
     @stateful
     def select(
@@ -306,31 +306,15 @@ class KVStore:
                 q_derope,
                 [n - 1 for n in self.lengths] if positions is None else positions,
                 impl,
-                functools.partial(self._local_lse, q_rope),
+                functools.partial(
+                    self._steps.local_lse, self.rows, q_rope, self.lengths, self.middles
+                ),
             )
             middle = self.middle
             chosen = self.selector.select(query, middle, budget, self._ranges.room)
             if self.debug:
                 self._ranges.check(chosen, middle)
         return self.with_local(chosen, budget.dense_below, len(q_rope))
-
-    def _local_lse(
-        self, q: Float[Tensor, "n Hq D"], sm_scale: float, softcap: float | None
-    ) -> Float[Tensor, "n Hq"]:
-        """Of the scores of queries with what a step visits in any case."""
-        ranges = self._ranges.local(self.lengths, self.middles, len(q), self.k)
-        options = {"sm_scale": sm_scale, "softcap": softcap}
-        if self.in_file:
-            return attend_ranges(q, *self.rows.in_memory(*ranges), **options)[1]
-        k, v = (
-            t if len(t) == len(q) else t.expand(len(q), *t.shape[1:]) for t in (self.k, self.v)
-        )
-        if len(q) != self.batch:
-            return attend_ranges(q, k, v, *ranges, **options)[1]
-        given = q, k, v, *ranges
-        if self._prepared_local is None or not self._prepared_local.fits(*given, **options):
-            self._prepared_local = PreparedRanges(*given, **options)
-        return self._prepared_local(q)[1]
 
     def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
         """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
@@ -340,30 +324,6 @@ class KVStore:
         return self._ranges.complete(
             chosen, self.lengths, self.middles, dense_below, n_queries, self.k
         )
-
-    def _attend_chunk(self, q, sm_scale, softcap) -> OutAndLse:
-        length, options = q.shape[2], {"sm_scale": sm_scale, "softcap": softcap}
-        alike = len(set(self.lengths)) == 1 and min(self._new) == length
-        if alike and self.prefill is None:
-            n = self.lengths[0]
-            self.rows_read.add(length, n - length)
-            return attend_chunk(q, self.k[:, :, :n], self.v[:, :, :n], **options)
-        out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
-        for b, (n, n_new) in enumerate(zip(self.lengths, self._new, strict=True)):
-            if n_new:
-                own, rows = slice(b, b + 1), slice(length - n_new, length)
-                out[own, :, rows], lse[own, :, rows] = self._attend_sequence(
-                    q[own, :, rows], self.k[own, :, :n], self.v[own, :, :n], **options
-                )
-        return out, lse
-
-    def _attend_sequence(self, q, k, v, **options) -> OutAndLse:
-        if self.prefill is None:
-            self.rows_read.add(q.shape[2], k.shape[2] - q.shape[2])
-            return attend_chunk(q, k, v, **options)
-        places = {"n_sink": self.budget.n_sink, "window": self.budget.window}
-        return attend_sparse_chunk(q, k, v, self.prefill, **places, **options, read=self.rows_read)
 
     @stateful
     def flush(self) -> None:
@@ -383,7 +343,7 @@ class KVStore:
 
     def _let_go(self) -> None:
         """Of what holds on to rows that will lie elsewhere."""
-        self._prepared = self._prepared_local = None
+        self._steps.forget()
         self._middle = None, None
 
     def _chooses(self, budget: Budget) -> bool:

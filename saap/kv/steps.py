@@ -1,0 +1,65 @@
+"""Attention of one decode step over rows of a store, which a step prepares for the next."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saap.index.rows import BucketRows
+from saap.kernels.attention.api import PreparedRanges, attend_ranges
+
+from .file_rows import FileRows
+from .ranges import StepRanges
+
+
+class StepAttention:
+    """`saap.attend_ranges` over the rows of a store, wherever they lie."""
+
+    def __init__(self, ranges: StepRanges):
+        self._ranges = ranges
+        self._selected: PreparedRanges | None = None
+        self._local: PreparedRanges | None = None
+
+    def forget(self) -> None:
+        """Rows will lie elsewhere."""
+        self._selected = self._local = None
+
+    def attend(
+        self,
+        rows: BucketRows | FileRows,
+        q: Float[Tensor, "B Hq D"],
+        starts: Int[Tensor, "B H R"],
+        lengths: Int[Tensor, "B H R"],
+        **options,
+    ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+        """`saap.attend_ranges`: `out`, and `lse` float32."""
+        if isinstance(rows, FileRows):
+            return attend_ranges(q, *rows.in_memory(starts, lengths), **options)
+        given = q, rows.vectors["k"], rows.vectors["v"], starts, lengths
+        if not starts.is_contiguous():
+            return attend_ranges(*given, **options)
+        if self._selected is None or not self._selected.fits(*given, **options):
+            self._selected = PreparedRanges(*given, **options)
+        return self._selected(q)
+
+    def local_lse(
+        self,
+        rows: BucketRows | FileRows,
+        q: Float[Tensor, "n Hq D"],
+        lengths: list[int],
+        middles: list[int],
+        sm_scale: float,
+        softcap: float | None,
+    ) -> Float[Tensor, "n Hq"]:
+        """Of the scores with what a step visits in any case, for one query of each sequence, or
+        any number of one."""
+        k, v = rows.vectors["k"], rows.vectors["v"]
+        ranges = self._ranges.local(lengths, middles, len(q), k)
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        if isinstance(rows, FileRows):
+            return attend_ranges(q, *rows.in_memory(*ranges), **options)[1]
+        if len(q) != len(k):
+            k, v = (t.expand(len(q), *t.shape[1:]) for t in (k, v))
+            return attend_ranges(q, k, v, *ranges, **options)[1]
+        given = q, k, v, *ranges
+        if self._local is None or not self._local.fits(*given, **options):
+            self._local = PreparedRanges(*given, **options)
+        return self._local(q)[1]
