@@ -17,8 +17,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/saap demo --out demo
 
+# Two processes at a time: each takes up to 2 GB. JOBS=0 runs all in one, with its output.
+JOBS ?= 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Hostile inputs, N of each part, from SEED; `make test` holds the first few of SEED=0. What each
 # part has done without a failure is written to RECORD.

@@ -16,7 +16,7 @@ from saap.names import did_you_mean
 from saap.training import default_window
 
 N_SINK = 16
-SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window")
+SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window", "layer_importance")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Variant:
         for options in self.search:
             budget = {k: v for k, v in options.items() if k in SEARCH_FIELDS}
             own = {k: v for k, v in options.items() if k not in SEARCH_FIELDS}
-            told = " ".join(f"{k}={v}" for k, v in options.items())
+            told = " ".join(f"{k}={brief(v)}" for k, v in options.items())
             places = {"n_sink": N_SINK, "window": default_window(n_context), "share": share}
             places.update({k: v for k, v in budget.items() if k not in BOUNDS})
             bounds = {k: v for k, v in budget.items() if k in BOUNDS}
@@ -56,6 +56,10 @@ class Variant:
                 at_share = Budget.for_selectivity(part, n_context, **places)
                 found.append(Point(f"{part:g} {told}".strip(), at_share, own))
         return found
+
+
+def brief(value) -> str:
+    return f"({len(value)} numbers)" if isinstance(value, list) else str(value)
 
 
 def make_variants(methods: tuple, index, seed: int) -> list[Variant]:

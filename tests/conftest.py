@@ -9,6 +9,14 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Processes of `pytest -n` share the cores, and what they start does, too.
+together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if together > 1:
+    threads = max(1, (os.cpu_count() or 1) // together)
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    torch.set_num_threads(threads)
+
 # Annotations of shapes and dtypes hold in every call of every test (jaxtyping checks by beartype),
 # but in those marked `bad_input`, where the function itself has to refuse. Triton's kernels are
 # no Python, so their modules are not among these.

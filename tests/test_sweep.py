@@ -1,5 +1,7 @@
 """Sweeps: build and search parameters apart, one build for many points; what nothing uses."""
 
+from pathlib import Path
+
 import pytest
 
 from saap import hf
@@ -9,6 +11,7 @@ from saap.eval.run import EvalConfig
 from saap.eval.sweep import read_sweep, with_parameters
 from saap.eval.variants import Point, make_variants
 from saap.methods import METHODS
+from saap.selector import LayerInfo
 
 from .test_cli import run_cli
 
@@ -125,3 +128,29 @@ def test_bad_parameters(monkeypatch, capsys, tmp_path, option, message):
     )  # fmt: skip
     assert code == 2
     assert message in err
+
+
+def test_importance_of_layers_is_one_value(tmp_path):
+    text = """
+contexts: 1024
+methods:
+  - {name: saap, search: {min_weight: [0.001, 0.01], max_tokens: 60,
+     layer_importance: [[1.5, 0.5, 1, 1]]}}
+"""
+    (variant,) = make_variants(EvalConfig(**read_sweep(write(tmp_path, text))).methods, None, 0)
+    points = variant.points((0.2,), 1000, "group")
+    assert [p.budget.min_weight for p in points] == [0.001, 0.01]
+    assert all(p.budget.layer_importance == (1.5, 0.5, 1.0, 1.0) for p in points)
+    assert points[0].label == "min_weight=0.001 max_tokens=60 layer_importance=(4 numbers)"
+
+
+def test_the_sweep_of_the_page_can_be_run(tmp_path):
+    """Its methods follow the bounds that it names."""
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    text = page.split("```yaml\n")[1].split("```")[0]
+    config = EvalConfig(**read_sweep(write(tmp_path, text)))
+    for variant in make_variants(config.methods, None, 0):
+        for point in variant.points(config.budgets, 2048, "group"):
+            selector = variant.method.selector(LayerInfo(0.125))
+            if selector is not None:
+                selector.check_budget(point.budget)
