@@ -1,7 +1,7 @@
 """How much of the cache a decode step may visit, and where the cache stays dense."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -42,7 +42,7 @@ class Budget:
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
-    layer_importance: tuple[float | int, ...] | None = None
+    layer_importance: Sequence[float | int] | None = None
     flush_every: int | None = None
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0
