@@ -169,7 +169,11 @@ class KVStore:
     @property
     def bytes_read(self) -> float:
         """Bytes that the last step read per sequence: rows, once for each head that reads them,
-        and what choosing reads."""
+        and what choosing reads.
+
+        A budget with `min_weight` looks at sinks and tail twice; they count once, since a
+        processor's cache holds them.
+        """
         row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
         choosing = 0 if self.selector is None else self.selector.nbytes
         return self._ranges.rows_read(self.lengths, self.k.shape[1]) * row_bytes + choosing

@@ -1,10 +1,13 @@
 """Random steps of a KV store at full budget: dense attention over what the steps left."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from saap.budget import Budget
 from saap.kv import KVStore, attend_chunk, state
+from saap.methods.saap import SaapSelector
 
 from ..conftest import random_model
 from ..test_generate import random_index
@@ -66,6 +69,27 @@ class Twin:
             true = attend_chunk(q[b : b + 1, :, n - m :], hk[None], hv[None], sm_scale=DIM**-0.5)
             for got, exact in zip((out, lse), true, strict=True):
                 assert (got[b : b + 1, :, n - m :] - exact).abs().max() < 1e-4
+
+    def ask(self):
+        """Under another budget, which has no effect on later steps: all sinks, all of the tail,
+        and no row twice."""
+        store, budget = self.store, self.store.budget
+        if not self.held or not all(store.lengths):
+            return
+        small = replace(budget, max_tokens=self.own.choice((0, 1, 5, 40)))
+        if isinstance(store.selector, SaapSelector) and self.own.random() < 0.5:
+            small = replace(small, min_weight=self.own.choice((1e-9, 0.01, 0.2, 10.0)))
+        q = self.random(len(self.held), HQ, DIM)
+        with canaries():
+            starts, lengths = (t.clone() for t in store.select(q, q, small))
+        for b, n in enumerate(store.lengths):
+            local = {*range(min(n, budget.n_sink)), *range(budget.n_sink + store.middles[b], n)}
+            for h in range(HKV):
+                pairs = zip(starts[b, h].tolist(), lengths[b, h].tolist(), strict=True)
+                rows = [row for s, m in pairs for row in range(s, s + m)]
+                assert len(rows) == len(set(rows)) <= n
+                assert local <= set(rows) <= set(range(n))
+                assert len(rows) <= len(local) + small.max_tokens or starts.shape[2] == 1
 
     def flush(self):
         self.store.flush()
@@ -129,7 +153,9 @@ def test_store_steps(selectors):
         )  # fmt: skip
         twin = Twin(own, selectors(name), budget)
         for _ in range(own.choice((5, 20, 60))):
-            step = own.choice(("append",) * 8 + ("flush", "truncate", "select", "save", "wrong"))
+            step = own.choice(
+                ("append",) * 8 + ("ask", "ask", "flush", "truncate", "select", "save", "wrong")
+            )
             if step == "save":
                 twin.save(lambda name=name: selectors(name))
             else:
