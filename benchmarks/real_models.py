@@ -52,9 +52,12 @@ def summary(folder: Path) -> dict:
 
 
 def tables(found: list[dict]) -> str:
-    """One table for each run, context and budget."""
+    """One table for each run, context and budget; runs of a model by their contexts."""
     parts = []
-    for run in found:
+    models = [run["model"] for run in found]
+    for run in sorted(
+        found, key=lambda r: (models.index(r["model"]), min(s["context"] for s in r["scores"]))
+    ):
         scores = run["scores"]
         places = {(s["context"], s["budget"]) for s in scores if s["method"] != "dense"}
         by_weight = {place for place in places if "min_weight" in place[1]}
