@@ -33,7 +33,7 @@ def context(files):
          str(files / "index.safetensors"), "--out", str(files / "context.safetensors")],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "901 tokens" in done.output
+    assert "901 tokens" in " ".join(done.output.split())  # a long path breaks the line
     (files / "cut.safetensors").write_bytes((files / "context.safetensors").read_bytes()[:-9])
     return files
 
