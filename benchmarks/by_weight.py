@@ -25,13 +25,20 @@ from saap.training import default_window
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
 
-MODEL, LEARNED_FROM, JUDGED, COMMAND = (
-    "smollm2",
-    "prose",
-    "prose2",
-    "python -m benchmarks.by_weight",
-)
+MODEL, LEARNED_FROM, JUDGED = "smollm2", "prose", "prose2"
+COMMAND = "python -m benchmarks.by_weight"
 CONTEXT, SHARES, N_LEARNED, N_TOKENS = 4096, (0.05, 0.1), 2, 64
+
+
+# What is measured, in this order, as records and as the table name it.
+ARMS = {
+    "rows": "`max_tokens`",
+    "oracle, rows": "`max_tokens`, chosen by true weights (`oracle-tokens`)",
+    "by weight": "`min_weight`, all layers alike",
+    "by weight and importance": "`min_weight`, `layer_importance`",
+    "by weight and importance, weight x 1.5": "the same, 1.5 times the weight",
+    "by weight and importance, weight x 2": "the same, twice the weight",
+}
 
 
 def fewer(budget: Budget, factor: float) -> Budget:
@@ -40,12 +47,8 @@ def fewer(budget: Budget, factor: float) -> Budget:
 
 
 def told(measured: list[by_weight.Measured]) -> list[dict]:
-    names = (
-        "rows", "oracle, rows", "by weight", "by weight and importance",
-        "by weight and importance, weight x 1.5", "by weight and importance, weight x 2",
-    )  # fmt: skip
     return [
-        {"name": name, **dataclasses.asdict(m)} for name, m in zip(names, measured, strict=True)
+        {"name": name, **dataclasses.asdict(m)} for name, m in zip(ARMS, measured, strict=True)
     ]
 
 
@@ -82,15 +85,7 @@ def table(records: dict) -> str:
         f"| a step's rows are bounded by | {' | '.join(head)} |",
         "|---|" + "---:|---:|" * len(records),
     ]
-    names = {
-        "rows": "`max_tokens`",
-        "oracle, rows": "`max_tokens`, chosen by true weights (`oracle-tokens`)",
-        "by weight": "`min_weight`, all layers alike",
-        "by weight and importance": "`min_weight`, `layer_importance`",
-        "by weight and importance, weight x 1.5": "the same, 1.5 times the weight",
-        "by weight and importance, weight x 2": "the same, twice the weight",
-    }
-    for i, name in enumerate(names.values()):
+    for i, name in enumerate(ARMS.values()):
         cells = [f"{own[i]['rows']:,.0f} | {own[i]['divergence']:.4f}" for own in records.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

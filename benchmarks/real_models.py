@@ -121,7 +121,7 @@ def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], li
 
 
 def weight_rows(scores: list[dict], context: int) -> str:
-    """A row for each least weight, the largest first, after the model's own attention."""
+    """A row for each least weight, by what is visited; the model's own attention comes last."""
     rows = []
     places = {(s["method"], s["budget"]): s["selectivity"] for s in scores
               if s["context"] == context and s["task"] == "perplexity"}  # fmt: skip

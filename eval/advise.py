@@ -5,7 +5,6 @@ ones over the same store, in turns. What is recommended is the smallest share wh
 at most the one asked for, and whether it pays at the context that was measured.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from saap.budget import Budget
 from saap.methods import Method, find_method
 from saap.training import default_window
 
-from .decoding import decoder
+from .decoding import decoder, whole
 from .tasks import attention
 from .tasks.base import text_tokens
 from .variants import N_SINK, Point, Variant
@@ -150,12 +149,12 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
     They take turns, so that a machine that is busy slows all of them.
     """
     found: dict = {float(point.label): [] for point in points} | {"dense": [], "transformers": []}
-    whole = dataclasses.replace(points[0].budget, dense_below=2**30)
     with decoder(model, read, method, points[0].budget, STEPS) as own:
         for turn in range(TURNS + 1):
             for share, budget in [
-                *((float(point.label), point.budget) for point in points), ("dense", whole)
-            ]:  # fmt: skip
+                *((float(point.label), point.budget) for point in points),
+                ("dense", whole(points[0].budget)),
+            ]:
                 own.restart(budget)
                 ms = steps_ms(lambda: own.logits([0] * STEPS))
                 if turn:  # the first one compiles kernels and learns from the prompt

@@ -1,5 +1,6 @@
 """Decode after a context with a method, through `saap.attached`: the path that users run."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,11 @@ class Decoder:
             visited.nbytes += store.bytes_read
             visited.router_bytes += 0 if store.selector is None else store.selector.nbytes
             visited.steps += 1
+
+
+def whole(budget: Budget) -> Budget:
+    """Rows laid out as by `budget`, all of them visited."""
+    return dataclasses.replace(budget, dense_below=2**31 - 1)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Budget:
     attention is: nothing on heads that look at the sinks, much on tokens that ask for something
     far back; less error for the same mean (docs/routing.md). `layer_importance`: a number for each
     layer of the model, by which the weights of its rows count more or less beside `min_weight`
-    (`saap advise --layers` measures them); None: all alike.
+    (`saap advise --by-weight` measures them); None: all alike.
 
     `share`: "group" makes one selection for the query heads of a KV head; "head" makes one for
     each query head.

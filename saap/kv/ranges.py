@@ -61,8 +61,7 @@ class StepRanges:
             local = torch.zeros(shape, dtype=torch.int32, device=starts.device)
             all_starts = torch.cat([local, starts], -1)
             all_counts = torch.cat([local, counts], -1)
-        sinks = [min(n, self.n_sink) for n in lengths]
-        tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
+        sinks, tails = self._local_rows(lengths, middles)
         for b, n in enumerate(lengths):
             if n <= dense_below:
                 all_counts[b, :, LOCAL:] = 0
@@ -87,12 +86,17 @@ class StepRanges:
         if self._local is None or self._local[0].shape != shape:
             self._local = tuple(torch.zeros(2, *shape, dtype=torch.int32, device=k.device))
         starts, counts = self._local
-        sinks = [min(n, self.n_sink) for n in lengths]
-        tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
+        sinks, tails = self._local_rows(lengths, middles)
         _set_by_sequence(starts[..., 1], [self.n_sink + m for m in middles])
         _set_by_sequence(counts[..., 0], sinks)
         _set_by_sequence(counts[..., 1], tails)
         return self._local
+
+    def _local_rows(self, lengths: list[int], middles: list[int]) -> tuple[list[int], list[int]]:
+        """How many rows of each sequence are sinks, and how many are its tail."""
+        sinks = [min(n, self.n_sink) for n in lengths]
+        tails = [n - m - s for n, m, s in zip(lengths, middles, sinks, strict=True)]
+        return sinks, tails
 
     def _holds(self, all_starts: Tensor, middles: list[int], sinks: list[int]) -> bool:
         """Whether this very tensor, which another budget replaces, has been written to so."""
