@@ -19,11 +19,10 @@ from saap import hf
 from saap.budget import Budget
 from saap.methods import Method
 
-from .decoding import Decoder, decoder
+from .decoding import Decoder, decoder, whole
 from .tasks.base import text_tokens
 
 Progress = Callable[[str, int, int], None]
-WHOLE = 2**31 - 1
 MOST_IMPORTANT = 4.0
 """Importance is kept in 1/4..4: few tokens tell no more than that."""
 CAP = 6
@@ -61,6 +60,12 @@ def advise(
     return measure(model, method, [last], [budget, *found], progress=progress)
 
 
+def check_follows(model, method: Method) -> None:
+    """ValueError for a method that follows no least weight, before anything is measured."""
+    searched = next(layer for layer in hf.model_layers(model) if layer.is_full)
+    method.selector(searched.info).check_budget(Budget(max_tokens=1, min_weight=1.0))
+
+
 def learn(
     model, method: Method, texts: list[Tensor], budget: Budget, *, n_tokens: int = 32,
     progress: Progress = no_progress,
@@ -70,6 +75,7 @@ def learn(
 
     The last `n_tokens` tokens of each text `[N]` are decoded.
     """
+    check_follows(model, method)
     layers = hf.model_layers(model)
     searched = [n for n, layer in enumerate(layers) if layer.is_full]
     sums = torch.zeros(len(layers), dtype=torch.float64)
@@ -119,10 +125,6 @@ def decoding(model, method, budget, tokens, n_tokens) -> Iterator[tuple[Decoder,
     read = hf.read_context(model, tokens[:-n_tokens])
     with decoder(model, read, method, budget, n_tokens) as own:
         yield own, tokens[-n_tokens:]
-
-
-def whole(budget: Budget) -> Budget:
-    return dataclasses.replace(budget, dense_below=WHOLE)
 
 
 def logits(own: Decoder, tokens: Tensor, budgets: list[Budget]) -> Tensor:

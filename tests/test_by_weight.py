@@ -83,6 +83,14 @@ def test_one_text_cannot_judge_itself(monkeypatch, capsys):
 
 
 @pytest.mark.bad_input
+def test_a_method_that_follows_no_weight_is_refused_before_anything(monkeypatch, capsys):
+    arguments = ("reference", "--by-weight", "--method", "quest")
+    code, out, err = run_cli(monkeypatch, capsys, "advise", *arguments)
+    assert (code, out) == (2, "")
+    assert "got min_weight=1.0" in err
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "message"),
     [

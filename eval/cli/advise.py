@@ -38,6 +38,7 @@ def advise(
     from saap.methods import find_method
 
     from .. import advise as measure
+    from .. import by_weight as weights
     from .. import corpus as texts_of
     from .. import reference
     from ..run import check_contexts
@@ -54,6 +55,8 @@ def advise(
         )
     loaded, tokenizer, trained = load(model, index)
     check_contexts((context,), hf.max_context(loaded), None)
+    if by_weight:
+        weights.check_follows(loaded, find_method(method)(trained))
     text = texts_of.read_corpus(corpus) if corpus else reference.split_held_out()[1]
     with one_bar("measure") as bar:
         found = measure.advise(
@@ -62,8 +65,6 @@ def advise(
         )  # fmt: skip
     print_advice(found, method, index)
     if by_weight and found.chosen is not None:
-        from .. import by_weight as weights
-
         with one_bar("by weight") as bar:
             better = weights.advise(
                 loaded, tokenizer, text, context=context, n_texts=texts,
