@@ -241,7 +241,7 @@ def filled(saap_model, layers, context):
         store.append(k, v, k)
         store.flush()
         layer.slots = context
-    cache.last_positions = [context - 1]
+    cache.last_positions = [context - 1] * len(layers[0][0])
     return cache
 
 

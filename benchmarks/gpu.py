@@ -21,6 +21,9 @@ from .reports import ROOT, report_path, write
 
 LIMIT_S = 450
 TESTS_LIMIT_S = 200
+GPU_TESTS = ["tests/kernels", "tests/test_gpu.py", "tests/test_ivf_gpu.py"]
+STEPS = [(1, "171k", 0.044), (1, "32k", 0.05), (1, "128k", 0.05), (8, "128k", 0.05),
+         (1, "512k", 0.0125)]  # fmt: skip
 
 
 def main() -> int:
@@ -57,6 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true", help="only the timings")
     parser.add_argument("--keep-going", action="store_true", help="time behind red tests, too")
     parser.add_argument("--tune", action="store_true", help="only compare block sizes")
+    parser.add_argument("--seconds", type=float, default=LIMIT_S, help="for all of it")
+    parser.add_argument("--sections", help="only those, by the beginnings of their names: a,b")
     parser.add_argument(
         "--rehearse",
         action="store_true",
@@ -89,6 +94,9 @@ def environment(device) -> dict[str, Any]:
 
 
 def commit() -> str:
+    """Of this checkout; `$COMMIT` where a copy without its history runs."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -106,7 +114,7 @@ def result_path(device) -> Path:
 def run_tests() -> str:
     """`"passed"`, or the last line of what pytest said."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    command += ["--confcutdir=tests/kernels", "tests/kernels"]
+    command += GPU_TESTS
     try:
         done = subprocess.run(
             command, cwd=ROOT, timeout=TESTS_LIMIT_S, capture_output=True, text=True
@@ -138,7 +146,7 @@ def run_sections(device, options, begin: float, report: dict[str, Any], path: Pa
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
         elements = min(int(0.35 * free) // 2, 32 * 8 * 2**19 * 128)
-    deadline = {"at": begin + LIMIT_S}
+    deadline = {"at": begin + options.seconds}
     bench = sections.Bench(
         device=device,
         dtype=dtype,
@@ -148,9 +156,12 @@ def run_sections(device, options, begin: float, report: dict[str, Any], path: Pa
         left_s=lambda: deadline["at"] - time.monotonic(),
     )
     failures = 0
+    wanted = None if options.sections is None else tuple(options.sections.split(","))
     for name, seconds, run in plan_sections(options.tune):
+        if wanted is not None and not name.startswith(wanted):
+            continue
         now = time.monotonic()
-        deadline["at"] = min(now + seconds, begin + LIMIT_S)
+        deadline["at"] = min(now + seconds, begin + options.seconds)
         if bench.left_s() < 3:
             bench.records.append({"section": name, "failed": "no time left"})
             continue
@@ -178,6 +189,7 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
     """
     from . import gpu_peers as peers
     from . import gpu_sections as s
+    from .gpu_steps import step
     from .gpu_tune import tune as tune_blocks
 
     if tune:
@@ -199,10 +211,16 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
         for batch, context in ((1, "32k"), (1, "128k"), (8, "128k"), (1, "512k")):
             s.choice(bench, batch, context)
 
+    def steps(bench: s.Bench) -> None:
+        for batch, context, share in STEPS:
+            step(bench, batch, context, share, "saap")
+        step(bench, 1, "171k", None, "dense")
+
     return [
         ("dense headline", 40, lambda bench: s.dense(bench, headline, uniform)),
         ("selections", 60, selections),
         ("choice by codes", 30, choices),
+        ("steps", 60, steps),
         ("ragged", 60, lambda bench: s.ragged(bench, [8, 32], every)),
         ("eight bits", 20, lambda bench: s.eight_bits(bench, "128k")),
         ("host", 10, lambda bench: s.host_time(bench, "128k")),

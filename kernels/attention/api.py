@@ -3,8 +3,8 @@
 Every backend is a module with a function
 `attend_ranges(q, k, v, starts, lengths, *, sm_scale, softcap) -> (out, lse)`,
 called with inputs that this module has validated; what else it cannot do its
-`limit(q, k, v) -> str | None` names, if it has one. A backend with a class `Prepared` looks at the
-values of ranges itself.
+`limit(q, k, v) -> str | None` names, if it has one. A backend with `CHECKS_VALUES` looks at the
+values of ranges itself; a class `Prepared` does what `attend_ranges` does, many times.
 """
 
 import functools
@@ -69,7 +69,7 @@ def attend_ranges(
     if torch.compiler.is_compiling():
         return operator.attend_ranges(q, k, v, starts, lengths, sm_scale, softcap, impl)
     backend, options = _checked(q, k, v, starts, lengths, sm_scale, softcap, impl)
-    if not hasattr(backend, "Prepared"):
+    if not getattr(backend, "CHECKS_VALUES", False):
         validate.check_values(starts, lengths, k.shape[2])
     out, lse = backend.attend_ranges(q, k, v, starts, lengths, **options)
     return out, lse.float()
@@ -92,6 +92,7 @@ class PreparedRanges(Preparation):
                 raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
         self._tensors = k, v, starts, lengths
         self._about = q.shape, q.dtype, q.device, sm_scale, softcap, impl, torch.get_num_threads()
+        self._checks_values = getattr(backend, "CHECKS_VALUES", False)
         self._attend = None
         if hasattr(backend, "Prepared"):
             self._attend = backend.Prepared(q, *self._tensors, **options)
@@ -108,6 +109,8 @@ class PreparedRanges(Preparation):
     def __call__(self, q: Float[Tensor, "B Hq D"]):
         """`out, lse` as `attend_ranges` of queries that this fits."""
         if self._attend is not None:
+            if not self._checks_values:
+                validate.check_values(*self._tensors[2:], self._tensors[0].shape[2])
             return self._attend(q)
         _, _, _, sm_scale, softcap, impl, _ = self._about
         return attend_ranges(q, *self._tensors, sm_scale=sm_scale, softcap=softcap, impl=impl)

@@ -23,6 +23,7 @@ from . import numba_kernel as kernel
 from .validate import check_range_values
 
 DIM_STEP = 16
+CHECKS_VALUES = True  # of ranges, in the kernel
 
 _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 

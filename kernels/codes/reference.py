@@ -53,8 +53,8 @@ def chosen(
     """The rows, ascending, of equal ones the oldest; how many were scored by all of their code."""
     n = len(fine)
     if max_tokens >= n and min_weight is None:
-        return torch.arange(n), 0
-    candidates = torch.arange(n)
+        return torch.arange(n, device=q.device), 0
+    candidates = torch.arange(n, device=q.device)
     if n_candidates < n:
         scores = rounded(q, whole=False) @ coarse.T
         candidates = torch.cat([best(own, n_candidates) for own in scores]).unique()
@@ -110,7 +110,7 @@ def as_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending rows as starts and lengths of runs."""
     if len(rows) == 0:
         return rows, rows
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), rows.diff() != 1])
+    begins = torch.cat([rows.new_ones(1, dtype=torch.bool), rows.diff() != 1])
     places = begins.nonzero()[:, 0]
-    ends = torch.cat([places[1:], torch.tensor([len(rows)])])
+    ends = torch.cat([places[1:], torch.full_like(places[:1], len(rows))])
     return rows[places], ends - places

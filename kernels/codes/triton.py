@@ -5,12 +5,15 @@ CUDA graph. Of rows with equal weights any come first. On CPU tensors it runs in
 interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from saap.kernels.backends.graphs import Replayed
 
 from .layout import CODED, Codes
 from .reference import in_bytes
@@ -36,6 +39,40 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
             "TRITON_INTERPRET=1 before triton is imported"
         )
     return codes.misplaced(q.device)
+
+
+class Prepared:
+    """A choice of rows by the same codes as often as it is called, whatever these hold then.
+
+    shape: of the queries that calls have. The first of them says whether there is an `outside`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
+        n_candidates: int, min_weight: float | None, first_row: int,
+        out: tuple[Tensor, Tensor], scored: Tensor,
+    ):  # fmt: skip
+        self.a = torch.empty(shape, device=scored.device)
+        self.outside: Tensor | None = None
+        self.about = codes, n_rows
+        self.options = {
+            "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
+            "first_row": first_row, "out": out, "scored": scored,
+        }  # fmt: skip
+        self.run = Replayed(self._choose) if self.a.is_cuda else self._choose
+
+    def _choose(self) -> None:
+        select_rows(self.a, *self.about, outside=self.outside, **self.options)
+
+    def __call__(self, q: Tensor, outside: Tensor | None) -> None:
+        """q: `[n, Hq, P]` float32; outside: `[n, Hq]`."""
+        if outside is not None and self.outside is None:
+            self.outside = torch.empty_like(outside, memory_format=torch.contiguous_format)
+        with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
+            self.a.view(q.shape).copy_(q)
+            if outside is not None:
+                self.outside.copy_(outside)
+            self.run()
 
 
 def select_rows(

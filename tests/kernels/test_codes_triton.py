@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saap.kernels.codes import Codes, encode, select_rows
+from saap.kernels.codes import Codes, PreparedChoice, encode, select_rows
 
 from .code_cases import rows
 from .triton_cases import DEVICE, MARKS
@@ -49,6 +49,26 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
             assert len(own) == 30
             assert all(5 <= row < 5 + n_rows[i] for row in own)
             assert len(set(own) - set(other)) <= 1
+
+
+@pytest.mark.parametrize("n_candidates", [40, 10**6])
+def test_a_prepared_choice_is_the_choice(n_candidates):
+    """Also of codes that have changed, and often enough that a GPU replays it."""
+    _, codes = problem(300, 3, 64)
+    out = tuple(torch.zeros(2, 2, 2, 30, dtype=torch.int32, device=DEVICE))
+    options = {"max_tokens": 30, "n_candidates": n_candidates, "share": "group", "impl": "triton"}
+    places = {"out": out, "scored": torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)}
+    choose = None
+    for seed in range(5):
+        q, fresh = problem(300, 3, 64, seed=seed)
+        codes.coarse.copy_(fresh.coarse)
+        codes.fine.copy_(fresh.fine)
+        codes.scale.copy_(fresh.scale)
+        if choose is None:
+            choose = PreparedChoice(q, codes, [300, 210], **places, **options)
+        expected = select_rows(q, fresh, [300, 210], **options)
+        for own, other in zip(choose(q), expected, strict=True):
+            assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("n_candidates", [40, 10**6])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saap.kernels.attention import api
+from saap.kernels.attention.api import PreparedRanges
 from saap.kernels.attention.triton_plan import Device, make_plan
 
 from .triton_cases import CUDA, DEVICE, MARKS, Case, Inputs, attend, backend, check, make_inputs
@@ -21,6 +22,20 @@ def test_through_the_api():
     lengths = seqlens[:, None, None].expand(2, case.kv_heads, 1)
     dense = Inputs(inputs.q, inputs.k, inputs.v, torch.zeros_like(lengths), lengths)
     check(dense, case, api.attend_dense(inputs.q, inputs.k, inputs.v, seqlens, impl="triton"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged"])
+def test_a_preparation_is_the_call(kind):
+    """Of other queries and ranges, too, and often enough that a GPU replays it."""
+    case = Case(kind)
+    inputs = make_inputs(case, torch.float16)
+    prepared = PreparedRanges(*vars(inputs).values(), impl="triton")
+    for seed in range(5):
+        fresh = make_inputs(case, torch.float16, seed)
+        for own, value in zip(vars(inputs).values(), vars(fresh).values(), strict=True):
+            own.copy_(value)
+        for a, b in zip(prepared(fresh.q), attend(fresh, case), strict=True):
+            assert torch.equal(a, b)
 
 
 def poison(workspace: backend.Workspace) -> None:
