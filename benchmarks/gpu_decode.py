@@ -1,19 +1,21 @@
 """Time per generated token on a GPU: dense attention against Saap, in the model that runs.
 
-    python -m benchmarks.gpu_decode [--layers 8] [--cases 1x32k,1x128k,8x32k]
+    python -m benchmarks.gpu_decode [--layers 8] [--cases 1x32k,1x128k,4x128k,8x32k]
 
 Random weights of Llama-3-8B's shape in bfloat16, cut to so many layers and a small vocabulary;
 caches of random keys and values. The ways take turns, and every step waits for the GPU:
 
 - `transformers`: its own SDPA over its `DynamicCache`, which copies the cache for every token;
-- `packed`: SDPA with the query heads of a group packed as query rows, over a cache written in
-  place;
+- `transformers-flash`: the same with SDPA's flash back-end alone allowed;
+- `packed`: flash SDPA with the query heads of a group packed as query rows, over a cache written
+  in place;
 - `saap-dense`, `saap`: `saap.attached` with these methods; the first is our kernel over all rows.
 
 JSON goes to `$OUT` or `benchmarks/results/<device>/gpu_decode.json`.
 """
 
 import argparse
+import contextlib
 import gc
 import statistics
 import sys
@@ -21,6 +23,7 @@ import time
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 import saap
@@ -63,7 +66,8 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
     def packed():
         model.config._attn_implementation = "packed_sdpa"
         try:
-            model(token, past_key_values=dense)
+            with flash(device):
+                model(token, past_key_values=dense)
         finally:
             model.config._attn_implementation = own
 
@@ -76,6 +80,12 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
         for number, (k, v) in enumerate(layers):
             plain.update(k, v, number)
         timed(record, "transformers", lambda: model(token, past_key_values=plain), steps=4)
+
+        def by_flash():
+            with flash(device):
+                model(token, past_key_values=plain)
+
+        timed(record, "transformers-flash", by_flash, steps=4)
         del plain
         free()
         for name, method in (("saap-dense", "dense"), ("saap", "saap")):
@@ -91,6 +101,13 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
                 del cache, step
             free()
     return record
+
+
+def flash(device):
+    """The back-end of SDPA that does not make a plan anew for each length, as cuDNN's does."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION])
 
 
 def free() -> None:
@@ -128,7 +145,7 @@ def timed(record: dict, name: str, step, steps: int = STEPS) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--cases", default="1x32k,1x128k,8x32k")
+    parser.add_argument("--cases", default="1x32k,1x128k,4x128k,8x32k")
     parser.add_argument("--budget", type=int, default=4096, help="rows of the middle per step")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

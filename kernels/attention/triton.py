@@ -12,6 +12,7 @@ imported (not for bfloat16, which the interpreter multiplies wrongly).
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,6 +130,11 @@ def attend_ranges(
     return workspace.out, workspace.lse
 
 
+def _launch(work: list[Launch]) -> None:
+    for launch in work:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
 class Prepared:
     """Attention over the same rows and ranges as often as it is called, whatever they hold then.
 
@@ -141,14 +147,12 @@ class Prepared:
         check_device(q, k, device_of(q), INTERPRETED)
         self.q = torch.empty_like(q, memory_format=torch.contiguous_format)
         self.workspace = make_workspace(q, k, starts)
-        self.launches = list(
+        work = list(
             launches(self.q, k, v, starts, lengths, None, None, self.workspace, sm_scale, softcap)
         )
-        self.run = Replayed(self._launch) if q.is_cuda else self._launch
-
-    def _launch(self) -> None:
-        for launch in self.launches:
-            launch.kernel[launch.grid](**launch.arguments, **launch.options)
+        self.run = functools.partial(_launch, work)
+        if q.is_cuda:
+            self.run = Replayed(self.run)
 
     def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():

@@ -1,11 +1,17 @@
 """Work on a GPU that is the same at every call, recorded once: a launch instead of dozens."""
 
+import gc
+import logging
+import os
 import threading
 from collections.abc import Callable
 
 import torch
 
 WARM = 2  # calls before it is worth recording; they compile kernels
+GRAPHS = os.environ.get("SAAP_CUDA_GRAPHS", "1") != "0"
+
+_log = logging.getLogger(__name__)
 
 
 class _Pools(threading.local):
@@ -15,13 +21,19 @@ class _Pools(threading.local):
     """
 
     def __init__(self):
-        self.of_stream: dict[tuple[torch.device, int], tuple[int, int]] = {}
+        self.of_stream: dict[tuple[torch.device, int], tuple[tuple[int, int], object]] = {}
 
     def of(self, stream: torch.cuda.Stream) -> tuple[int, int]:
+        """Made within the stream that captures."""
         key = stream.device, stream.cuda_stream
         if key not in self.of_stream:
-            self.of_stream[key] = torch.cuda.graph_pool_handle()
-        return self.of_stream[key]
+            # A pool goes with the last graph that uses it, and cannot be used again: one stays.
+            handle, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+            keeper.capture_begin(pool=handle, capture_error_mode="thread_local")
+            torch.zeros(1, device=stream.device)
+            keeper.capture_end()
+            self.of_stream[key] = handle, keeper
+        return self.of_stream[key][0]
 
 
 _pools = _Pools()
@@ -31,8 +43,11 @@ class Replayed:
     """Calls `work`, which reads and writes the same tensors every time and returns nothing.
 
     After some calls as they are, it is captured as a CUDA graph and replayed. `work` must neither
-    wait for the GPU nor depend on values that the host knows. Calls of another stream than the one
-    that it was captured on run as they are, and so do those within another capture.
+    wait for the GPU nor depend on values that the host knows, and must not hold on to this object:
+    a graph that only the garbage collector finds may go while another one is captured, which ends
+    the capture. Calls of another stream or thread than those that it was captured in run as they
+    are, and so do those within another capture, and all where capturing fails, or with
+    `SAAP_CUDA_GRAPHS=0`.
     """
 
     def __init__(self, work: Callable[[], None]):
@@ -46,23 +61,37 @@ class Replayed:
         if self._graph is not None and self._of == own:
             self._graph.replay()
             return
-        recorded = self._graph is not None
-        if recorded or self._calls < WARM or torch.cuda.is_current_stream_capturing():
-            self._calls += 1
+        self._calls += 1
+        busy = not GRAPHS or self._of is not None or torch.cuda.is_current_stream_capturing()
+        if self._calls <= WARM or busy:
             self._work()
             return
-        self._graph, self._of = self._capture(stream), own
-        self._graph.replay()
+        self._of = own  # captured once, or never
+        self._graph = self._captured(stream)
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.replay()
 
-    def _capture(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(stream.device)
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            # Other threads may use the GPU meanwhile.
-            graph.capture_begin(pool=_pools.of(stream), capture_error_mode="thread_local")
-            try:
-                self._work()
-            finally:
-                graph.capture_end()
-        stream.wait_stream(side)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            side.wait_stream(stream)
+            with torch.cuda.stream(side):
+                pool = _pools.of(stream)
+                # Other threads may use the GPU meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self._work()
+                finally:
+                    graph.capture_end()
+            stream.wait_stream(side)
+        except RuntimeError as failure:
+            _log.warning("a step runs without a CUDA graph, which could not be made: %s", failure)
+            return None
+        finally:
+            if collects:
+                gc.enable()
         return graph

@@ -89,11 +89,11 @@ def in_bytes(q: Tensor, *, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _steps_and_zeros(q: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     """How far neighbouring codes of each coordinate are apart; which code would stand for 0."""
-    return _tables(q.shape[-1], whole, q.device, q.dtype)
+    return tables(q.shape[-1], whole, q.device, q.dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(coordinates: int, whole: bool, device: torch.device, dtype: torch.dtype):
+def tables(coordinates: int, whole: bool, device: torch.device, dtype: torch.dtype):
     groups = (WHOLE_STEPS, WHOLE_ZEROS) if whole else (COARSE_STEPS, COARSE_ZEROS)
     both = torch.tensor(groups, device=device, dtype=dtype)
     return tuple(both.repeat_interleave(coordinates // len(groups[0]), -1))

@@ -1,12 +1,14 @@
-"""Choice of rows by coded keys on a GPU: a kernel scores codes, torch's operators choose.
+"""Choice of rows by coded keys on a GPU: scores, counted digits, lists (`triton_choice`).
 
 Shapes depend on arguments alone and nothing waits for the GPU, so a step can be captured in a
-CUDA graph. Of rows with equal weights any come first. On CPU tensors it runs in Triton's
-interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
+CUDA graph. Coarse scores are whole numbers of 16 bits; what is like a head's last candidate is let
+through with it. Of chosen rows that are equal the first come first. On CPU tensors it runs in
+Triton's interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
 """
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +17,18 @@ from torch import Tensor
 
 from saap.kernels.backends.graphs import Replayed
 
+from . import triton_choice as choice
 from .layout import CODED, Codes
-from .reference import in_bytes
-from .triton_kernels import score_codes
+from .reference import tables
+from .triton_kernels import query_bytes, score_codes
 
 INTERPRETED = not isinstance(score_codes, triton.JITFunction)
-BLOCK, MOST_HEADS = 64, 128
-_NONE = torch.iinfo(torch.int32).max
+BLOCKS, WARPS = (256, 128), (2, 4)  # of a program that scores rows by coarse codes, by whole ones
+COUNTED = 1024  # rows that a program lists
+DIGITS = 2048  # numbers of which a program counts a digit
+MOST_TOGETHER = 4  # query heads that a program scores together
+TIES = 16  # candidates more than asked for, as a share of them, where several are like the last
+COARSE, WEIGHTS = (3, 6), (4, 8)  # passes over coarse scores and over weights, bits of a digit
 
 
 class Launch(NamedTuple):
@@ -54,20 +61,24 @@ class Prepared:
     ):  # fmt: skip
         self.a = torch.empty(shape, device=scored.device)
         self.outside: Tensor | None = None
-        self.about = codes, n_rows
         self.options = {
             "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
             "first_row": first_row, "out": out, "scored": scored,
         }  # fmt: skip
-        self.run = Replayed(self._choose) if self.a.is_cuda else self._choose
-
-    def _choose(self) -> None:
-        select_rows(self.a, *self.about, outside=self.outside, **self.options)
+        self.about = codes, n_rows
+        self.run = None
 
     def __call__(self, q: Tensor, outside: Tensor | None) -> None:
         """q: `[n, Hq, P]` float32; outside: `[n, Hq]`."""
-        if outside is not None and self.outside is None:
-            self.outside = torch.empty_like(outside, memory_format=torch.contiguous_format)
+        if self.run is None:
+            if outside is not None:
+                self.outside = torch.empty_like(outside, memory_format=torch.contiguous_format)
+            # Nothing that holds on to this: a graph that waits for the garbage collector could
+            # be let go of while another one is captured.
+            work = functools.partial(
+                select_rows, self.a, *self.about, outside=self.outside, **self.options
+            )
+            self.run = Replayed(work) if q.is_cuda else work
         with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
             self.a.view(q.shape).copy_(q)
             if outside is not None:
@@ -81,101 +92,177 @@ def select_rows(
     out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
-    n, heads, group, _ = a.shape
-    if group > MOST_HEADS:
-        raise ValueError(f"at most {MOST_HEADS} query heads can share a selection; got {group}")
-    most = max(n_rows)
-    if outside is not None:
-        outside = outside.reshape(n * heads, group, 1)
-    counts = _counts(tuple(n_rows), a.device)
-    of_task = counts.repeat_interleave(heads) if len(n_rows) > 1 else counts.expand(n * heads)
-    if n_candidates >= most:
-        weights = _softmax(_scores(a, codes, counts, most, None), outside)
-        rows = torch.arange(most, dtype=torch.int32, device=a.device).expand(n * heads, -1)
-        inside = rows < of_task[:, None]
-        scored.copy_(of_task.view(n, heads))
-    else:
-        coarse = _scores(a, codes, counts, most, None, whole=False)
-        rows = coarse.topk(n_candidates, -1, sorted=False).indices.flatten(1).sort(-1).values
-        again = torch.zeros_like(rows, dtype=torch.bool)
-        again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        inside = ~again & (rows < of_task[:, None])
-        rows = torch.where(inside, rows, -1).int()
-        weights = _softmax(_scores(a, codes, counts, rows.shape[1], rows), outside)
-        scored.copy_(inside.sum(-1).view(n, heads))
-    # Weights are not below 0: what is no row comes after all of them.
-    weights = torch.where(inside, weights, -1.0)
-    best = weights.topk(min(max_tokens, most), -1, sorted=False)
-    least = 0.0 if min_weight is None else min_weight
-    chosen = torch.where(best.values >= least, rows.gather(-1, best.indices), _NONE)
-    return _ranges(chosen.sort(-1).values, first_row, out)
+    work = launches(
+        a, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates, min_weight=min_weight,
+        outside=outside, first_row=first_row, out=out, scored=scored,
+    )  # fmt: skip
+    for launch in work:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    k = min(max_tokens, max(n_rows))
+    return out[0][..., :k], out[1][..., :k]
+
+
+def launches(
+    a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
+    min_weight: float | None, outside: Tensor | None, first_row: int,
+    out: tuple[Tensor, Tensor], scored: Tensor,
+) -> Iterator[Launch]:  # fmt: skip
+    """The kernels of a choice with all their arguments, on memory that is made here."""
+    n, heads, group, coordinates = a.shape
+    tasks, most, device = n * heads, max(n_rows), a.device
+    k, n_candidates = min(max_tokens, most), min(n_candidates, most)
+    listed, n_listed = None, _counts(tuple(n_rows), heads, n, device)
+    all_rows = n_listed
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device)
+
+    packed = ints(2, tasks * group, coordinates // 4)
+    offsets, factors = floats(2, tasks * group), floats(2, tasks * group)
+    yield Launch(
+        query_bytes, (tasks * group,),
+        {
+            "queries": a.float().contiguous(), "tables": _tables(coordinates, device),
+            "packed": packed, "offsets": offsets, "factors": factors, "P": coordinates,
+            "WORDS": triton.next_power_of_2(coordinates // 4),
+        },
+        {"num_warps": 1},
+    )  # fmt: skip
+    about = {
+        "counts": _counts(tuple(n_rows), 1, len(n_rows), device), "heads": heads,
+        "by_sequence": int(len(n_rows) > 1), "group": group, **_places(codes),
+    }  # fmt: skip
+
+    def scores(code: int, room: int, out: Tensor) -> Launch:
+        together = min(MOST_TOGETHER, triton.next_power_of_2(group))
+        return Launch(
+            score_codes, (triton.cdiv(room, BLOCKS[code]), tasks, triton.cdiv(group, together)),
+            {
+                "packed": packed[code], "offsets": offsets[code], "factors": factors[code],
+                "listed": n_listed if listed is None else listed, "n_listed": n_listed,
+                "out": out, "room": room, **about, "WHOLE": code == 1,
+                "LISTED": listed is not None, "BLOCK": BLOCKS[code], "HEADS": together,
+                "ASM": not INTERPRETED,
+            },
+            {"num_warps": WARPS[code]},
+        )  # fmt: skip
+
+    n_heads = tasks * group
+    of_heads = COARSE[0] * n_heads << COARSE[1]
+    counts = ints(of_heads + (WEIGHTS[0] * tasks << WEIGHTS[1])).zero_()
+    room = most
+    if n_candidates < most:
+        found = torch.empty(n_heads, most, dtype=torch.int16, device=device)
+        kth = ints(2, n_heads)
+        yield scores(0, most, found)
+        yield from _kth(found, all_rows, counts, kth, n_candidates, group, *COARSE)
+        blocks = triton.cdiv(most, COUNTED)
+        per_block = ints(tasks, blocks)
+        room = min(most, group * (n_candidates + n_candidates // TIES + 64))
+        listed, n_listed = ints(tasks, room), ints(tasks)
+        passing = {
+            "scores": found, "kth": kth, "in_use": all_rows, "per_block": per_block,
+            "group": group, "room": most, "n_blocks": blocks, "BLOCK": COUNTED,
+        }  # fmt: skip
+        grid, options = (blocks, tasks), {"num_warps": 8}
+        yield Launch(choice.count_passing, grid, passing, options)
+        places = {
+            "listed": listed, "n_listed": n_listed, "list_room": room, "BLOCKS": _padded(blocks),
+        }  # fmt: skip
+        yield Launch(choice.list_passing, grid, passing | places, options)
+    found = floats(n_heads, room)
+    yield scores(1, room, found)
+    blocks = triton.cdiv(room, COUNTED)
+    maxima, sums, weights = floats(n_heads, blocks), floats(n_heads, blocks), floats(tasks, room)
+    summed = {
+        "scores": found, "in_use": n_listed, "maxima": maxima, "sums": sums, "room": room,
+        "group": group, "n_blocks": blocks, "BLOCK": COUNTED,
+    }  # fmt: skip
+    yield Launch(choice.sum_blocks, (blocks, n_heads), summed, {"num_warps": 4})
+    beside = maxima if outside is None else outside.contiguous()
+    weighed = {
+        "outside": beside, "weights": weights, "OUTSIDE": outside is not None,
+        "BLOCKS": _padded(blocks),
+    }  # fmt: skip
+    yield Launch(choice.add_weights, (blocks, tasks), summed | weighed, {"num_warps": 4})
+    kth = ints(2, tasks)
+    yield from _kth(weights, n_listed, counts[of_heads:], kth, k, 1, *WEIGHTS)
+    per_block, rows, n_chosen = ints(2, tasks, blocks), ints(tasks, k), ints(tasks)
+    chosen = {
+        "weights": weights, "kth": kth, "in_use": n_listed, "per_block": per_block,
+        "least": 0.0 if min_weight is None else float(min_weight), "room": room,
+        "n_blocks": blocks, "BLOCK": COUNTED,
+    }  # fmt: skip
+    yield Launch(choice.count_chosen, (blocks, tasks), chosen, {"num_warps": 8})
+    places = {
+        "listed": n_listed if listed is None else listed, "rows": rows, "n_rows": n_chosen,
+        "k": k, "k_room": k, "LISTED": listed is not None, "BLOCKS": _padded(blocks),
+    }  # fmt: skip
+    yield Launch(choice.list_chosen, (blocks, tasks), chosen | places, {"num_warps": 8})
+    starts, lengths = out
+    yield Launch(
+        choice.as_ranges, (tasks,),
+        {
+            "rows": rows, "n_rows": n_chosen, "begins": ints(tasks, k + 1), "starts": starts,
+            "lengths": lengths, "scored": scored, "in_use": n_listed, "first_row": first_row,
+            "k_room": k, "capacity": starts.shape[2], "heads": heads,
+            "starts_batch": starts.stride(0), "starts_head": starts.stride(1),
+            "lengths_batch": lengths.stride(0), "lengths_head": lengths.stride(1),
+            "BLOCK": 1024,
+        },
+        {"num_warps": 8},
+    )  # fmt: skip
+
+
+def _kth(
+    numbers: Tensor, in_use: Tensor, counts: Tensor, kth: Tensor, k: int, per_use: int,
+    passes: int, bits: int,
+) -> Iterator[Launch]:  # fmt: skip
+    """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count."""
+    n_heads, room = numbers.shape
+    about = {"counts": counts, "k": k, "PASSES": passes, "BITS": bits}
+    for number in range(passes):
+        yield Launch(
+            choice.count_digits, (triton.cdiv(room, DIGITS), n_heads),
+            {
+                "numbers": numbers, "in_use": in_use, "room": room, "per_use": per_use,
+                "PASS": number, "BLOCK": DIGITS, **about,
+            },
+            {"num_warps": 8},
+        )  # fmt: skip
+    yield Launch(choice.find_kth, (n_heads,), {"kth": kth, **about}, {"num_warps": 1})
+
+
+def _padded(blocks: int) -> int:
+    return max(2, triton.next_power_of_2(blocks))
+
+
+def _places(codes: Codes) -> dict[str, Any]:
+    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
+    return {
+        "coarse": coarse, "fine": fine, "scale": scale, "kv_heads": scale.shape[1],
+        "coarse_batch": coarse.stride(0), "coarse_head": coarse.stride(1),
+        "coarse_plane": coarse.stride(2), "fine_batch": fine.stride(0),
+        "fine_head": fine.stride(1), "scale_batch": scale.stride(0),
+        "scale_head": scale.stride(1), "N_WORDS": codes.coordinates // CODED,
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _counts(n_rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, since a layer has as many rows as the one before it, and a copy cannot be captured."""
-    return torch.tensor(n_rows, dtype=torch.int32, device=device)
+def _counts(n_rows: tuple[int, ...], heads: int, n: int, device: torch.device) -> Tensor:
+    """Rows of each of the `n * heads` tasks, int32.
+
+    Kept, since a layer has as many rows as the one before it, and a copy cannot be captured.
+    """
+    of_sequence = torch.tensor(n_rows, dtype=torch.int32, device=device).expand(n)
+    return of_sequence.repeat_interleave(heads)
 
 
-def _softmax(scores: Tensor, outside: Tensor | None) -> Tensor:
-    """Added over the heads `[tasks, G, n]`, beside `outside [tasks, G, 1]`; 0 for a sequence
-    without rows."""
-    if outside is not None:
-        outside = outside.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        scores = torch.cat([scores, outside], -1)
-    weights = scores.softmax(-1).nan_to_num(nan=0.0).sum(1)
-    return weights if outside is None else weights[:, :-1]
-
-
-def _scores(a, codes, counts, n_listed, listed, *, whole=True) -> Tensor:
-    """float32 `[tasks, G, n_listed]`."""
-    n, heads, group, coordinates = a.shape
-    tasks, width = n * heads, max(16, triton.next_power_of_2(group))
-    weights, offset, factor = in_bytes(a.flatten(0, 1).float(), whole=whole)
-    padded = a.new_zeros(tasks, coordinates, width, dtype=torch.float16)
-    padded[..., :group] = weights.mT
-    offsets, factors = a.new_zeros(2, tasks, width, dtype=torch.float32)
-    offsets[:, :group], factors[:, :group] = offset, factor
-    out = torch.empty(tasks, group, n_listed, device=a.device)
-    launch = launch_of(
-        padded, offsets, factors, codes, counts, listed, out, heads=heads, whole=whole
-    )
-    launch.kernel[launch.grid](**launch.arguments, **launch.options)
-    return out
-
-
-def launch_of(weights, offsets, factors, codes, counts, listed, out, *, heads, whole) -> Launch:
-    """How the rows that `listed` names, or all, are scored; see `score_codes`."""
-    tasks, group, n_listed = out.shape
-    coarse, fine, scale = codes.coarse, codes.fine, codes.scale
-    arguments = {
-        "weights": weights, "offsets": offsets, "factors": factors, "coarse": coarse,
-        "fine": fine, "scale": scale, "counts": counts,
-        "listed": counts if listed is None else listed, "out": out, "heads": heads,
-        "kv_heads": scale.shape[1], "by_sequence": int(len(counts) > 1), "n_listed": n_listed,
-        "group": group, "coarse_batch": coarse.stride(0), "coarse_head": coarse.stride(1),
-        "coarse_plane": coarse.stride(2), "fine_batch": fine.stride(0),
-        "fine_head": fine.stride(1), "scale_batch": scale.stride(0),
-        "scale_head": scale.stride(1), "N_WORDS": codes.coordinates // CODED, "WHOLE": whole,
-        "LISTED": listed is not None, "BLOCK": BLOCK, "HEADS": weights.shape[2],
-    }  # fmt: skip
-    grid = (triton.cdiv(n_listed, BLOCK), tasks)
-    return Launch(score_codes, grid, arguments, {"num_warps": 4})
-
-
-def _ranges(rows: Tensor, first_row: int, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Ascending rows `[tasks, k]`, `_NONE` for none at the end, as runs."""
-    starts, lengths = out
-    tasks, k = rows.shape
-    used = rows != _NONE
-    begins = used.clone()
-    begins[:, 1:] &= rows[:, 1:] != rows[:, :-1] + 1
-    run = begins.cumsum(-1) - 1
-    # One place more than there are runs takes what does not count.
-    first, length = rows.new_zeros(2, tasks, k + 1)
-    first.scatter_(-1, torch.where(begins, run, k), rows + first_row)
-    length.scatter_add_(-1, torch.where(used, run, k), torch.ones_like(rows))
-    shape = starts.shape[:2]
-    starts[..., :k], lengths[..., :k] = first[:, :k].view(*shape, k), length[:, :k].view(*shape, k)
-    starts[..., k:], lengths[..., k:] = 0, 0
-    return starts[..., :k], lengths[..., :k]
+@functools.lru_cache(maxsize=64)
+def _tables(coordinates: int, device: torch.device) -> Tensor:
+    """float32 `[2, 2, P]`: steps and zeros of coarse and of whole codes."""
+    both = [torch.stack(tables(coordinates, whole, device, torch.float32)) for whole in (0, 1)]
+    return torch.stack(both).contiguous()

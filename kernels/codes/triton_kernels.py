@@ -1,76 +1,163 @@
-"""Scores of coded rows on a GPU: codes are unpacked in registers, multiplied in tensor cores."""
+"""Scores of coded rows on a GPU: four codes of a word times four bytes of a query at a time."""
 
 import triton
 import triton.language as tl
 
-from .layout import SCALE_BASE, SCALE_SHIFT
+from .layout import QUERY_MAX, SCALE_BASE, SCALE_SHIFT
 
 _SHIFT, _BASE = tl.constexpr(SCALE_SHIFT), tl.constexpr(SCALE_BASE)
+_QUERY_MAX = tl.constexpr(float(QUERY_MAX))
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off, what is left is whole
+_TWOS, _BITS = tl.constexpr(0x03030303), tl.constexpr(0x01010101)
 
 
 @triton.jit
-def _twos(words, j):
-    """Sixteen codes of 2 bits of each word."""
-    return (words[:, None] >> (j % 4 * 8 + j // 4 * 2)[None, :]) & 3
+def query_bytes(
+    queries, tables, packed, offsets, factors, P: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Queries as whole numbers of a byte, four to an int32, for coarse codes (0) and whole (1).
+
+    queries: float32 `[tasks * group, P]`; tables: float32 `[2, 2, P]`, steps and zeros of
+    both codes; packed: int32 `[2, tasks * group, P / 4]`; offsets, factors: float32
+    `[2, tasks * group]`, see `reference.in_bytes`.
+    """
+    head, total = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    i = tl.arange(0, WORDS)
+    held = i < P // 4
+    lane = tl.arange(0, 4)
+    place = i[:, None] * 4 + lane[None, :]
+    q = tl.load(queries + head * P + place, held[:, None], other=0.0)
+    for code in tl.static_range(2):
+        own = tables + code * 2 * P
+        steps = tl.load(own + place, held[:, None], other=0.0)
+        zeros = tl.load(own + P + place, held[:, None], other=0.0)
+        scaled = q * steps
+        largest = tl.max(tl.max(tl.abs(scaled), 1), 0)
+        # A maximum may leave NaN out; a sum with zeros does not.
+        odd = tl.sum(tl.sum(scaled * 0.0, 1), 0)
+        usable = (largest > 0) & (largest < float("inf")) & (odd == 0.0)
+        factor = tl.where(usable, tl.div_rn(largest, _QUERY_MAX), 1.0)
+        whole = tl.where(usable, tl.div_rn(scaled, factor), 0.0) + _ROUND
+        whole = whole - _ROUND
+        offset = tl.sum(tl.sum(whole * zeros, 1), 0)
+        number = (whole.to(tl.int32) & 255) << (lane * 8)[None, :]
+        words = tl.sum(number, 1)
+        tl.store(packed + (code * total + head) * (P // 4) + i, words, held)
+        tl.store(offsets + code * total + head, offset)
+        tl.store(factors + code * total + head, factor)
 
 
 @triton.jit
-def _bits(words, j, first):
-    """Sixteen bits of each word: of the first half where `first` is 0, of the second where 4."""
-    return (words[:, None] >> (j % 4 * 8 + j // 4 + first)[None, :]) & 1
+def _dot4(codes, weights, total, ASM: tl.constexpr):
+    """`total` plus the product of four codes, below 128, with four signed bytes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, weights, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    for place in tl.static_range(4):
+        total += ((codes >> (8 * place)) & 255) * ((weights << (24 - 8 * place)) >> 24)
+    return total
+
+
+@triton.jit
+def _add_coarse(first, signs, own, total_0, total_1, total_2, N_WORDS: tl.constexpr, ASM):
+    """Products with a word of the first group and one of signs; `own`: weights of that word."""
+    for m in tl.static_range(4):
+        weight = tl.load(own + m)[:, None]
+        total_0 = _dot4(((first >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
+        weight = tl.load(own + 4 * N_WORDS + m)[:, None]
+        total_1 = _dot4(((signs >> m) & _BITS)[None, :], weight, total_1, ASM)
+        weight = tl.load(own + 8 * N_WORDS + m)[:, None]
+        total_2 = _dot4(((signs >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
+    return total_0, total_1, total_2
+
+
+@triton.jit
+def _add_fine(words, own, total_0, total_1, total_2, total_3, low_1, inside,
+              N_WORDS: tl.constexpr, ASM):  # fmt: skip
+    """`words`: where the lower bits of the first group lie, those of the others behind them."""
+    lower = tl.load(words, inside, other=0)
+    middle = tl.load(words + N_WORDS, inside, other=0)
+    last = tl.load(words + 2 * N_WORDS, inside, other=0)
+    fourth = tl.load(words + 3 * N_WORDS, inside, other=0)
+    for m in tl.static_range(4):
+        weight = tl.load(own + m)[:, None]
+        total_0 = _dot4(((lower >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
+        weight = tl.load(own + 4 * N_WORDS + m)[:, None]
+        total_1 = _dot4(((middle >> (2 * m)) & _TWOS)[None, :], weight, total_1, ASM)
+        low_1 = _dot4(((last >> m) & _BITS)[None, :], weight, low_1, ASM)
+        weight = tl.load(own + 8 * N_WORDS + m)[:, None]
+        total_2 = _dot4(((last >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
+        weight = tl.load(own + 12 * N_WORDS + m)[:, None]
+        total_3 = _dot4(((fourth >> (2 * m)) & _TWOS)[None, :], weight, total_3, ASM)
+    return total_0, total_1, total_2, total_3, low_1
 
 
 @triton.jit
 def score_codes(
-    weights, offsets, factors, coarse, fine, scale, counts, listed, out,
-    heads, kv_heads, by_sequence, n_listed, group,
+    packed, offsets, factors, coarse, fine, scale, counts, listed, n_listed, out,
+    heads, kv_heads, by_sequence, room, group,
     coarse_batch, coarse_head, coarse_plane, fine_batch, fine_head, scale_batch, scale_head,
     N_WORDS: tl.constexpr, WHOLE: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`out[task, head, i]` = the score of row i, or of row `listed[task, i]`; -inf for no row.
 
-    weights: float16 `[tasks, P, HEADS]`, queries in whole numbers; offsets, factors: float32
-    `[tasks, HEADS]`; counts: int32, rows of each sequence; listed: int32, -1 for no row; out:
-    float32 `[tasks, group, n_listed]`. Strides are in elements.
+    packed, offsets, factors: of `query_bytes`, for whole or for coarse codes; counts: int32, rows
+    of each sequence; listed: int32 `[tasks, room]` of which `n_listed [tasks]` are in use; out:
+    `[tasks, group, room]`, float32, or, of coarse codes, which a head compares with its own alone,
+    int16: the score in units of its `factor`, about a hundredth of how far scores are apart.
+    Strides are in elements.
     """
     task = tl.program_id(1).to(tl.int64)
     b = task // heads * by_sequence
     kv_head = task % heads * kv_heads // heads
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    held = i < n_listed
-    rows = i
     if LISTED:
-        rows = tl.load(listed + task * n_listed + i, held, other=-1)
-    inside = held & (rows >= 0) & (rows < tl.load(counts + b))
-    rows = tl.where(inside, rows, 0).to(tl.int64)
-    j = tl.arange(0, 16)
-    h = tl.arange(0, HEADS)
-    own = weights + task * (64 * N_WORDS * HEADS) + j[:, None] * HEADS + h[None, :]
+        in_use = tl.load(n_listed + task)
+        if tl.program_id(0) * BLOCK >= in_use:
+            return
+        inside = i < in_use
+        rows = tl.load(listed + task * room + i, inside, other=0).to(tl.int64)
+    else:
+        inside = i < tl.load(counts + b)
+        rows = i.to(tl.int64)
+    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    known = h < group
+    head = task * group + tl.where(known, h, 0)
+    own = packed + head * (16 * N_WORDS)
     plane = coarse + b * coarse_batch + kv_head * coarse_head + rows
     words = fine + b * fine_batch + kv_head * fine_head + rows * (4 * N_WORDS)
-    total = tl.zeros([BLOCK, HEADS], dtype=tl.float32)
+    # Sums of products with: upper bits of group 0, signs of 1 and 2; and with what is below them.
+    total_0 = tl.zeros([HEADS, BLOCK], dtype=tl.int32)
+    total_1, total_2, total_3 = total_0, total_0, total_0
+    high_0, high_1, high_2, low_1 = total_0, total_0, total_0, total_0
     for w in tl.static_range(N_WORDS):
         first = tl.load(plane + w * coarse_plane, inside, other=0)
         signs = tl.load(plane + (N_WORDS + w) * coarse_plane, inside, other=0)
-        code_0, code_1, code_2 = _twos(first, j), _bits(signs, j, 0), _bits(signs, j, 4)
-        at = own + w * (16 * HEADS)
+        high_0, high_1, high_2 = _add_coarse(
+            first, signs, own + 4 * w, high_0, high_1, high_2, N_WORDS, ASM
+        )
         if WHOLE:
-            last = tl.load(words + 2 * N_WORDS + w, inside, other=0)
-            code_0 = 4 * code_0 + _twos(tl.load(words + w, inside, other=0), j)
-            middle = _twos(tl.load(words + N_WORDS + w, inside, other=0), j)
-            code_1 = 8 * code_1 + 2 * middle + _bits(last, j, 0)
-            code_2 = 2 * code_2 + _bits(last, j, 4)
-            code_3 = _twos(tl.load(words + 3 * N_WORDS + w, inside, other=0), j)
-            weight = tl.load(at + 3 * N_WORDS * 16 * HEADS)
-            total = tl.dot(code_3.to(tl.float16), weight, total)
-        total = tl.dot(code_0.to(tl.float16), tl.load(at), total)
-        total = tl.dot(code_1.to(tl.float16), tl.load(at + N_WORDS * 16 * HEADS), total)
-        total = tl.dot(code_2.to(tl.float16), tl.load(at + 2 * N_WORDS * 16 * HEADS), total)
+            total_0, total_1, total_2, total_3, low_1 = _add_fine(
+                words + w, own + 4 * w, total_0, total_1, total_2, total_3, low_1, inside,
+                N_WORDS, ASM,
+            )  # fmt: skip
+    if WHOLE:
+        product = 4 * high_0 + total_0 + 8 * high_1 + 2 * total_1 + low_1
+        product += 2 * high_2 + total_2 + total_3
+    else:
+        product = high_0 + high_1 + high_2
     stored = tl.load(scale + b * scale_batch + kv_head * scale_head + rows, inside, other=0)
     scales = ((stored.to(tl.int32) << _SHIFT) + _BASE).to(tl.float32, bitcast=True)
-    total -= tl.load(offsets + task * HEADS + h)[None, :]
-    total *= tl.load(factors + task * HEADS + h)[None, :]
-    score = tl.where(inside[:, None], total * scales[:, None], -float("inf"))
-    place = out + (task * group + h[None, :]) * n_listed + i[:, None]
-    tl.store(place, score, held[:, None] & (h < group)[None, :])
+    score = product.to(tl.float32) - tl.load(offsets + head)[:, None]
+    place = out + head[:, None] * room + i[None, :]
+    held = known[:, None] & (i < room)[None, :]
+    if WHOLE:
+        score = score * tl.load(factors + head)[:, None] * scales[None, :]
+        tl.store(place, tl.where(inside[None, :], score, -float("inf")), held)
+    else:
+        score = score * scales[None, :] + _ROUND
+        score = tl.minimum(tl.maximum(score - _ROUND, -32768.0), 32767.0)
+        tl.store(place, score.to(tl.int16), held)

@@ -15,12 +15,13 @@ class StepAttention:
 
     def __init__(self, ranges: StepRanges):
         self._ranges = ranges
+        self._starts: Tensor | None = None  # of the step before
         self._selected: PreparedRanges | None = None
         self._local: PreparedRanges | None = None
 
     def forget(self) -> None:
         """Rows will lie elsewhere."""
-        self._selected = self._local = None
+        self._starts = self._selected = self._local = None
 
     def attend(
         self,
@@ -34,7 +35,8 @@ class StepAttention:
         if isinstance(rows, FileRows):
             return attend_ranges(q, *rows.in_memory(starts, lengths), **options)
         given = q, rows.vectors["k"], rows.vectors["v"], starts, lengths
-        if not starts.is_contiguous():
+        again, self._starts = starts is self._starts, starts
+        if not (again and starts.is_contiguous()):  # not worth preparing what comes once
             return attend_ranges(*given, **options)
         if self._selected is None or not self._selected.fits(*given, **options):
             self._selected = PreparedRanges(*given, **options)

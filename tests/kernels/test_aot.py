@@ -51,6 +51,8 @@ TRITON_TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int8: "i8",
+    torch.int64: "i64",
+    torch.int16: "i16",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 
@@ -206,33 +208,29 @@ def test_every_configuration_fits_the_chip(case, tmp_path):
     check(case, tmp_path)
 
 
-@pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize(
-    ("coordinates", "whole", "listed"), [(128, False, False), (256, True, True)]
+    ("capability", "coordinates", "group", "candidates"),
+    [(80, 64, 3, 8192), (90, 128, 4, 8192), (90, 256, 8, 2**30), (100, 128, 16, 8192)],
 )
-def test_scores_of_codes_fit_the_chip(capability, coordinates, whole, listed, tmp_path):
-    tasks, group, n, words = 32, 4, 131072, coordinates // 64
+def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candidates, tmp_path):
+    n, words = 131072, coordinates // 64
 
     def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     codes = Codes(
-        meta(4, 8, 2 * words, n), meta(4, 8, n, 4 * words), meta(4, 8, n, dtype=torch.uint8)
+        meta(1, 8, 2 * words, n), meta(1, 8, n, 4 * words), meta(1, 8, n, dtype=torch.uint8)
     )
-    launch = codes_backend.launch_of(
-        meta(tasks, coordinates, 16, dtype=torch.float16),
-        meta(tasks, 16, dtype=torch.float32),
-        meta(tasks, 16, dtype=torch.float32),
-        codes,
-        meta(4),
-        meta(tasks, 4096) if listed else None,
-        meta(tasks, group, 4096 if listed else n, dtype=torch.float32),
-        heads=8,
-        whole=whole,
-    )
-    usage = usage_of(launch, capability, tmp_path)
-    assert usage.stack <= 16, usage
-    assert usage.per_sm >= 4, usage
+    launches = codes_backend.launches(
+        meta(1, 8, group, coordinates, dtype=torch.float32), codes, [n],
+        max_tokens=4096, n_candidates=candidates, min_weight=None,
+        outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
+        out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
+    )  # fmt: skip
+    for launch in launches:
+        usage = usage_of(launch, capability, tmp_path)
+        assert usage.stack == 0, usage
+        assert usage.per_sm * launch.options["num_warps"] >= 8, usage
 
 
 @pytest.mark.parametrize("n_ranges", [1, 8])

@@ -59,7 +59,7 @@ def test_a_prepared_choice_is_the_choice(n_candidates):
     options = {"max_tokens": 30, "n_candidates": n_candidates, "share": "group", "impl": "triton"}
     places = {"out": out, "scored": torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)}
     choose = None
-    for seed in range(5):
+    for seed in range(4):
         q, fresh = problem(300, 3, 64, seed=seed)
         codes.coarse.copy_(fresh.coarse)
         codes.fine.copy_(fresh.fine)
