@@ -74,11 +74,12 @@ docs-serve: $(DOCS)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu
 
-# On a GPU machine the environment is the user's own: torch with CUDA, triton, transformers, pytest,
-# setuptools. Only the names of this checkout's folders are put into it.
+# On a GPU machine the environment is the user's own: torch with CUDA, and what `[gpu,hf,eval,dev]`
+# asks for. Only the names of this checkout's folders are put into it.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu_decode
 
 # vLLM's CPU build pins other versions of torch, transformers and numba than we do, so it has an
 # environment of its own, 3.5 GB. The companions of torch that pip finds may be built for CUDA.

@@ -10,7 +10,7 @@ from saap.budget import Budget
 from saap.methods import METHODS
 
 METHODS_WITHOUT_INDEX = [name for name, own in METHODS.items() if not own.needs_index]
-BOUND = {"max_tokens": 64, "n_sink": 4, "window": 32, "flush_every": 16}
+BOUND = {"max_tokens": 64, "n_sink": 4, "window": 32, "flush_every": 8}
 
 VARIANTS: dict[str, tuple[dict, dict, dict]] = {
     "padded batch": ({}, {}, {}),
@@ -39,17 +39,22 @@ def tiny_model(peaked: float = 1.0) -> torch.nn.Module:
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """`tokens, mask [2, 900]`, the second prompt padded on the left."""
+    """`tokens, mask [2, 700]`, the second prompt padded on the left."""
     draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, 256, (2, 900), generator=draw)
+    tokens = torch.randint(1, 256, (2, 700), generator=draw)
     mask = torch.ones_like(tokens)
-    mask[1, :200] = 0
+    mask[1, :100] = 0
     return tokens, mask
 
 
 @torch.no_grad()
-def logits_of_steps(model, method: str, device, steps: int = 40) -> torch.Tensor:
-    """Of given tokens after a prompt `[steps + 1, 1, vocabulary]`, on the CPU: some flushes."""
+def logits_of_steps(
+    model, method: str, device, steps: int = 20, after: Callable = bool
+) -> torch.Tensor:
+    """Of given tokens after a prompt `[steps + 1, 1, vocabulary]`, on the CPU: some flushes.
+
+    `after` is called after each step.
+    """
     tokens, _ = prompts()
     with saap.attached(model, None, Budget(**BOUND), method=method) as saap_model:
         cache = saap_model.cache()
@@ -57,6 +62,7 @@ def logits_of_steps(model, method: str, device, steps: int = 40) -> torch.Tensor
         for i in range(steps):
             token = torch.tensor([[i]], device=device)
             found.append(model(token, past_key_values=cache).logits[:, -1])
+            after()
     return torch.stack([logits.cpu() for logits in found])
 
 
@@ -68,7 +74,7 @@ def generated(model, variant: str, device) -> torch.Tensor:
         tokens, mask = tokens[:1], mask[:1]
     with saap.attached(model, None, Budget(**BOUND, **budget), **attaching) as saap_model:
         return model.generate(
-            tokens, attention_mask=mask, past_key_values=saap_model.cache(), max_new_tokens=40,
+            tokens, attention_mask=mask, past_key_values=saap_model.cache(), max_new_tokens=20,
             do_sample=False, **generating,
         ).cpu()  # fmt: skip
 
@@ -83,7 +89,7 @@ def generated_after_saving(model, device, path) -> torch.Tensor:
         cache, _ = saap_model.open_context(path)
         more = torch.cat([tokens, tokens[:, :3]], 1)
         return model.generate(
-            more, past_key_values=cache, max_new_tokens=20, do_sample=False
+            more, past_key_values=cache, max_new_tokens=12, do_sample=False
         ).cpu()  # fmt: skip
 
 
