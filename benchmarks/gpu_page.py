@@ -1,6 +1,6 @@
-"""The table of docs/gpu.md, from the records of `benchmarks.gpu` and `benchmarks.gpu_decode` alone.
+"""The tables of docs/gpu.md, from records of `benchmarks.gpu` and `benchmarks.gpu_decode` alone.
 
-    python -m benchmarks.gpu_page benchmarks/results/<device>
+python -m benchmarks.gpu_page benchmarks/results/<device>
 """
 
 import json
