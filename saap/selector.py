@@ -108,9 +108,6 @@ class RangeBuffer:
             self.taken = self.starts[..., self.n_local :], self.lengths[..., self.n_local :]
         return self.taken
 
-    def forget(self) -> None:
-        self.starts = self.lengths = self.taken = None
-
     def holds(self, starts: Tensor) -> bool:
         """Whether `starts` is, or begins as, what `take` gave out."""
         return self.taken is not None and starts.data_ptr() == self.taken[0].data_ptr()

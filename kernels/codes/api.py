@@ -97,13 +97,13 @@ class PreparedChoice(Preparation):
     is checked once.
 
     So a decode step of a store costs little beside its kernel. What codes hold may change between
-    calls; the tensors themselves, the numbers of rows and the other arguments may not: `fits` says
-    whether a preparation still serves. A copy of a preparation is None.
+    calls; the tensors themselves and the other arguments may not, and numbers of rows where the
+    backend can follow: `fits` says whether a preparation serves. A copy of a preparation is None.
 
     Args and Raises: as `select_rows`; `out` and `scored` are given.
     """
 
-    __slots__ = ("_about", "_choose", "_codes", "_options", "_out", "_scored")
+    __slots__ = ("_about", "_choose", "_codes", "_n_rows", "_options", "_out", "_scored")
 
     def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
         n, n_heads, _ = _check(
@@ -117,7 +117,8 @@ class PreparedChoice(Preparation):
         backend = _backend(impl, q, codes, out)
         self._codes, self._out, self._scored = codes, out, scored
         self._options = {"impl": impl, **options}
-        self._about = q.shape, q.device, list(n_rows), torch.get_num_threads()
+        self._about = q.shape, q.device, torch.get_num_threads()
+        self._n_rows = list(n_rows)
         self._choose = None
         if hasattr(backend, "Prepared") and capacity and n:
             self._choose = backend.Prepared(
@@ -129,12 +130,22 @@ class PreparedChoice(Preparation):
             )  # fmt: skip
 
     def fits(self, q, codes, n_rows, *, out, scored, **options) -> bool:
-        """Whether this was made for these very tensors, and for queries and options like these."""
-        return (
+        """Whether this serves these very tensors, queries and options like these, so many rows.
+
+        It does from then on.
+        """
+        same = (
             codes is self._codes and scored is self._scored and options == self._options
             and out[0] is self._out[0] and out[1] is self._out[1]
-            and self._about == (q.shape, q.device, n_rows, torch.get_num_threads())
+            and self._about == (q.shape, q.device, torch.get_num_threads())
         )  # fmt: skip
+        if not same or n_rows == self._n_rows:
+            return same
+        follows = getattr(self._choose, "follows", None)
+        if follows is None or len(n_rows) != len(self._n_rows) or not follows(n_rows):
+            return False
+        self._n_rows = list(n_rows)
+        return True
 
     def __call__(
         self, q: Float[Tensor, "n Hq P"], outside: Float[Tensor, "n Hq"] | None = None
@@ -144,7 +155,7 @@ class PreparedChoice(Preparation):
             _check_outside(outside, q)
             self._choose(q, outside)
         else:
-            n_rows = self._about[2]
+            n_rows = self._n_rows
             select_rows(
                 q, self._codes, n_rows, outside=outside, out=self._out, scored=self._scored,
                 **self._options,

@@ -2,8 +2,9 @@
 
 Shapes depend on arguments alone and nothing waits for the GPU, so a step can be captured in a
 CUDA graph. Coarse scores are whole numbers of 16 bits; what is like a head's last candidate is let
-through with it. Of chosen rows that are equal the first come first. On CPU tensors it runs in
-Triton's interpreter, if `TRITON_INTERPRET=1` was set before triton was imported.
+through with it, and where there are thousands, which one is the last is found from a sample. Of
+chosen rows that are equal the first come first. On CPU tensors it runs in Triton's interpreter, if
+`TRITON_INTERPRET=1` was set before triton was imported.
 """
 
 import contextlib
@@ -27,7 +28,10 @@ BLOCKS, WARPS = (256, 128), (2, 4)  # of a program that scores rows by coarse co
 COUNTED = 1024  # rows that a program lists
 DIGITS = 2048  # numbers of which a program counts a digit
 MOST_TOGETHER = 4  # query heads that a program scores together
-TIES = 16  # candidates more than asked for, as a share of them, where several are like the last
+SPARE = 8  # candidates more than asked for, as a share of them, that there is room for
+SAMPLED, MOST_SKIPPED = 1024, 8
+"""One row of so many at most is looked at, and of those so many at least have to be candidates:
+then the number of these is right within 3 % (a standard deviation)."""
 COARSE, WEIGHTS = (3, 6), (4, 8)  # passes over coarse scores and over weights, bits of a digit
 
 
@@ -59,14 +63,33 @@ class Prepared:
         n_candidates: int, min_weight: float | None, first_row: int,
         out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
-        self.a = torch.empty(shape, device=scored.device)
+        n, heads, _, _ = shape
+        device = scored.device
+        self.a = torch.empty(shape, device=device)
         self.outside: Tensor | None = None
+        self.rows = torch.empty(len(n_rows), dtype=torch.int32, device=device)
+        self.of_tasks = torch.empty(n * heads, dtype=torch.int32, device=device)
+        self.most = min(out[0].shape[2], codes.n), codes.n
         self.options = {
             "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
-            "first_row": first_row, "out": out, "scored": scored,
+            "first_row": first_row, "out": out, "scored": scored, "most": codes.n,
+            "counts": (self.of_tasks, self.rows),
         }  # fmt: skip
-        self.about = codes, n_rows
+        self.codes = codes
         self.run = None
+        if not self.follows(n_rows):
+            raise AssertionError(f"{n_rows} rows do not fit what was checked")
+
+    def follows(self, n_rows: list[int]) -> bool:
+        """Whether it is for so many rows from now on: the codes and `out` have to hold them."""
+        capacity, held = self.most
+        most = max(n_rows)
+        if most > held or min(self.options["max_tokens"], most) > capacity:
+            return False
+        self.rows.copy_(torch.tensor(n_rows, dtype=torch.int32))
+        of_tasks = self.of_tasks.view(len(self.a), -1)
+        of_tasks.copy_(self.rows[:, None].expand_as(of_tasks))
+        return True
 
     def __call__(self, q: Tensor, outside: Tensor | None) -> None:
         """q: `[n, Hq, P]` float32; outside: `[n, Hq]`."""
@@ -76,7 +99,7 @@ class Prepared:
             # Nothing that holds on to this: a graph that waits for the garbage collector could
             # be let go of while another one is captured.
             work = functools.partial(
-                select_rows, self.a, *self.about, outside=self.outside, **self.options
+                _launch, self.a, self.codes, outside=self.outside, **self.options
             )
             self.run = Replayed(work) if q.is_cuda else work
         with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
@@ -92,27 +115,36 @@ def select_rows(
     out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
-    work = launches(
-        a, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates, min_weight=min_weight,
-        outside=outside, first_row=first_row, out=out, scored=scored,
+    n, heads, _, _ = a.shape
+    most, rows = max(n_rows), tuple(n_rows)
+    counts = _counts(rows, heads, n, a.device), _counts(rows, 1, len(rows), a.device)
+    _launch(
+        a, codes, max_tokens=max_tokens, n_candidates=n_candidates, min_weight=min_weight,
+        outside=outside, first_row=first_row, out=out, scored=scored, most=most, counts=counts,
     )  # fmt: skip
-    for launch in work:
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
-    k = min(max_tokens, max(n_rows))
+    k = min(max_tokens, most)
     return out[0][..., :k], out[1][..., :k]
 
 
+def _launch(a: Tensor, codes: Codes, **options: Any) -> None:
+    for launch in launches(a, codes, **options):
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
 def launches(
-    a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor,
+    a: Tensor, codes: Codes, *, max_tokens: int, n_candidates: int, min_weight: float | None,
+    outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    most: int, counts: tuple[Tensor, Tensor],
 ) -> Iterator[Launch]:  # fmt: skip
-    """The kernels of a choice with all their arguments, on memory that is made here."""
+    """The kernels of a choice with all their arguments, on memory that is made here.
+
+    `counts`: int32, rows of each task and of each sequence; none is above `most`.
+    """
     n, heads, group, coordinates = a.shape
-    tasks, most, device = n * heads, max(n_rows), a.device
+    tasks, device = n * heads, a.device
     k, n_candidates = min(max_tokens, most), min(n_candidates, most)
-    listed, n_listed = None, _counts(tuple(n_rows), heads, n, device)
-    all_rows = n_listed
+    all_rows, of_sequences = counts
+    listed, n_listed = None, all_rows
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -132,8 +164,8 @@ def launches(
         {"num_warps": 1},
     )  # fmt: skip
     about = {
-        "counts": _counts(tuple(n_rows), 1, len(n_rows), device), "heads": heads,
-        "by_sequence": int(len(n_rows) > 1), "group": group, **_places(codes),
+        "counts": of_sequences, "heads": heads, "by_sequence": int(len(of_sequences) > 1),
+        "group": group, **_places(codes),
     }  # fmt: skip
 
     def scores(code: int, room: int, out: Tensor) -> Launch:
@@ -152,16 +184,16 @@ def launches(
 
     n_heads = tasks * group
     of_heads = COARSE[0] * n_heads << COARSE[1]
-    counts = ints(of_heads + (WEIGHTS[0] * tasks << WEIGHTS[1])).zero_()
+    digits = ints(of_heads + (WEIGHTS[0] * tasks << WEIGHTS[1])).zero_()
     room = most
     if n_candidates < most:
         found = torch.empty(n_heads, most, dtype=torch.int16, device=device)
         kth = ints(2, n_heads)
         yield scores(0, most, found)
-        yield from _kth(found, all_rows, counts, kth, n_candidates, group, *COARSE)
+        yield from _kth(found, all_rows, digits, kth, n_candidates, group, COARSE)
         blocks = triton.cdiv(most, COUNTED)
         per_block = ints(tasks, blocks)
-        room = min(most, group * (n_candidates + n_candidates // TIES + 64))
+        room = min(most, group * (n_candidates + n_candidates // SPARE + 64))
         listed, n_listed = ints(tasks, room), ints(tasks)
         passing = {
             "scores": found, "kth": kth, "in_use": all_rows, "per_block": per_block,
@@ -189,7 +221,7 @@ def launches(
     }  # fmt: skip
     yield Launch(choice.add_weights, (blocks, tasks), summed | weighed, {"num_warps": 4})
     kth = ints(2, tasks)
-    yield from _kth(weights, n_listed, counts[of_heads:], kth, k, 1, *WEIGHTS)
+    yield from _kth(weights, n_listed, digits[of_heads:], kth, k, 1, WEIGHTS)
     per_block, rows, n_chosen = ints(2, tasks, blocks), ints(tasks, k), ints(tasks)
     chosen = {
         "weights": weights, "kth": kth, "in_use": n_listed, "per_block": per_block,
@@ -219,17 +251,23 @@ def launches(
 
 def _kth(
     numbers: Tensor, in_use: Tensor, counts: Tensor, kth: Tensor, k: int, per_use: int,
-    passes: int, bits: int,
+    digits: tuple[int, int],
 ) -> Iterator[Launch]:  # fmt: skip
-    """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count."""
+    """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count.
+
+    Of coarse scores a part is looked at where it is large enough.
+    """
     n_heads, room = numbers.shape
-    about = {"counts": counts, "k": k, "PASSES": passes, "BITS": bits}
+    (passes, bits), every = digits, 1
+    if digits is COARSE:
+        every = max(1, min(MOST_SKIPPED, k // SAMPLED))
+    about = {"counts": counts, "k": k // every, "PASSES": passes, "BITS": bits}
     for number in range(passes):
         yield Launch(
-            choice.count_digits, (triton.cdiv(room, DIGITS), n_heads),
+            choice.count_digits, (triton.cdiv(triton.cdiv(room, every), DIGITS), n_heads),
             {
                 "numbers": numbers, "in_use": in_use, "room": room, "per_use": per_use,
-                "PASS": number, "BLOCK": DIGITS, **about,
+                "PASS": number, "EVERY": every, "BLOCK": DIGITS, **about,
             },
             {"num_warps": 8},
         )  # fmt: skip

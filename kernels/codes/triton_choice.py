@@ -41,17 +41,21 @@ def kth_largest(counts, head, n_heads, k, PASSES: tl.constexpr, BITS: tl.constex
 @triton.jit
 def count_digits(
     numbers, in_use, counts, k, room, per_use,
-    PASS: tl.constexpr, PASSES: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    PASS: tl.constexpr, PASSES: tl.constexpr, BITS: tl.constexpr, EVERY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts the next digit of `numbers [heads, room]` that share those before with the k-th.
 
-    in_use: int32, how many of a head's numbers count; one entry for `per_use` heads.
+    in_use: int32, how many of a head's numbers count; one entry for `per_use` heads. Of `EVERY`
+    numbers that follow one another one is looked at, its place a hash: texts repeat themselves.
     """
     head, n_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     held = tl.load(in_use + head // per_use)
-    if tl.program_id(0) * BLOCK >= held:
+    if tl.program_id(0) * (BLOCK * EVERY) >= held:
         return
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if EVERY > 1:
+        i = i * EVERY + ((i * 40503) >> 7) % EVERY
     key = _ordered(tl.load(numbers + head * room + i, i < held, other=0))
     counted = i < held
     if PASS > 0:

@@ -106,9 +106,9 @@ def score_codes(
 
     packed, offsets, factors: of `query_bytes`, for whole or for coarse codes; counts: int32, rows
     of each sequence; listed: int32 `[tasks, room]` of which `n_listed [tasks]` are in use; out:
-    `[tasks, group, room]`, float32, or, of coarse codes, which a head compares with its own alone,
-    int16: the score in units of its `factor`, about a hundredth of how far scores are apart.
-    Strides are in elements.
+    `[tasks, group, room]`, written where there are rows: float32, or, of coarse codes, which a
+    head compares with its own alone, int16: the score in units of its `factor`, about a hundredth
+    of how far scores are apart. Strides are in elements.
     """
     task = tl.program_id(1).to(tl.int64)
     b = task // heads * by_sequence
@@ -121,7 +121,10 @@ def score_codes(
         inside = i < in_use
         rows = tl.load(listed + task * room + i, inside, other=0).to(tl.int64)
     else:
-        inside = i < tl.load(counts + b)
+        in_use = tl.load(counts + b)
+        if tl.program_id(0) * BLOCK >= in_use:
+            return
+        inside = i < in_use
         rows = i.to(tl.int64)
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     known = h < group

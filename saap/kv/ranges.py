@@ -30,7 +30,6 @@ class StepRanges:
 
     def forget(self) -> None:
         """The middle has changed: where it begins and ends is to be written anew."""
-        self.room.forget()
         self._written = None
 
     def check(self, chosen: Ranges, middle: Middle) -> None:

@@ -222,8 +222,8 @@ def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candi
         meta(1, 8, 2 * words, n), meta(1, 8, n, 4 * words), meta(1, 8, n, dtype=torch.uint8)
     )
     launches = codes_backend.launches(
-        meta(1, 8, group, coordinates, dtype=torch.float32), codes, [n],
-        max_tokens=4096, n_candidates=candidates, min_weight=None,
+        meta(1, 8, group, coordinates, dtype=torch.float32), codes, most=n,
+        counts=(meta(8), meta(1)), max_tokens=4096, n_candidates=candidates, min_weight=None,
         outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
     )  # fmt: skip

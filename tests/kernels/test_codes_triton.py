@@ -54,21 +54,59 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
 @pytest.mark.parametrize("n_candidates", [40, 10**6])
 def test_a_prepared_choice_is_the_choice(n_candidates):
     """Also of codes that have changed, and often enough that a GPU replays it."""
-    _, codes = problem(300, 3, 64)
-    out = tuple(torch.zeros(2, 2, 2, 30, dtype=torch.int32, device=DEVICE))
+    _, codes = problem(300, 2, 64, batch=1)
+    out = tuple(torch.zeros(2, 1, 2, 30, dtype=torch.int32, device=DEVICE))
     options = {"max_tokens": 30, "n_candidates": n_candidates, "share": "group", "impl": "triton"}
-    places = {"out": out, "scored": torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)}
+    places = {"out": out, "scored": torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)}
     choose = None
     for seed in range(4):
-        q, fresh = problem(300, 3, 64, seed=seed)
+        q, fresh = problem(300, 2, 64, batch=1, seed=seed)
         codes.coarse.copy_(fresh.coarse)
         codes.fine.copy_(fresh.fine)
         codes.scale.copy_(fresh.scale)
         if choose is None:
-            choose = PreparedChoice(q, codes, [300, 210], **places, **options)
-        expected = select_rows(q, fresh, [300, 210], **options)
+            choose = PreparedChoice(q, codes, [210], **places, **options)
+        expected = select_rows(q, fresh, [210], **options)
         for own, other in zip(choose(q), expected, strict=True):
             assert torch.equal(own, other)
+
+
+def test_a_prepared_choice_follows_the_rows():
+    """As rows join, which the codes have room for; not when there are more than `out` holds."""
+    q, codes = problem(300, 1, 64)
+    out = tuple(torch.zeros(2, 2, 2, 30, dtype=torch.int32, device=DEVICE))
+    options = {"max_tokens": 30, "n_candidates": 40, "share": "group", "impl": "triton"}
+    places = {"out": out, "scored": torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)}
+    choose = PreparedChoice(q, codes, [120, 30], **places, **options)
+    for n_rows in ([120, 30], [150, 0], [300, 210]):
+        assert choose.fits(q, codes, n_rows, **places, **options)
+        expected = select_rows(q, codes, n_rows, **options)
+        for own, other in zip(choose(q), expected, strict=True):
+            assert torch.equal(own, other)
+    assert not choose.fits(q, codes, [301, 210], **places, **options)
+    assert not choose.fits(q, codes, [300], **places, **options)
+    narrow = {**places, "out": tuple(t[..., :20].contiguous() for t in out)}
+    choose = PreparedChoice(q, codes, [20, 20], **narrow, **options)
+    assert not choose.fits(q, codes, [21, 20], **narrow, **options)
+
+
+def test_of_many_candidates_the_last_is_found_from_a_sample():
+    n, wanted = 9000, 4096
+    q, codes = problem(n, 1, 64, batch=1)
+    found, scored = {}, {}
+    for impl in ("reference", "triton"):
+        scored[impl] = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+        chosen = select_rows(
+            q, codes, [n], max_tokens=500, n_candidates=wanted, scored=scored[impl], impl=impl
+        )
+        found[impl] = [set(rows(chosen, 0, h)) for h in range(2)]
+    assert scored["reference"].tolist() == [[wanted, wanted]]
+    for own in scored["triton"][0].tolist():
+        assert own != wanted  # it is a sample
+        assert abs(own - wanted) < 0.1 * wanted
+    for own, other in zip(found["triton"], found["reference"], strict=True):
+        assert len(own) == 500
+        assert len(own ^ other) <= 2
 
 
 @pytest.mark.parametrize("n_candidates", [40, 10**6])
