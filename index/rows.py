@@ -78,6 +78,8 @@ class BucketRows:
             own = self.tokens[:, :, used:]
             own[:] = torch.arange(used, size, dtype=own.dtype, device=own.device)
         except RuntimeError as error:
+            if not _is_of_memory(error):
+                raise
             n_bytes = len(self.names) * batch * heads * size * dim * like.element_size()
             raise MemoryError(
                 f"no memory to grow a layer's rows from {self.capacity} to {size} "
@@ -160,6 +162,13 @@ class BucketRows:
                 taken = buffer[:, head, :used].index_select(0, sources.to(buffer.device))
                 for mine, rows in zip(changed, taken, strict=True):
                     buffer[mine, head, :used] = rows
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU's allocator, or of the CPU's, which has no class for it; not any other failure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return "allocate" in str(error) or "overflow" in str(error)
 
 
 def _taken(buffer: Tensor, chosen: list[int], used: int) -> Tensor:

@@ -125,6 +125,19 @@ def test_a_context_is_saved_as_narrow_as_it_is_held(tiny_model, tiny_tokens, tmp
 
 
 @pytest.mark.bad_input
+def test_the_model_s_own_dtype_is_that_of_none(tiny_model, tiny_tokens, tmp_path):
+    path = tmp_path / "context"
+    budget = Budget(max_tokens=32, n_sink=4, window=16)
+    with saap.attached(tiny_model, budget=budget, kv_dtype=torch.float32) as attached:
+        cache = attached.cache()
+        with torch.no_grad():
+            tiny_model(tiny_tokens[:1], past_key_values=cache)
+        attached.save_context(cache, tiny_tokens[0], path)
+    with saap.attached(tiny_model, budget=budget) as attached:
+        cache, _ = attached.open_context(path)
+    assert cache.lengths == [tiny_tokens.shape[1]]
+
+
 def test_what_is_refused(tiny_model):
     narrow = copy.deepcopy(tiny_model).to(torch.bfloat16)  # others use the fixture, too
     budget = Budget(max_tokens=32)

@@ -432,6 +432,19 @@ def test_no_memory_loses_nothing(routing):
     assert_close(store.attend(*part(queries, 59, 60)), expected(keys, queries[0], 60))
 
 
+def test_other_failures_are_not_called_a_lack_of_memory(routing, monkeypatch):
+    """A GPU that failed says so."""
+    keys, _ = tokens(60)
+    store, _ = fed(routing, FULL, keys, [59])
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "empty", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        store.reserve(1000)
+
+
 def append(**change):
     """A call that appends two tokens, changed."""
 

@@ -138,7 +138,7 @@ def layout(saap_model: SaapModel) -> dict:
     """What of a budget lays out rows, and so has to be the same when a context is opened."""
     budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
-    if saap_model.kv_dtype is not None:  # else it is the model's
+    if saap_model.kv_dtype not in (None, saap_model.model.dtype):
         fixed["kv_dtype"] = str(saap_model.kv_dtype).removeprefix("torch.")
     return {
         **fixed,
