@@ -36,6 +36,7 @@ INTERPRETED = not isinstance(attend_tiles, triton.JITFunction)
 LOG2_E = math.log2(math.e)
 COMBINE_DIMS = 64
 COMBINE_PARTS = 64
+MANY_RANGES = 512  # from there on more of them are looked at together, which takes registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,9 +245,9 @@ def launches(
                 **_strides("lengths", lengths, "batch", "head", "range"),
                 "heads": heads,
                 "n_ranges": n_ranges,
-                "RANGE_BLOCK": 512,
+                "RANGE_BLOCK": 512 if n_ranges <= MANY_RANGES else 2048,
             },
-            {"num_warps": 4},
+            {"num_warps": 4 if n_ranges <= MANY_RANGES else 8},
         )
     slots = w.slots if plan.packed else lengths
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
@@ -290,7 +291,7 @@ def launches(
             "DIM_BLOCK": dim_block(plan.head_dim),
             "GROUP_BLOCK": MAX_GROUP,
             "BLOCK_N": blocks.block_n,
-            "RANGE_BLOCK": 256,
+            "RANGE_BLOCK": 256 if n_ranges <= MANY_RANGES else 2048,
             "GROUPS_BLOCK": 512,
             "PACKED": plan.packed,
             "SPLIT": plan.mode == "stream",

@@ -72,6 +72,7 @@ class Case(NamedTuple):
         if self.k_dtype != self.q_dtype:
             kind += f"/{TRITON_TYPES[self.k_dtype]}"
         ranges = "packed" if self.n_ranges > 1 else "single"
+        ranges = "many" if self.n_ranges > 512 else ranges
         cap = "cap" if self.softcap else "nocap"
         name = f"sm_{self.capability}-{kind}-{self.head_dim}-{ranges}-{self.mode}-{cap}"
         return name if self.rows == 8192 else f"{name}-{self.rows}"
@@ -112,6 +113,8 @@ def few_cases() -> list[Case]:
     few += [Case(90, bf16, bf16, dim, 8, "stream", 30.0) for dim in (64, 96)]
     few += [Case(90, bf16, bf16, 128, 1, "stream", None)]
     few += [Case(90, half, half, 128, 1, "group", None)]
+    few += [Case(c, bf16, bf16, dim, 4098, "stream", None) for c, dim in ((80, 128), (90, 64))]
+    few += [Case(90, bf16, bf16, dim, 4098, "stream", 30.0) for dim in (128, 256)]
     few += [Case(90, single, single, 128, 8, "stream", None)]
     few += [Case(90, bf16, fp8, 128, 8, "stream", None)]
     # Strides past 2^31.

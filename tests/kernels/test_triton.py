@@ -30,6 +30,7 @@ CASES = {
     "ragged-by-group": Case(batch=2, options={"mode": "group"}),
     "one-token-ranges": Case("tokens", n_ranges=150),
     "more-ranges-than-a-block": Case("tokens", rows=800, n_ranges=700, kv_heads=1),
+    "more-ranges-than-a-large-block": Case("tokens", rows=2300, n_ranges=2100, kv_heads=1),
     "one-row": Case("dense", rows=1, batch=2),
     "odd-rows": Case(rows=131, n_ranges=3),
     "no-group": Case(q_heads=3, kv_heads=3),
