@@ -24,6 +24,7 @@ TESTS_LIMIT_S = 300
 GPU_TESTS = ["tests/kernels", "tests/test_gpu.py", "tests/test_ivf_gpu.py"]
 STEPS = [(1, "171k", 0.044), (1, "32k", 0.05), (1, "128k", 0.05), (8, "128k", 0.05),
          (1, "512k", 0.0125)]  # fmt: skip
+CHOICES = [(1, "32k"), (1, "128k"), (8, "128k"), (1, "512k")]
 
 
 def main() -> int:
@@ -210,7 +211,7 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
         s.single_tokens(bench, "171k", 0.05)
 
     def choices(bench: s.Bench) -> None:
-        for batch, context in ((1, "32k"), (1, "128k"), (8, "128k"), (1, "512k")):
+        for batch, context in CHOICES if bench.shrink == 1 else CHOICES[:1]:
             s.choice(bench, batch, context)
 
     def steps(bench: s.Bench) -> None:
