@@ -44,10 +44,11 @@ def row(what: str, own: list[dict], peers: list[dict]) -> str:
 def step_rows(records: list[dict[str, Any]]) -> list[str]:
     rows = []
     chosen = {(r["batch"], r["context"]): r["ms"] for r in select(records, section="choice")}
-    for r in select(records, section="step"):
+    steps = select(records, section="step")
+    for r in sorted(steps, key=lambda r: (r["rows"], r["batch"], r["share"] is None)):
         choice = chosen.get((r["batch"], r["context"]))
         share = "all" if r["share"] is None else f"{r['visited_share']:.1%}"
-        alone = "" if choice is None or r["share"] is None else f"{choice:.3f}"
+        alone = "–" if choice is None or r["share"] is None else f"{choice:.3f}"
         rows.append(
             f"| {r['context']}, batch {r['batch']} | {share} | {alone} | "
             f"{r['kernel_us'] / 1e3:.2f} | {r['us'] / 1e3:.2f} |"
@@ -79,13 +80,12 @@ def main() -> int:
             "|---|---:|---:|---:|",
             *attention_rows([r for r in records if "ms" in r]),
             "",
-            "| a step of a store | visited | choosing 4,096 rows, ms | all kernels, ms | with the "
-            "host, ms |",
+            "| a step of a store | visited | choosing alone, ms | all kernels, ms | with the host, ms |",
             "|---|---:|---:|---:|---:|",
             *step_rows([r for r in records if "ms" in r or "us" in r]),
             "",
             f"| {decode['layers']} layers of Llama-3-8B's shape | packed flash, ms a token | "
-            "transformers, flash | our store, all rows | `saap` | visited |",
+            "transformers, flash | our store, all rows | saap | visited |",
             "|---|---:|---:|---:|---:|---:|",
             *decode_rows(decode),
         ]
