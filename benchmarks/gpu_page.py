@@ -80,7 +80,8 @@ def main() -> int:
             "|---|---:|---:|---:|",
             *attention_rows([r for r in records if "ms" in r]),
             "",
-            "| a step of a store | visited | choosing alone, ms | all kernels, ms | with the host, ms |",
+            "| a step of a store | visited | choosing alone, ms | all kernels, ms | "
+            "with the host, ms |",
             "|---|---:|---:|---:|---:|",
             *step_rows([r for r in records if "ms" in r or "us" in r]),
             "",
