@@ -27,12 +27,10 @@ from .chunk_attention import ChunkAttention
 from .chunks import OutAndLse
 from .file_rows import FileRows
 from .memory import held_bytes
+from .pending import PendingLists
 from .ranges import AllRanges, StepRanges
 from .sparse_chunks import RowsRead
 from .steps import StepAttention
-
-ASSIGNED_AT_ONCE = 2048
-PENDING = 256  # single tokens that wait for their list together
 
 
 class KVStore:
@@ -88,8 +86,7 @@ class KVStore:
         self.middles: list[int] = []  # rows of each sequence that are in the middle
         self._new: list[int] = []  # tokens of the last append, by sequence
         self._length_new = 0
-        self._pending: Tensor | None = None  # keys of the latest tokens, which have no list yet
-        self._n_pending = 0
+        self._pending = PendingLists(selector)
         self._ranges = StepRanges(budget.n_sink)
         self.reordered = False  # whether the middle is in an order that the selector asked for
         self._steps = StepAttention(self._ranges)
@@ -133,10 +130,9 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes held: keys, values, numbers of lists and tokens, ranges, pending keys, and what
         the selector keeps: codes, pages, graphs."""
-        pending = 0 if self._pending is None else self._pending.nbytes
         own = list(self.rows.vectors.values())
         return (
-            self.rows.nbytes + pending + self._ranges.nbytes
+            self.rows.nbytes + self._pending.nbytes + self._ranges.nbytes
             + held_bytes(self.selector, besides=own)
         )  # fmt: skip
 
@@ -235,7 +231,7 @@ class KVStore:
             self.selector.begin(k_derope, mask)
         if not self.lengths:
             self.lengths, self.middles = lengths, [0] * batch
-        lists = self._lists_of_new(k_rope, k_derope, new)
+        lists = self._pending.lists_of(k_rope, k_derope, new, self.rows, self.lengths)
         if len(set(self.lengths)) == 1 and new == [length] * batch:
             self.rows.write(slice(None), self.lengths[0], (k_rope, v), lists)
         else:
@@ -374,7 +370,7 @@ class KVStore:
         """As `flush`, and every token has the number of its list: ready to be saved."""
         self.flush()
         self._flush(at_step=True)
-        self._assign_pending()
+        self._pending.assign(self.rows, self.lengths)
 
     def _flush(self, *, at_step: bool) -> None:
         """`at_step`: a decode step asks; a selector that waits is built then."""
@@ -390,7 +386,7 @@ class KVStore:
         due = [n if m or n >= least else 0 for n, m in zip(due, self.middles, strict=True)]
         if not any(due):
             return
-        self._assign_pending()
+        self._pending.assign(self.rows, self.lengths)
         for b, n_due in enumerate(due):
             if n_due:
                 self._insert(b, n_due)
@@ -398,7 +394,7 @@ class KVStore:
 
     def take_in(self, n_rows: int) -> None:
         """The middle of a steered store of one sequence holds `n_rows` now; `reindex` follows."""
-        self._assign_pending()
+        self._pending.assign(self.rows, self.lengths)
         if n_rows > self.middles[0]:
             self._insert(0, n_rows - self.middles[0])
 
@@ -447,10 +443,8 @@ class KVStore:
                 )
         if not any(dropped):
             return
-        if len(set(dropped)) == 1 and dropped[0] <= self._n_pending:
-            self._n_pending -= dropped[0]  # drafts go before they have a list
-        else:
-            self._assign_pending()
+        if not self._pending.dropped(dropped):  # drafts go before they have a list
+            self._pending.assign(self.rows, self.lengths)
         before = list(self.middles)
         for b, n in enumerate(left):
             if n - self.budget.n_sink - self.middles[b] < self.budget.window:
@@ -483,13 +477,13 @@ class KVStore:
         wrong = [i for i in chosen.tolist() if not 0 <= i < self.batch]
         if wrong:
             raise ValueError(f"a sequence must be in 0..{self.batch - 1}; got {wrong[0]}")
-        self._assign_pending()
+        self._pending.assign(self.rows, self.lengths)
         self._let_go()
         self.rows.select(chosen, self.length)
         for name in ("lengths", "middles", "_new"):
             held = getattr(self, name)
             setattr(self, name, [held[i] for i in chosen.tolist()] if held else [])
-        self._pending = None
+        self._pending.let_go()
         if self.selector is not None:
             self.selector.select_sequences(chosen)
         if any(self.middles):
@@ -504,30 +498,3 @@ class KVStore:
         from .index_view import StoreIndex
 
         return StoreIndex(self, sequence)
-
-    def _lists_of_new(self, k_rope: Tensor, k_derope: Tensor, new: list[int]) -> Tensor | int:
-        """Lists of the new tokens; single tokens wait (-1), to be assigned many at a time."""
-        selector = self.selector
-        if selector is None or not selector.ready or selector.assigns_by is None:
-            return 0
-        keys = k_rope if selector.assigns_by == "rope" else k_derope
-        batch, heads, length, dim = keys.shape
-        if length == 1 and min(new) == 1:
-            if self._pending is None:
-                self._pending = keys.new_empty(batch, heads, PENDING, dim)
-            if self._n_pending == PENDING:
-                self._assign_pending()
-            self._pending[:, :, self._n_pending] = keys[:, :, 0]
-            self._n_pending += 1
-            return -1
-        self._assign_pending()
-        parts = keys.split(ASSIGNED_AT_ONCE, dim=2)
-        return torch.cat([selector.assign(part) for part in parts], 2)
-
-    def _assign_pending(self) -> None:
-        if self._n_pending == 0:
-            return
-        lists = self.selector.assign(self._pending[:, :, : self._n_pending])
-        for b, n in enumerate(self.lengths):
-            self.rows.lists[b, :, n - self._n_pending : n] = lists[b]
-        self._n_pending = 0
