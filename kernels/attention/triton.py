@@ -11,18 +11,17 @@ On CPU tensors it runs in Triton's interpreter, if `TRITON_INTERPRET=1` was set 
 imported (not for bfloat16, which the interpreter multiplies wrongly).
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from saap.kernels.backends.graphs import Replayed
+from saap.kernels.backends.graphs import replayed
+from saap.kernels.backends.launches import Launch, launch_all
 
 from .triton_checks import check_device, check_scales, check_tensors
 from .triton_combine import combine_parts
@@ -58,13 +57,6 @@ class Workspace:
     used: Tensor | None
     bounds: Tensor | None
     shifts: Tensor | None
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
 
 
 def attend_ranges(
@@ -123,17 +115,10 @@ def attend_ranges(
         _check_workspace(workspace, q, k, starts)
     if k_scale is not None:
         k_scale, v_scale = k_scale.expand(k.shape[:3]), v_scale.expand(k.shape[:3])
-    with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
-        for launch in launches(
-            q, k, v, starts, lengths, k_scale, v_scale, workspace, sm_scale, softcap
-        ):
-            launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    launch_all(
+        launches(q, k, v, starts, lengths, k_scale, v_scale, workspace, sm_scale, softcap), q
+    )
     return workspace.out, workspace.lse
-
-
-def _launch(work: list[Launch]) -> None:
-    for launch in work:
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 class Prepared:
@@ -151,15 +136,12 @@ class Prepared:
         work = list(
             launches(self.q, k, v, starts, lengths, None, None, self.workspace, sm_scale, softcap)
         )
-        self.run = functools.partial(_launch, work)
-        if q.is_cuda:
-            self.run = Replayed(self.run)
+        self.run = replayed(functools.partial(launch_all, work, self.q), q.device)
 
     def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
-            self.q.copy_(q)
-            self.run()
-            return self.workspace.out.clone(), self.workspace.lse.clone()
+        self.q.copy_(q)
+        self.run()
+        return self.workspace.out.clone(), self.workspace.lse.clone()
 
 
 def make_workspace(
@@ -230,6 +212,7 @@ def launches(
     heads, n_ranges = starts.shape[1:]
     if plan.n_groups == 0:
         return
+    many = n_ranges > MANY_RANGES
     if plan.packed:
         yield Launch(
             pack_ranges,
@@ -245,9 +228,9 @@ def launches(
                 **_strides("lengths", lengths, "batch", "head", "range"),
                 "heads": heads,
                 "n_ranges": n_ranges,
-                "RANGE_BLOCK": 512 if n_ranges <= MANY_RANGES else 2048,
+                "RANGE_BLOCK": 2048 if many else 512,
             },
-            {"num_warps": 4 if n_ranges <= MANY_RANGES else 8},
+            {"num_warps": 8 if many else 4},
         )
     slots = w.slots if plan.packed else lengths
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
@@ -291,7 +274,7 @@ def launches(
             "DIM_BLOCK": dim_block(plan.head_dim),
             "GROUP_BLOCK": MAX_GROUP,
             "BLOCK_N": blocks.block_n,
-            "RANGE_BLOCK": 256 if n_ranges <= MANY_RANGES else 2048,
+            "RANGE_BLOCK": 2048 if many else 256,
             "GROUPS_BLOCK": 512,
             "PACKED": plan.packed,
             "SPLIT": plan.mode == "stream",

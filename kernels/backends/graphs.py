@@ -39,6 +39,11 @@ class _Pools(threading.local):
 _pools = _Pools()
 
 
+def replayed(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`work`, which on a GPU is a `Replayed` one."""
+    return Replayed(work, device) if device.type == "cuda" else work
+
+
 class Replayed:
     """Calls `work`, which reads and writes the same tensors every time and returns nothing.
 
@@ -50,12 +55,16 @@ class Replayed:
     `SAAP_CUDA_GRAPHS=0`.
     """
 
-    def __init__(self, work: Callable[[], None]):
-        self._work, self._calls = work, 0
+    def __init__(self, work: Callable[[], None], device: torch.device):
+        self._work, self._device, self._calls = work, device, 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._of: tuple[int, int] | None = None
 
     def __call__(self) -> None:
+        with torch.cuda.device(self._device):
+            self._run()
+
+    def _run(self) -> None:
         stream = torch.cuda.current_stream()
         own = threading.get_ident(), stream.cuda_stream
         if self._graph is not None and self._of == own:

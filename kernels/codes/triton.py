@@ -7,16 +7,16 @@ chosen rows that are equal the first come first. On CPU tensors it runs in Trito
 `TRITON_INTERPRET=1` was set before triton was imported.
 """
 
-import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from saap.kernels.backends.graphs import Replayed
+from saap.kernels.backends.graphs import replayed
+from saap.kernels.backends.launches import Launch, launch_all
 
 from . import triton_choice as choice
 from .layout import CODED, Codes
@@ -33,13 +33,6 @@ SAMPLED, MOST_SKIPPED = 1024, 8
 """One row of so many at most is looked at, and of those so many at least have to be candidates:
 then the number of these is right within 3 % (a standard deviation)."""
 COARSE, WEIGHTS = (3, 6), (4, 8)  # passes over coarse scores and over weights, bits of a digit
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -63,17 +56,14 @@ class Prepared:
         n_candidates: int, min_weight: float | None, first_row: int,
         out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
-        n, heads, _, _ = shape
-        device = scored.device
-        self.a = torch.empty(shape, device=device)
+        self.a = torch.empty(shape, device=scored.device)
         self.outside: Tensor | None = None
-        self.rows = torch.empty(len(n_rows), dtype=torch.int32, device=device)
-        self.of_tasks = torch.empty(n * heads, dtype=torch.int32, device=device)
+        self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a))
         self.most = min(out[0].shape[2], codes.n), codes.n
         self.options = {
             "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
             "first_row": first_row, "out": out, "scored": scored, "most": codes.n,
-            "counts": (self.of_tasks, self.rows),
+            "counts": self.counts,
         }  # fmt: skip
         self.codes = codes
         self.run = None
@@ -86,9 +76,8 @@ class Prepared:
         most = max(n_rows)
         if most > held or min(self.options["max_tokens"], most) > capacity:
             return False
-        self.rows.copy_(torch.tensor(n_rows, dtype=torch.int32))
-        of_tasks = self.of_tasks.view(len(self.a), -1)
-        of_tasks.copy_(self.rows[:, None].expand_as(of_tasks))
+        for own, new in zip(self.counts, _counts_of(n_rows, self.a), strict=True):
+            own.copy_(new)
         return True
 
     def __call__(self, q: Tensor, outside: Tensor | None) -> None:
@@ -99,14 +88,13 @@ class Prepared:
             # Nothing that holds on to this: a graph that waits for the garbage collector could
             # be let go of while another one is captured.
             work = functools.partial(
-                _launch, self.a, self.codes, outside=self.outside, **self.options
+                _choose, self.a, self.codes, outside=self.outside, **self.options
             )
-            self.run = Replayed(work) if q.is_cuda else work
-        with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
-            self.a.view(q.shape).copy_(q)
-            if outside is not None:
-                self.outside.copy_(outside)
-            self.run()
+            self.run = replayed(work, q.device)
+        self.a.view(q.shape).copy_(q)
+        if outside is not None:
+            self.outside.copy_(outside)
+        self.run()
 
 
 def select_rows(
@@ -115,20 +103,18 @@ def select_rows(
     out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
-    n, heads, _, _ = a.shape
-    most, rows = max(n_rows), tuple(n_rows)
-    counts = _counts(rows, heads, n, a.device), _counts(rows, 1, len(rows), a.device)
-    _launch(
+    most = max(n_rows)
+    _choose(
         a, codes, max_tokens=max_tokens, n_candidates=n_candidates, min_weight=min_weight,
-        outside=outside, first_row=first_row, out=out, scored=scored, most=most, counts=counts,
+        outside=outside, first_row=first_row, out=out, scored=scored, most=most,
+        counts=_counts_of(n_rows, a),
     )  # fmt: skip
     k = min(max_tokens, most)
     return out[0][..., :k], out[1][..., :k]
 
 
-def _launch(a: Tensor, codes: Codes, **options: Any) -> None:
-    for launch in launches(a, codes, **options):
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+def _choose(a: Tensor, codes: Codes, **options: Any) -> None:
+    launch_all(launches(a, codes, **options), a)
 
 
 def launches(
@@ -190,7 +176,8 @@ def launches(
         found = torch.empty(n_heads, most, dtype=torch.int16, device=device)
         kth = ints(2, n_heads)
         yield scores(0, most, found)
-        yield from _kth(found, all_rows, digits, kth, n_candidates, group, COARSE)
+        every = max(1, min(MOST_SKIPPED, n_candidates // SAMPLED))
+        yield from _kth(found, all_rows, digits, kth, n_candidates, group, COARSE, every)
         blocks = triton.cdiv(most, COUNTED)
         per_block = ints(tasks, blocks)
         room = min(most, group * (n_candidates + n_candidates // SPARE + 64))
@@ -231,7 +218,7 @@ def launches(
     yield Launch(choice.count_chosen, (blocks, tasks), chosen, {"num_warps": 8})
     places = {
         "listed": n_listed if listed is None else listed, "rows": rows, "n_rows": n_chosen,
-        "k": k, "k_room": k, "LISTED": listed is not None, "BLOCKS": _padded(blocks),
+        "k": k, "LISTED": listed is not None, "BLOCKS": _padded(blocks),
     }  # fmt: skip
     yield Launch(choice.list_chosen, (blocks, tasks), chosen | places, {"num_warps": 8})
     starts, lengths = out
@@ -240,7 +227,7 @@ def launches(
         {
             "rows": rows, "n_rows": n_chosen, "begins": ints(tasks, k + 1), "starts": starts,
             "lengths": lengths, "scored": scored, "in_use": n_listed, "first_row": first_row,
-            "k_room": k, "capacity": starts.shape[2], "heads": heads,
+            "k": k, "capacity": starts.shape[2], "heads": heads,
             "starts_batch": starts.stride(0), "starts_head": starts.stride(1),
             "lengths_batch": lengths.stride(0), "lengths_head": lengths.stride(1),
             "BLOCK": 1024,
@@ -251,16 +238,14 @@ def launches(
 
 def _kth(
     numbers: Tensor, in_use: Tensor, counts: Tensor, kth: Tensor, k: int, per_use: int,
-    digits: tuple[int, int],
+    digits: tuple[int, int], every: int = 1,
 ) -> Iterator[Launch]:  # fmt: skip
     """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count.
 
-    Of coarse scores a part is looked at where it is large enough.
+    `every`: one of so many numbers is looked at.
     """
     n_heads, room = numbers.shape
-    (passes, bits), every = digits, 1
-    if digits is COARSE:
-        every = max(1, min(MOST_SKIPPED, k // SAMPLED))
+    passes, bits = digits
     about = {"counts": counts, "k": k // every, "PASSES": passes, "BITS": bits}
     for number in range(passes):
         yield Launch(
@@ -287,6 +272,12 @@ def _places(codes: Codes) -> dict[str, Any]:
         "fine_head": fine.stride(1), "scale_batch": scale.stride(0),
         "scale_head": scale.stride(1), "N_WORDS": codes.coordinates // CODED,
     }  # fmt: skip
+
+
+def _counts_of(n_rows: list[int], a: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of each task of queries `a [n, H, ...]`, and of each sequence; not to be changed."""
+    rows, (n, heads) = tuple(n_rows), a.shape[:2]
+    return _counts(rows, heads, n, a.device), _counts(rows, 1, len(rows), a.device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -197,7 +197,7 @@ def count_chosen(
 
 @triton.jit
 def list_chosen(
-    weights, kth, in_use, per_block, listed, rows, n_rows, k, least, room, k_room, n_blocks,
+    weights, kth, in_use, per_block, listed, rows, n_rows, k, least, room, n_blocks,
     LISTED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`rows[task]`: the chosen ones, ascending, of those that are equal the first; `n_rows[task]`:
@@ -215,7 +215,7 @@ def list_chosen(
     row = i
     if LISTED:
         row = tl.load(listed + task * room + i, i < held, other=0)
-    tl.store(rows + task * k_room + place, row, (taken > 0) & (place < k))
+    tl.store(rows + task * k + place, row, (taken > 0) & (place < k))
     if block == n_blocks - 1:
         total = above_before + tl.minimum(equal_before, left) + tl.sum(taken, 0)
         tl.store(n_rows + task, tl.minimum(total, k))
@@ -223,19 +223,19 @@ def list_chosen(
 
 @triton.jit
 def as_ranges(
-    rows, n_rows, begins, starts, lengths, scored, in_use, first_row, k_room, capacity, heads,
+    rows, n_rows, begins, starts, lengths, scored, in_use, first_row, k, capacity, heads,
     starts_batch, starts_head, lengths_batch, lengths_head, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Ascending rows as runs `starts, lengths [n, heads, capacity]`, 0 where there is none.
 
-    begins: int32 `[tasks, k_room + 1]` to work in.
+    begins: int32 `[tasks, k + 1]` to work in.
     """
     task = tl.program_id(0).to(tl.int64)
     n = tl.load(n_rows + task)
     starts += task // heads * starts_batch + task % heads * starts_head
     lengths += task // heads * lengths_batch + task % heads * lengths_head
-    rows += task * k_room
-    begins += task * (k_room + 1)
+    rows += task * k
+    begins += task * (k + 1)
     runs = 0
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)

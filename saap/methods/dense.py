@@ -12,9 +12,9 @@ class DenseSelector(Selector):
     bounds = BOUNDS
 
     def select(self, query, middle, budget, room):
-        starts, lengths = room.take(len(query.q_rope), middle.n_kv, 1, middle.device)
-        if len(set(middle.n_rows)) > 1 or len(middle.n_rows) != len(starts):
+        if len(set(middle.n_rows)) > 1:
             return everything(query, middle)
+        starts, lengths = room.take(len(query.q_rope), middle.n_kv, 1, middle.device)
         starts.fill_(middle.first_row)
         lengths.fill_(middle.n_rows[0])
         return starts, lengths
