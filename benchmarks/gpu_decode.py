@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_decode [--layers 8] [--cases 1x32k,1x128k,4x128k,8x32k]
 
 Random weights of Llama-3-8B's shape in bfloat16, cut to so many layers and a small vocabulary;
-caches of random keys and values. The ways take turns, and every step waits for the GPU:
+caches of random keys and values. One way after the other, in turns of steps that follow one
+another:
 
 - `transformers`: its own SDPA over its `DynamicCache`, which copies the cache for every token;
 - `transformers-flash`: the same with SDPA's flash back-end alone allowed;
@@ -16,6 +17,7 @@ JSON goes to `$OUT` or `benchmarks/results/<device>/gpu_decode.json`.
 
 import argparse
 import contextlib
+import functools
 import gc
 import statistics
 import sys
@@ -31,6 +33,7 @@ from saap.budget import Budget
 
 from .decode import InPlaceLayer, filled
 from .gpu import environment
+from .gpu_timing import step_seconds, wait
 from .reports import report_path, write
 
 TURNS, STEPS, WARM = 5, 12, 6
@@ -79,20 +82,21 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
         plain = DynamicCache(config=model.config)
         for number, (k, v) in enumerate(layers):
             plain.update(k, v, number)
-        timed(record, "transformers", lambda: model(token, past_key_values=plain), steps=4)
+        as_it_comes = functools.partial(model, token, past_key_values=plain)
+        timed(record, "transformers", as_it_comes, steps=4)
 
         def by_flash():
             with flash(device):
-                model(token, past_key_values=plain)
+                as_it_comes()
 
         timed(record, "transformers-flash", by_flash, steps=4)
-        del plain
+        del plain, as_it_comes, by_flash
         free()
         for name, method in (("saap-dense", "dense"), ("saap", "saap")):
             with saap.attached(model, None, budget, method=method) as saap_model:
                 begin = time.perf_counter()
                 cache = filled(saap_model, layers, context)
-                step = lambda cache=cache: model(token, past_key_values=cache)  # noqa: E731
+                step = functools.partial(model, token, past_key_values=cache)
                 step()
                 wait(device)
                 record.setdefault("made_s", {})[name] = time.perf_counter() - begin
@@ -116,29 +120,16 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def wait(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(record: dict, name: str, step, steps: int = STEPS) -> None:
     """Median milliseconds of steps that follow one another, over turns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        for _ in range(WARM):
-            step()
-        found = []
-        for _ in range(TURNS):
-            wait(device)
-            begin = time.perf_counter()
-            for _ in range(steps):
-                step()
-            wait(device)
-            found.append(1e3 * (time.perf_counter() - begin) / steps)
+        seconds = step_seconds(step, device, warm=WARM, turns=TURNS, steps=steps)
     except (RuntimeError, ValueError, MemoryError) as failure:
         record["ms"][name] = None
         record.setdefault("failed", {})[name] = f"{type(failure).__name__}: {str(failure)[:300]}"
         return
+    found = [1e3 * own for own in seconds]
     record["ms"][name], record["raw_ms"][name] = statistics.median(found), found
 
 

@@ -14,6 +14,14 @@ from .reports import ROOT, put_table
 COMMAND = "python -m benchmarks.gpu_page"
 
 
+WAYS = {
+    "packed": "packed flash", "transformers-flash": "transformers, flash",
+    "transformers": "transformers as it comes", "saap-dense": "our store, all rows",
+    "saap": "saap",
+}  # fmt: skip
+PEERS = ("packed", "transformers-flash", "transformers")
+
+
 def attention_rows(records: list[dict[str, Any]]) -> list[str]:
     rows = []
     for context in ("128k", "171k"):
@@ -57,13 +65,27 @@ def step_rows(records: list[dict[str, Any]]) -> list[str]:
 
 
 def decode_rows(report: dict[str, Any]) -> list[str]:
-    ways = ("packed", "transformers-flash", "saap-dense", "saap")
-    return [
-        f"| {r['context'] // 1024}k, batch {r['batch']} | "
-        + " | ".join(f"{r['ms'][way]:.1f}" for way in ways)
-        + f" | {r['visited_share']['saap']:.1%} |"
-        for r in report["records"]
-    ]
+    rows = []
+    for r in report["records"]:
+        times = " | ".join(f"{r['ms'][way]:.1f}" for way in WAYS)
+        rows.append(f"| {case(r)} | {r['visited_share']['saap']:.1%} | {times} |")
+    return rows
+
+
+def ratio_rows(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for r in report["records"]:
+        ratios = " | ".join(f"{r['ms'][way] / r['ms']['saap']:.2f}" for way in PEERS)
+        rows.append(f"| {case(r)} | {ratios} |")
+    return rows
+
+
+def case(r: dict[str, Any]) -> str:
+    return f"{r['context'] // 1024}k, batch {r['batch']}"
+
+
+def head(first: str, *others: str) -> list[str]:
+    return [f"| {' | '.join([first, *others])} |", "|---|" + "---:|" * len(others)]
 
 
 def main() -> int:
@@ -76,19 +98,23 @@ def main() -> int:
             f"{about['device']}, torch {about['torch']}, Triton {about['triton']}, commit "
             f"{about['commit']}; a copy within its memory moves {report['copy_gbps']:,.0f} GB/s.",
             "",
-            "| attention alone | ms | best other, ms | times as fast |",
-            "|---|---:|---:|---:|",
+            *head("attention alone", "ms", "best other, ms", "times as fast"),
             *attention_rows([r for r in records if "ms" in r]),
             "",
-            "| a step of a store | visited | choosing alone, ms | all kernels, ms | "
-            "with the host, ms |",
-            "|---|---:|---:|---:|---:|",
+            *head(
+                "a step of a store",
+                "visited",
+                "choosing alone, ms",
+                "all kernels, ms",
+                "with the host, ms",
+            ),
             *step_rows([r for r in records if "ms" in r or "us" in r]),
             "",
-            f"| {decode['layers']} layers of Llama-3-8B's shape | packed flash, ms a token | "
-            "transformers, flash | our store, all rows | saap | visited |",
-            "|---|---:|---:|---:|---:|---:|",
+            *head(f"ms a token, {decode['layers']} layers", "visited", *WAYS.values()),
             *decode_rows(decode),
+            "",
+            *head("times as fast as", *(WAYS[way] for way in PEERS)),
+            *ratio_rows(decode),
         ]
     )
     put_table(ROOT / "docs" / "gpu.md", COMMAND, table)

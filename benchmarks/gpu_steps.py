@@ -1,7 +1,6 @@
 """What a whole step of a KV store costs on a GPU: rows written, rows chosen, attention."""
 
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from saap.methods import find_method
 from saap.selector import LayerInfo
 
 from .gpu_sections import HEAD_DIM, KV_HEADS, SCALE, Bench
+from .gpu_timing import step_seconds
 
 WARM, STEPS, TURNS, PROFILED = 8, 40, 5, 4
 
@@ -51,7 +51,7 @@ def timed(bench: Bench, store: KVStore, batch: int) -> dict[str, Any]:
     """Median microseconds a step, the host's work counted in, over turns of many steps; and how
     long kernels of a step ran, which is what is left where the host is ahead."""
     on_gpu = bench.device.type == "cuda"
-    steps, turns, warm = (STEPS, TURNS, WARM) if on_gpu else (1, 1, 1)
+    many = {"warm": WARM, "turns": TURNS, "steps": STEPS}
 
     def once() -> None:
         q = bench.queries(batch).unsqueeze(2)
@@ -59,20 +59,8 @@ def timed(bench: Bench, store: KVStore, batch: int) -> dict[str, Any]:
         store.append(k, k, k)
         store.attend(q, q, sm_scale=SCALE)
 
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    for _ in range(warm):
-        once()
-    found = []
-    for _ in range(turns):
-        wait()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            once()
-        wait()
-        found.append(1e6 * (time.perf_counter() - begin) / steps)
+    many = many if on_gpu else dict.fromkeys(many, 1)
+    found = [1e6 * seconds for seconds in step_seconds(once, bench.device, **many)]
     record = {
         "us": statistics.median(found), "raw_us": found, "visited_share": store.visited_share,
         "lengths": store.lengths[:1],

@@ -59,6 +59,30 @@ def _median_ms(run: Call) -> float:
     return statistics.median(once() for _ in range(repeats))
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_seconds(
+    step: Call, device: torch.device, *, warm: int, turns: int, steps: int
+) -> list[float]:
+    """Of each turn, seconds for one of `steps` eager calls that follow one another, the host's
+    work counted in."""
+    for _ in range(warm):
+        step()
+    found = []
+    for _ in range(turns):
+        wait(device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait(device)
+        found.append((time.perf_counter() - begin) / steps)
+    return found
+
+
 def host_us(call: Call, device: torch.device, repeats: int = 200) -> float:
     """Microseconds that the host spends to enqueue one eager call."""
     repeats = repeats if device.type == "cuda" else 1
