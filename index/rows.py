@@ -57,6 +57,11 @@ class BucketRows:
     def _buffers(self) -> list[Tensor]:
         return [] if self.tokens is None else [*self.vectors.values(), self.lists, self.tokens]
 
+    @property
+    def plain(self) -> bool:
+        """Whether row i holds token i, in list 0, and so do rows that are not used yet."""
+        return self._plain
+
     def reserve(self, n: int, like: Tensor, used: int) -> None:
         """Make room for n rows of each sequence; the first `used` rows stay.
 

@@ -199,6 +199,16 @@ class Selector(ABC):
         """Take note of saved rows and what `state` gave. ValueError where they do not fit."""
         self.update(middle)
 
+    def again(
+        self, local_lse: Callable[[Tensor], Tensor] | None
+    ) -> Callable[[Float[Tensor, "n Hq D"]], Ranges] | None:
+        """What the last `select` did, for other queries (RoPE left on) and into the same tensors.
+
+        Good until rows join or leave the middle. `local_lse`: what that query's gave, of other
+        queries; None for a budget that does not ask. None where it takes a `select`.
+        """
+        return None
+
     @abstractmethod
     def select(self, query: Query, middle: Middle, budget: Budget, room: RangeBuffer) -> Ranges:
         """`starts, lengths` int32 `[n, H, R]`: rows to visit, counted from the first of the store.

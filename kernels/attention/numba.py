@@ -125,9 +125,8 @@ class Prepared:
         queries = q.detach().resolve_neg().to(torch.float32).contiguous()
         out, lse = torch.empty_like(queries), queries.new_empty(self.lse_shape)
         # A job of this call alone, since several threads may use one preparation.
-        job = kernel.Job.from_buffer_copy(self.job)
+        job, _held = self.layout.copy_of(self.job)  # held to the end of this call
         job.q, job.out, job.lse = queries.data_ptr(), out.data_ptr(), lse.data_ptr()
-        _held = self.layout.place(job)  # to the end of this call
         plan, work = self.functions
         address = ctypes.addressof(job)
         plan(address)

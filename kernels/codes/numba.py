@@ -97,12 +97,11 @@ class Prepared:
         """Writes ranges and counts where it was told; returns the most ranges of a selection."""
         a = a.resolve_neg().contiguous()
         # A job of this call alone, since several threads may use one preparation.
-        job = numba_job.Job.from_buffer_copy(self.job)
+        job, _held = self.layout.copy_of(self.job)  # held to the end of this call
         job.q = a.data_ptr()
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        _held = self.layout.place(job)  # to the end of this call
         prepare, scan, choose = _functions()
         address = ctypes.addressof(job)
         prepare(address)

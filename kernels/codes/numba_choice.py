@@ -12,6 +12,7 @@ from saap.kernels.cpu.memory import (
     float32_pointer,
     int32_pointer,
     int64_pointer,
+    uint8_pointer,
 )
 
 from .numba_job import (
@@ -25,7 +26,15 @@ from .numba_job import (
 )
 from .numba_scan import bring, score, weigh_chunk
 from .numba_simd import BLOCK, WIDEST
-from .numba_vectors import add_weighed, count_from, exponentials, places_from
+from .numba_vectors import (
+    add_weighed,
+    count_from,
+    exponentials,
+    mark_from,
+    places_from,
+    places_of_marks,
+    values_from,
+)
 
 _PER_BLOCK = BLOCK // LANES
 _OCTAVE = 1 << 23
@@ -77,7 +86,7 @@ def _choose(job, task, held, space):
     room = job.chunks * CHUNK
     keys = space + chunk_bytes(job.coordinates)
     marks = keys + 4 * room
-    places = marks + 4 * room
+    places = marks + room // 8
     listed = places + 4 * (room + LANES)
     factors = listed + 4 * (room + LANES)
     weights = factors + 4 * job.group * (job.chunks + 1)
@@ -93,46 +102,47 @@ def _choose(job, task, held, space):
             length = min(CHUNK, n - chunk * CHUNK)
             add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
                         blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        kept = _best_of(job, keys, n, places)
+        kept = _best_of(job, keys, n, places, 0)
         scored = n
     else:
         found = _candidates(job, held, n, marks, places, listed)
         _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
         scored = found
-        kept = _best_of(job, keys, found, places)
-        chosen = carray(int32_pointer(listed), found)
-        for i in range(kept):
-            rows[i] = chosen[rows[i]]
+        kept = _best_of(job, keys, found, places, listed)
     place = task // job.heads * job.out_batch + task % job.heads * job.out_head
     starts = carray(int32_pointer(job.starts + place), job.capacity)
     lengths = carray(int32_pointer(job.lengths + place), job.capacity)
-    found, end = 0, np.int64(-1)
-    for i in range(kept):
+    last, first, end = np.int64(-1), np.int64(0), np.int64(-1)
+    for i in range(kept):  # without a branch, which would be mispredicted every other time
         row = np.int64(rows[i])
-        if row == end:
-            lengths[found - 1] += 1
-        else:
-            starts[found], lengths[found] = job.first_row + row, 1
-            found += 1
+        last += row != end
+        first = first if row == end else row
+        starts[last], lengths[last] = job.first_row + first, row - first + 1
         end = row + 1
+    found = last + 1
     for i in range(found, job.capacity):
         starts[i] = lengths[i] = 0
     return found, scored
 
 
 @_njit
-def _best_of(job, weights, n, places):
-    """The rows that weigh most, as many as are asked for and weigh enough; returns how many."""
+def _best_of(job, weights, n, out, names):
+    """The rows that weigh most, as many as are asked for and weigh enough; returns how many.
+
+    names: what to call them, int32; 0: by their numbers.
+    """
     kept = min(job.max_tokens, n)
     if job.least_weight == 0:
-        best(weights, n, kept, places)
+        best(weights, n, kept, out, names)
         return kept
     vectors = blocks_of(n) * _PER_BLOCK
     enough = count_from(weights, vectors, job.least_weight)
     if enough > kept:
-        best(weights, n, kept, places)
+        best(weights, n, kept, out, names)
         return kept
-    return places_from(weights, vectors, job.least_weight, places)
+    if names:
+        return values_from(weights, names, vectors, job.least_weight, out)
+    return places_from(weights, vectors, job.least_weight, out)
 
 
 @_njit
@@ -181,17 +191,30 @@ def _candidates(job, held, n, marks, places, listed):
             every[i] = i
         return n
     room = job.chunks * CHUNK
-    marked = carray(int32_pointer(marks), room)
-    rows = carray(int32_pointer(places), room)
-    for i in range(BLOCK * blocks_of(n)):
-        marked[i] = 0
+    vectors = blocks_of(n) * _PER_BLOCK
+    bits = carray(uint8_pointer(marks), room // 8)
+    for i in range(vectors * LANES // 8):
+        bits[i] = 0
     for g in range(job.group):
         keys = job.scores + 4 * (held * job.group + g) * room
         low = _likely_below(keys, n, job.candidates, places)
-        best_from(keys, n, job.candidates, places, low, False)
-        for i in range(job.candidates):
-            marked[rows[i]] = 1
-    return places_from(marks, blocks_of(n) * _PER_BLOCK, 1, listed)
+        _mark_best(keys, n, job.candidates, low, bits, places)
+    return places_of_marks(marks, vectors, listed)
+
+
+@_njit
+def _mark_best(keys, n, k, low, bits, space):
+    """Set the bits of the k largest of n keys; of equal ones of the first. `low`, `space`: of
+    `_threshold`."""
+    vectors = blocks_of(n) * _PER_BLOCK
+    least, count = _threshold(keys, n, k, low, np.int64(_LEAST), space)
+    if count == k:
+        mark_from(keys, vectors, least, bits.ctypes.data)
+        return
+    found = places_from(keys, vectors, least, space)
+    rows = carray(int32_pointer(space), found)
+    for i in range(_first_of(keys, least, rows, k)):
+        bits[rows[i] >> 3] |= np.uint8(1 << (rows[i] & 7))
 
 
 @_njit
@@ -251,76 +274,94 @@ def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
 
 
 @_njit
-def best(keys, n, k, out):
-    """As `best_from`, of weights, of which nothing is known."""
-    best_from(keys, n, k, out, np.int64(0), True)
+def best(weights, n, k, out, names):
+    """The k largest of n weights, float32 not below 0, by their numbers, ascending; of equal ones
+    the first. 0 < k <= n.
+
+    weights: followed by such as are not above any of them, up to a whole block. out: int32, room
+    for whole chunks and `LANES` more. names: int32 to call them by; 0: their numbers.
+    """
+    vectors = blocks_of(n) * _PER_BLOCK
+    least, count = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
+    if count == k and names:
+        values_from(weights, names, vectors, least, out)
+        return
+    found = places_from(weights, vectors, least, out)
+    rows = carray(int32_pointer(out), found)
+    if count != k:
+        _first_of(weights, least, rows, k)
+    if names:
+        own = carray(int32_pointer(names), n)
+        for i in range(k):
+            rows[i] = own[rows[i]]
 
 
 @_njit
-def best_from(keys, n, k, out, low, are_weights):
-    """Numbers of the k largest of n keys, ascending; of equal ones the first. 0 < k <= n.
+def _threshold(keys, n, k, low, least, space):
+    """A number that at least k of the keys reach, and fewer than k exceed; and how many reach it.
 
-    A threshold is looked for by halving the range of the keys; once it lets through few more than
-    k, these are brought together.
+    It is looked for by halving the range of the keys; once few are left, these are brought
+    together.
 
     keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
-    float32 not below 0, whose bits are in their order. low: a guess from which on there are at
-    least k keys and few more; where there are fewer it is not used. `_LEAST`, or 0 for weights, is
-    no guess. out: int32, room for whole chunks and `LANES` more.
+    float32 not below 0, whose bits are in their order. least: what every key reaches, 0 for
+    weights. low: a guess that at least k keys reach, and few more; where there are fewer it is not
+    used. space: int32, room for whole chunks and `LANES` more.
     """
     searched, vectors = keys, blocks_of(n) * _PER_BLOCK
-    half = (n + CHUNK - 1) // CHUNK * CHUNK // 2
-    together = out + 4 * half
-    found = np.int64(-1)  # keys brought together
-    least = np.int64(0 if are_weights else _LEAST)
+    room = (n + CHUNK - 1) // CHUNK * CHUNK
+    together = False
+    count = n
     if low > least:
         count = count_from(keys, vectors, low)
         if count < k:
-            low = least
-        elif count <= half - BLOCK:
-            found = places_from(keys, vectors, low, out)
-            _bring_together(keys, out, found, together)
-            searched, vectors = together, blocks_of(found) * _PER_BLOCK
-    largest = _largest(searched, n if found < 0 else found)
+            low, count = least, n
+        else:
+            together = True
+    if together:
+        vectors = _bring_together(keys, vectors, low, room, space)
+        searched = space
+    largest = _largest(searched, vectors * LANES if together else n)
     high = largest + 1  # at least k are from low on, fewer from high on
     octaves = 4
-    while high - low > 1:
+    while high - low > 1 and count != k:
         middle = (low + high) // 2
-        if are_weights and low == 0 and octaves < 128:
+        if least == 0 and low == 0 and octaves < 128:
             # Weights fall by the octave: the first guesses go down in steps that double.
             middle = largest - octaves * _OCTAVE
             octaves *= 2
             if middle <= low or middle >= high:
                 middle = (low + high) // 2
-        count = count_from(searched, vectors, middle)
-        if count < k:
+        reached = count_from(searched, vectors, middle)
+        if reached < k:
             high = middle
         else:
-            low = middle
-            if count == k:
-                high = low + 1
-            if found < 0 and count <= min(half - BLOCK, 2 * k + CHUNK):
-                found = places_from(keys, vectors, low, out)
-                _bring_together(keys, out, found, together)
-                searched, vectors = together, blocks_of(found) * _PER_BLOCK
-    if found < 0:
-        found = places_from(keys, vectors, low, out)
-    if found == k:
-        return
-    bits = carray(int32_pointer(keys), n)
-    rows = carray(int32_pointer(out), found)
+            low, count = middle, reached
+            if not together and 4 * count < n:
+                together = True
+                vectors = _bring_together(keys, vectors, low, room, space)
+                searched = space
+    return low, count
+
+
+@_njit
+def _first_of(keys, least, rows, k):
+    """Of the listed rows, whose keys reach `least`, put the k largest in front, in their order; of
+    equal ones the first."""
+    bits = carray(int32_pointer(keys), 1 << 31)
     above = np.int64(0)
-    for i in range(found):
-        above += bits[rows[i]] > low
+    for i in range(len(rows)):
+        above += bits[rows[i]] > least
     equal, at = k - above, 0
-    for i in range(found):
+    for i in range(len(rows)):
         row = rows[i]
-        if bits[row] > low or (bits[row] == low and equal > 0):
-            equal -= bits[row] == low
+        if bits[row] > least or (bits[row] == least and equal > 0):
+            equal -= bits[row] == least
             rows[at] = row
             at += 1
             if at == k:
                 break
+    return at
 
 
 @_njit
@@ -333,12 +374,12 @@ def _largest(keys, n):
 
 
 @_njit
-def _bring_together(keys, places, count, target):
-    """The listed keys, filled up to a whole block with what is below all others."""
-    bits = carray(int32_pointer(keys), 1 << 31)
-    rows = carray(int32_pointer(places), count)
-    own = carray(int32_pointer(target), BLOCK * blocks_of(count))
-    for i in range(count):
-        own[i] = bits[rows[i]]
-    for i in range(count, BLOCK * blocks_of(count)):
+def _bring_together(keys, vectors, least, room, space):
+    """The keys that are at least so large, filled up to a whole block with what is below all
+    others; returns the number of their vectors."""
+    count = values_from(keys, keys, vectors, least, space)
+    filled = BLOCK * blocks_of(count)
+    own = carray(int32_pointer(space), room + LANES)
+    for i in range(count, filled):
         own[i] = _LEAST
+    return filled // LANES

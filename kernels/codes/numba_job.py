@@ -54,7 +54,7 @@ def whole_chunks(n: int) -> int:
 def choice_bytes(most: int, candidates: int, group: int, coordinates: int) -> int:
     """Bytes that choosing for one task needs beside its scores."""
     room, found = whole_chunks(most), whole_chunks(candidates)
-    floats = 2 * room + 2 * (room + LANES) + group * (found + room // CHUNK + 1)
+    floats = room + room // 32 + 2 * (room + LANES) + group * (found + room // CHUNK + 1)
     return chunk_bytes(coordinates) + 4 * (floats + floats % 2)
 
 

@@ -36,6 +36,7 @@ from .numba_simd import BLOCK, LANES, WIDEST, fine_planes, scan
 from .numba_vectors import exponentials
 
 _njit = numba.njit(error_model="numpy")
+_ROUNDER = np.float32(1.5 * 2**23)
 
 # Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
 _STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
@@ -83,18 +84,23 @@ def _prepare(job, task):
         factors = carray(float32_pointer(factor_place), job.group)
         for g in range(job.group):
             largest = np.float32(0.0)
-            for d in range(job.coordinates):
-                size = abs(q[g, d] * _STEPS[whole, d // quarter])
-                largest = size if size > largest or np.isnan(size) else largest
+            for part in range(4):
+                step = _STEPS[whole, part]
+                for d in range(part * quarter, (part + 1) * quarter):
+                    size = abs(q[g, d] * step)
+                    largest = size if size > largest or np.isnan(size) else largest
             usable = largest > 0 and largest < np.inf
             factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
             offset = np.float32(0.0)
-            for d in range(job.coordinates):
-                weight = np.float32(0.0)
-                if usable:
-                    weight = np.rint(q[g, d] * _STEPS[whole, d // quarter] / factor)
-                weights[g, d] = np.int8(weight)
-                offset += weight * _ZEROS[whole, d // quarter]
+            for part in range(4):
+                step, total = _STEPS[whole, part], np.int32(0)
+                for d in range(part * quarter, (part + 1) * quarter):
+                    # Adding a large number rounds to a whole one, and to even at halves.
+                    weight = (q[g, d] * step / factor + _ROUNDER) - _ROUNDER
+                    rounded = np.int32(weight) if usable else np.int32(0)
+                    weights[g, d] = rounded
+                    total += rounded
+                offset += np.float32(total) * _ZEROS[whole, part]
             offsets[g], factors[g] = offset, factor
 
 

@@ -1,6 +1,7 @@
 """Passes over the scores and weights of rows on a CPU, as Numba intrinsics; memory is passed as
-addresses. *Vectors* are of `LANES` numbers of 4 bytes."""
+addresses. *Vectors* are of `LANES` numbers of 4 bytes. *Marks* are a bit for each number."""
 
+import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -10,6 +11,17 @@ from saap.kernels.cpu.emitter import F32, I32, I64, LANES, VECTOR, VECTOR_I32, E
 
 _i64, _f32 = types.int64, types.float32
 _VECTOR_BYTES = 4 * LANES
+_MASK, _MARK_BYTES = ir.IntType(LANES), LANES // 8
+
+# For each mask of eight lanes, the lanes that are set, at the front: an AVX2 register is packed by
+# a permutation, as there is no instruction for it.
+_PERMUTES = LANES == 8 and bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
+_ORDER = ir.VectorType(ir.IntType(8), 8)
+_PACKED = [[i for i in range(8) if mask >> i & 1] for mask in range(256)]
+_PACKING = ir.Constant(
+    ir.ArrayType(ir.IntType(64), 256),
+    [int.from_bytes(bytes(lanes + [0] * (8 - len(lanes))), "little") for lanes in _PACKED],
+)
 
 
 @intrinsic
@@ -88,39 +100,105 @@ def places_from(typing_context, numbers, vectors, least, out):
 
     def codegen(context, builder, signature, args):
         numbers, vectors, least, out = args
-        emit = Emitter(builder)
-        found = emit.register(I64(0))
-        least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
-        lanes = ir.Constant(VECTOR_I32, list(range(LANES)))
-        with cgutils.for_range(builder, vectors) as loop:
-            place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
-            inside = builder.icmp_signed(">=", emit.load(place, VECTOR_I32), least)
-            some = builder.icmp_unsigned("!=", builder.bitcast(inside, ir.IntType(LANES)),
-                                         ir.IntType(LANES)(0))  # fmt: skip
-            with builder.if_then(some):
-                first = builder.trunc(builder.mul(loop.index, I64(LANES)), I32)
-                index = builder.add(emit.splat(first, VECTOR_I32), lanes)
-                _store_where(emit, inside, index, out, found)
-        return builder.load(found)
+        return _collect(Emitter(builder), numbers, vectors, least, out, None)
 
     return _i64(*[_i64] * 4), codegen
 
 
-def _store_where(emit, inside, index, out, found):
-    """Write the lanes that are inside to `out` from `found` on, which goes on by their number."""
+@intrinsic
+def values_from(typing_context, numbers, values, vectors, least, out):
+    """Of the int32 `values`, those whose number is at least so large; returns how many.
+
+    out: as for `places_from`.
+    """
+
+    def codegen(context, builder, signature, args):
+        numbers, values, vectors, least, out = args
+        return _collect(Emitter(builder), numbers, vectors, least, out, values)
+
+    return _i64(*[_i64] * 5), codegen
+
+
+@intrinsic
+def mark_from(typing_context, numbers, vectors, least, marks):
+    """Set the bit of each int32 that is at least so large; the others stay."""
+
+    def codegen(context, builder, signature, args):
+        numbers, vectors, least, marks = args
+        emit = Emitter(builder)
+        least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
+        with cgutils.for_range(builder, vectors) as loop:
+            place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
+            inside = builder.icmp_signed(">=", emit.load(place, VECTOR_I32), least)
+            at = emit.at(marks, builder.mul(loop.index, I64(_MARK_BYTES)))
+            marked = builder.or_(emit.load(at, _MASK, align=1), builder.bitcast(inside, _MASK))
+            builder.store(marked, builder.inttoptr(at, _MASK.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[_i64] * 4), codegen
+
+
+@intrinsic
+def places_of_marks(typing_context, marks, vectors, out):
+    """Places, ascending, of the bits that are set, `LANES` to a vector; returns how many.
+
+    out: as for `places_from`.
+    """
+
+    def codegen(context, builder, signature, args):
+        marks, vectors, out = args
+        emit = Emitter(builder)
+        found = emit.register(I64(0))
+        with cgutils.for_range(builder, vectors) as loop:
+            at = emit.at(marks, builder.mul(loop.index, I64(_MARK_BYTES)))
+            _store_where(emit, emit.load(at, _MASK, align=1), _numbers(emit, loop), out, found)
+        return builder.load(found)
+
+    return _i64(*[_i64] * 3), codegen
+
+
+def _collect(emit, numbers, vectors, least, out, values):
+    """What `values_from` does; without values, `places_from`."""
     builder = emit.builder
+    found = emit.register(I64(0))
+    least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
+    with cgutils.for_range(builder, vectors) as loop:
+        offset = builder.mul(loop.index, I64(_VECTOR_BYTES))
+        inside = builder.icmp_signed(">=", emit.load(emit.at(numbers, offset), VECTOR_I32), least)
+        own = _numbers(emit, loop) if values is None else None
+        own = own or emit.load(emit.at(values, offset), VECTOR_I32)
+        _store_where(emit, builder.bitcast(inside, _MASK), own, out, found)
+    return builder.load(found)
+
+
+def _numbers(emit, loop):
+    first = emit.builder.trunc(emit.builder.mul(loop.index, I64(LANES)), I32)
+    lanes = ir.Constant(VECTOR_I32, list(range(LANES)))
+    return emit.builder.add(emit.splat(first, VECTOR_I32), lanes)
+
+
+def _store_where(emit, mask, vector, out, found):
+    """Write the lanes whose bit is set to `out` from `found` on, which goes on by their number."""
+    builder = emit.builder
+    at = emit.at(out, builder.mul(builder.load(found), I64(4)))
     if LANES == 16:
         # Packed in a register: to memory the instruction is slow on some processors.
+        inside = builder.bitcast(mask, ir.VectorType(ir.IntType(1), LANES))
         name = "llvm.x86.avx512.mask.compress.v16i32"
-        index = emit.call(name, VECTOR_I32, index, index, inside)
-        emit.store(index, emit.at(out, builder.mul(builder.load(found), I64(4))))
-        count_type = ir.IntType(LANES)
-        set_bits = builder.bitcast(inside, count_type)
-        count = emit.call(f"llvm.ctpop.i{LANES}", count_type, set_bits)
-        builder.store(builder.add(builder.load(found), builder.zext(count, ir.IntType(64))), found)
-        return
-    for lane in range(LANES):
-        place = emit.at(out, builder.mul(builder.load(found), I64(4)))
-        emit.store(builder.extract_element(index, I32(lane)), place)
-        one = builder.zext(builder.extract_element(inside, I32(lane)), ir.IntType(64))
-        builder.store(builder.add(builder.load(found), one), found)
+        emit.store(emit.call(name, VECTOR_I32, vector, vector, inside), at)
+    elif _PERMUTES:
+        table = cgutils.global_constant(builder, "saap_packing", _PACKING)
+        row = builder.gep(table, [I32(0), builder.zext(mask, I32)])
+        order = builder.load(builder.bitcast(row, _ORDER.as_pointer()), align=1)
+        order = builder.zext(order, VECTOR_I32)
+        emit.store(emit.call("llvm.x86.avx2.permd", VECTOR_I32, vector, order), at)
+    else:
+        lane_at = emit.register(at)
+        for lane in range(LANES):
+            place = builder.load(lane_at)
+            emit.store(builder.extract_element(vector, I32(lane)), place)
+            set_ = builder.and_(builder.lshr(mask, _MASK(lane)), _MASK(1))
+            step = builder.mul(builder.zext(set_, ir.IntType(64)), I64(4))
+            builder.store(builder.add(place, step), lane_at)
+    count = emit.call(f"llvm.ctpop.i{LANES}", _MASK, mask)
+    builder.store(builder.add(builder.load(found), builder.zext(count, ir.IntType(64))), found)

@@ -25,6 +25,7 @@ class Layout:
             self.offsets[name] = at
             at += -(-size // _ALIGNED) * _ALIGNED
         self.n_bytes = at + _ALIGNED
+        self._placed: tuple[int, object] = (0, None)  # the last address, and a job placed there
 
     def held(self) -> tuple[Tensor, int]:
         """The memory, to be held on to, and the address of the first buffer in it.
@@ -38,12 +39,17 @@ class Layout:
             _local.memory = (memory, address) if self.n_bytes <= MOST_HELD else (None, 0)
         return memory, address
 
-    def place(self, job) -> Tensor:
-        """Tell a job where its buffers are, by their names; the memory, to be held on to."""
+    def copy_of(self, job):
+        """A copy of a job, always the same one, that knows where its buffers are, by their names;
+        and the memory, to be held on to."""
         memory, address = self.held()
-        for name, offset in self.offsets.items():
-            setattr(job, name, address + offset)
-        return memory
+        at, placed = self._placed
+        if at != address:
+            placed = type(job).from_buffer_copy(job)
+            for name, offset in self.offsets.items():
+                setattr(placed, name, address + offset)
+            self._placed = address, placed
+        return type(job).from_buffer_copy(placed), memory
 
 
 def scratch(sizes: dict[str, int]) -> tuple[Tensor, dict[str, int]]:

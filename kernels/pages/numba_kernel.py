@@ -229,7 +229,7 @@ def _choose(job, task, space, fault):
         keys = space
         places = space + 4 * ((last - first + BLOCK) // BLOCK + 1) * BLOCK
         _weights(job, task, pages, first, last, carray(float32_pointer(keys), job.most + CHUNK))
-        best(keys, last - first, between, places)
+        best(keys, last - first, between, places, 0)
         chosen = carray(int32_pointer(places), between)
         for i in range(between):
             found = _write(job, task, blocks[first + chosen[i]], out, found, fault)

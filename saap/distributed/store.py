@@ -150,6 +150,9 @@ class SplitStore:
         last = self.begins[rank + 1] if rank + 1 < self.group.size else 2**31 - 1
         return self.begins[rank], last
 
+    def again(self, *_, **__) -> None:
+        """Every step is a general one."""
+
     @stateful
     def attend(
         self,

@@ -46,13 +46,19 @@ class Forward:
             # transformers has updated the layer already, and hands over all that is in reach.
             return attend_sliding(call, self.lengths_after)
         store, q, k = layer.store, call.q_rope, call.k_rope
+        options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
+        if q.shape[2] == 1 and self.new_mask is None and not self.cache.exact:
+            found = store.again(q, k, call.v, **options)
+            if found is not None:
+                layer.slots += 1
+                return found
         q_derope, k_derope = q, k
         if store.selector is not None and store.selector.reads_derope:
             q_derope, k_derope = call.q_derope, call.k_derope
         store.append(k, call.v, k_derope, self.new_mask)
         layer.slots += q.shape[2]
         budget = EVERY_ROW if self.cache.exact else None
-        return store.attend(q, q_derope, budget, sm_scale=call.sm_scale, softcap=call.softcap)
+        return store.attend(q, q_derope, budget, **options)
 
     def _new_of_mask(self, mask: Tensor, held: list[int], length: int) -> Tensor | None:
         slots = self.cache.get_seq_length()

@@ -57,6 +57,7 @@ class FileRows:
     """
 
     names = ("k", "v")
+    plain = True  # row i holds token i
 
     def __init__(
         self,

@@ -77,6 +77,13 @@ class StepRanges:
         self._last = all_counts[..., :used]
         return all_starts[..., :used], self._last
 
+    def growing(self, local: bool) -> list[Tensor]:
+        """Of the ranges written last, the numbers of rows of those that one token more makes
+        longer by one; with `local`, of sinks and tail alone, too."""
+        tail = 0 if self._last.shape[2] == 1 else 1
+        own = [self._last[..., tail]]
+        return [*own, self._local[1][..., 1]] if local else own
+
     def local(
         self, lengths: list[int], middles: list[int], n_queries: int, k: Tensor
     ) -> AllRanges:

@@ -15,13 +15,19 @@ class StepAttention:
 
     def __init__(self, ranges: StepRanges):
         self._ranges = ranges
+        self.latest: PreparedRanges | None = None
+        """Attention of the step before, if it was prepared."""
         self._starts: Tensor | None = None  # of the step before
         self._selected: PreparedRanges | None = None
         self._local: PreparedRanges | None = None
 
+    def local(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq"]:
+        """`local_lse` of the step before, once more."""
+        return self._local(q)[1]
+
     def forget(self) -> None:
         """Rows will lie elsewhere."""
-        self._starts = self._selected = self._local = None
+        self._starts = self._selected = self._local = self.latest = None
 
     def attend(
         self,
@@ -32,6 +38,7 @@ class StepAttention:
         **options,
     ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
         """`saap.attend_ranges`: `out`, and `lse` float32."""
+        self.latest = None
         if isinstance(rows, FileRows):
             return attend_ranges(q, *rows.in_memory(starts, lengths), **options)
         given = q, rows.vectors["k"], rows.vectors["v"], starts, lengths
@@ -40,6 +47,7 @@ class StepAttention:
             return attend_ranges(*given, **options)
         if self._selected is None or not self._selected.fits(*given, **options):
             self._selected = PreparedRanges(*given, **options)
+        self.latest = self._selected
         return self._selected(q)
 
     def local_lse(

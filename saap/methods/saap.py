@@ -323,6 +323,13 @@ class SaapSelector(Selector):
         self.n_scanned = 0.0 if every else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
 
+    def again(self, local_lse):
+        choice, own = self._choice, self._scaled[1]
+        if local_lse is None:
+            return lambda q: choice(own.queries(q))
+        scale, plain = self.layer.sm_scale, self.coordinates
+        return lambda q: choice(own.queries(q), local_lse(q) - scale * plain.left_out(q))
+
     def choose_rows(
         self, q: Tensor, outside: Tensor | None, codes: Codes, n_rows: list[int], **options
     ) -> Ranges:

@@ -1,0 +1,102 @@
+"""A decode step like the one before it: what has not changed since is not asked again.
+
+Between two flushes a step differs from the one before in its token alone. What a general step
+checks and looks up takes a processor as long as its kernels do (`benchmarks/decode`), so a store
+keeps what the last one found.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saap.kernels.backends.prepared import Preparation
+from saap.selector import Selector
+
+from .chunks import OutAndLse
+
+MOST_STEPS = 4096
+"""Steps after which a store asks again in any case."""
+
+
+class NextStep(Preparation):
+    """Appends one token to each sequence of a store and attends, as the step before did.
+
+    A copy of it is None: what it holds belongs to one store.
+
+    Args:
+        buffers: keys and values of the store, `[B, Hkv, capacity, D]`.
+        lengths: tokens of each sequence, of which the first new one comes after.
+        growing: numbers of rows that one token adds 1 to: the tails of ranges.
+        choose: writes the ranges of queries `[B, Hq, D]`; None where they do not depend on them.
+        attend: attention of queries over what was chosen, `out, lse`.
+        shape, dtype: of the queries `[B, Hq, 1, D]`.
+        options: of attention.
+        steps: how many such steps there can be.
+    """
+
+    def __init__(
+        self,
+        buffers: tuple[Tensor, Tensor],
+        lengths: list[int],
+        growing: list[Tensor],
+        choose: Callable[[Tensor], object] | None,
+        attend: Callable[[Tensor], tuple[Tensor, Tensor]],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        options: dict,
+        steps: int,
+    ):
+        self._buffers, self._growing = buffers, growing
+        self._choose, self._attend = choose, attend
+        self._same = lengths[0] if len(set(lengths)) == 1 else None
+        self._lengths = list(lengths)
+        k = buffers[0]
+        self._fits = shape, dtype, (len(k), k.shape[1], 1, k.shape[3]), k.dtype, k.device
+        self._options, self._threads = options, torch.get_num_threads()
+        self._left = steps
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> bool:
+        """Whether this is the step for these queries, keys and values `[B, H, 1, D]`."""
+        shape, dtype, new_shape, stored, device = self._fits
+        return (
+            self._left > 0 and q.shape == shape and q.dtype is dtype and k.dtype is stored
+            and k.shape == new_shape and v.shape == new_shape and v.dtype is stored
+            and k.device == device and v.device == device and q.device == device
+            and options == self._options and torch.get_num_threads() == self._threads
+            and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
+        )  # fmt: skip
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> OutAndLse:
+        self._left -= 1
+        if self._same is not None:
+            for buffer, new in zip(self._buffers, (k, v), strict=True):
+                buffer.select(2, self._same).copy_(new.squeeze(2))
+            self._same += 1
+        else:
+            for buffer, new in zip(self._buffers, (k, v), strict=True):
+                for b, n in enumerate(self._lengths):
+                    buffer[b, :, n] = new[b, :, 0]
+            self._lengths = [n + 1 for n in self._lengths]
+        for counts in self._growing:
+            counts.add_(1)
+        q = q.squeeze(2)
+        if self._choose is not None:
+            self._choose(q)
+        out, lse = self._attend(q)
+        return out.unsqueeze(2), lse.unsqueeze(2)
+
+
+def steps_left(
+    selector: Selector | None, lengths: list[int], capacity: int, due: Callable[[int, int], bool]
+) -> int:
+    """Tokens that every sequence can take before one is full or has rows that are to join the
+    middle. `due(b, n)`: whether sequence b has, of n tokens; it stays so as it grows."""
+    most = min(capacity - max(lengths), MOST_STEPS)
+    if selector is None:
+        return most
+    for b, n in enumerate(lengths):
+        after = range(n + 1, n + most + 1)
+        most = min(most, bisect_left(after, True, key=lambda at, b=b: due(b, at)))
+    return most
