@@ -211,10 +211,18 @@ def _mark_best(keys, n, k, low, bits, space):
     if count == k:
         mark_from(keys, vectors, least, bits.ctypes.data)
         return
-    found = places_from(keys, vectors, least, space)
-    rows = carray(int32_pointer(space), found)
-    for i in range(_first_of(keys, least, rows, k)):
-        bits[rows[i] >> 3] |= np.uint8(1 << (rows[i] & 7))
+    above = count_from(keys, vectors, least + 1)
+    mark_from(keys, vectors, least + 1, bits.ctypes.data)
+    equal, own = k - above, carray(int32_pointer(keys), n)
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        some = np.int64(0)
+        for i in range(first, last):
+            some += own[i] == least
+        for i in range(first, last if some else first):
+            if own[i] == least and equal > 0:
+                bits[i >> 3] |= np.uint8(1 << (i & 7))
+                equal -= 1
 
 
 @_njit

@@ -94,10 +94,9 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
                         for slots in totals:
                             weight = emit.splat(emit.load(at, I32), VECTOR_I32)
                             for slot, value in zip(slots, values, strict=True):
-                                builder.store(
-                                    products.add(builder.load(slot), value, weight), slot
-                                )
+                                products.add_late(slot, value, weight, mask)
                             at = emit.at(at, head_bytes)
+                products.settle()
             for i in range(AT_ONCE):
                 at_row = emit.at(row, LANES * i)
                 small = emit.load(emit.at(scales, at_row), ir.VectorType(_I8, LANES), align=1)
