@@ -1,10 +1,11 @@
 """Coded keys and the rows that they choose: `api` is public, the other modules implement it."""
 
 from .api import PreparedChoice, select_rows
+from .coding import encode_rows
 from .layout import COARSE_PLANES, CODED, FINE_PLANES, Codes, decode, encode
 from .weights import codes_of_rows, weigh_rows
 
 __all__ = [
     "COARSE_PLANES", "CODED", "FINE_PLANES", "Codes", "PreparedChoice", "codes_of_rows",
-    "decode", "encode", "select_rows", "weigh_rows",
+    "decode", "encode", "encode_rows", "select_rows", "weigh_rows",
 ]  # fmt: skip

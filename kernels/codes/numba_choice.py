@@ -204,8 +204,8 @@ def _candidates(job, held, n, marks, places, listed):
 
 @_njit
 def _mark_best(keys, n, k, low, bits, space):
-    """Set the bits of the k largest of n keys; of equal ones of the first. `low`, `space`: of
-    `_threshold`."""
+    """Set the bits of the k largest of n keys, 0 < k < n; of equal ones of the first. `low`,
+    `space`: of `_threshold`."""
     vectors = blocks_of(n) * _PER_BLOCK
     least, count = _threshold(keys, n, k, low, np.int64(_LEAST), space)
     if count == k:

@@ -27,7 +27,7 @@ from saap.kernels.codes import (
     FINE_PLANES,
     Codes,
     PreparedChoice,
-    encode,
+    encode_rows,
 )
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
@@ -157,10 +157,7 @@ class SaapSelector(Selector):
             for first in range(before[b], n, CODED_AT_ONCE):
                 rows = slice(first, min(first + CODED_AT_ONCE, n))
                 keys = middle.keys_of(b, rows.start, rows.stop)[None]
-                new = encode(own.keys(keys), own.importance)
-                codes.coarse[b, ..., rows] = new.coarse[0]
-                codes.fine[b, :, rows] = new.fine[0]
-                codes.scale[b, :, rows] = new.scale[0]
+                encode_rows(own.keys(keys)[0], own.importance[0], codes, b, first)
         self.n_coded = list(middle.n_rows)
 
     def _learn(self, middle: Middle) -> None:
