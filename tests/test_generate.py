@@ -496,3 +496,20 @@ def test_budget_that_does_not_fit_the_index(llama):
         saap.attached(model, index, FULL, method="mlp"),
     ):
         pass
+
+
+@pytest.mark.bad_input
+def test_a_full_window_whose_past_was_not_kept_is_not_cropped():
+    model = make("gemma3")
+    with saap.attached(model, None, SMALL, method="quest") as saap_model:
+        cache = saap_model.cache()
+        generated(model, {"input_ids": prompt(1, 40)}, past_key_values=cache, max_new_tokens=4)
+        held = cache.lengths
+        with pytest.raises(ValueError, match=r"activate_past_recording\(\) must be called before"):
+            cache.crop(-2)
+        assert cache.lengths == held  # no layer was cut
+        cache = saap_model.cache()
+        cache.activate_past_recording()
+        generated(model, {"input_ids": prompt(1, 40)}, past_key_values=cache, max_new_tokens=4)
+        cache.crop(-2)
+        assert cache.lengths == [held[0] - 2]

@@ -574,3 +574,21 @@ def test_bytes_of_codes_are_told():
         store.settle()
     more = stores[0].nbytes - stores[1].nbytes
     assert 25 * heads * n * 0.9 < more < 25 * heads * n * 1.5 + 4 * 64 * 64 * 4 * heads
+
+
+def test_a_first_chunk_of_padding_alone(routing):
+    """A prompt in chunks, and every sequence of the batch begins after the first one."""
+    keys, queries = tokens(40, batch=2)
+    mask = (torch.arange(40) >= torch.tensor([3, 5])[:, None]).bool()
+    store = store_of(routing, FULL)
+    for start, stop in ((0, 2), (2, 40)):
+        store.append(*part(keys, start, stop), mask[:, start:stop])
+        out, lse = store.attend(*part(queries, start, stop))
+        assert (out[~mask[:, start:stop][:, None].expand(-1, HQ, -1)] == 0).all()
+    assert store.lengths == [37, 35]
+    whole = store_of(routing, FULL)
+    whole.append(*keys, mask)
+    expected = whole.attend(*queries)
+    ends = (tuple(t.nan_to_num(neginf=0.0) for t in pair) for pair in ((out, lse), expected))
+    found, true = ends
+    assert_close(found, tuple(t[:, :, 2:] for t in true))

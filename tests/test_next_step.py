@@ -172,6 +172,18 @@ def test_a_step_that_is_not_like_the_last_is_refused():
         assert store.again(q, k.detach(), v) is None
 
 
+def test_step_is_append_and_attend():
+    stores = [store_of(BUDGETS["rows"]) for _ in range(2)]
+    for store in stores:
+        begun(store, 1, 700)
+    for i in range(20):
+        k, v, q = tokens(1, 1, i)
+        found = stores[0].step(k, v, k, q, q, sm_scale=0.1)
+        stores[1].append(k, v, k)
+        expected = stores[1].attend(q, q, sm_scale=0.1)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_methods_without_it_go_the_general_way():
     store = store_of(BUDGETS["rows"], "quest")
     begun(store, 1, 700)

@@ -39,9 +39,7 @@ def encode_rows(
             f"[{n_kv}, {codes.coordinates}]; got {tuple(x.shape)} and {tuple(importance.shape)}"
         )
     if x.dtype != torch.float32 or importance.dtype != torch.float32:
-        raise ValueError(
-            f"x and importance must be float32; got {x.dtype} and {importance.dtype}"
-        )
+        raise ValueError(f"x and importance must be float32; got {x.dtype} and {importance.dtype}")
     if not (0 <= sequence < batch and 0 <= first <= first + n <= held):
         raise ValueError(
             f"rows must be in 0..{held} of sequence 0..{batch - 1}; got {first} to {first + n} of "

@@ -40,9 +40,7 @@ _ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to a whole number, to eve
 _njit = numba.njit(error_model="numpy")
 
 
-def encode_rows(
-    x: Tensor, importance: Tensor, codes: Codes, sequence: int, first: int
-) -> None:
+def encode_rows(x: Tensor, importance: Tensor, codes: Codes, sequence: int, first: int) -> None:
     """As `coding.encode_rows`, whose checks are taken for granted."""
     x, importance = (t.detach().resolve_neg().contiguous() for t in (x, importance))
     heads, n, coordinates = x.shape

@@ -260,6 +260,18 @@ class SaapCache(Cache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         tokens_to_remove = int(tokens_to_remove)
+        full = [
+            layer.sliding_window
+            for layer in self.layers
+            if not (isinstance(layer, SaapLayer) or layer.record_past)
+            and layer.get_seq_length() >= layer.sliding_window
+        ]
+        if tokens_to_remove and full:  # before any layer is cut
+            raise ValueError(
+                "activate_past_recording() must be called before a sliding window is full for the "
+                f"cache to be cropped later; got {self.get_seq_length()} tokens in a window of "
+                f"{full[0]}"
+            )
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._lengths = [max(0, n + tokens_to_remove) for n in self._lengths]

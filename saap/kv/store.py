@@ -231,7 +231,7 @@ class KVStore:
         if longest > self.rows.capacity:
             self._let_go()
         like = k_rope if self.kv_dtype is None else k_rope[:, :, :0].to(self.kv_dtype)
-        self.rows.reserve(max(longest, self.capacity), like, self.length)
+        self.rows.reserve(max(longest, self.capacity, 1), like, self.length)  # 1: all padding
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
         if not self.lengths:
@@ -285,6 +285,27 @@ class KVStore:
         if impl is None and (budget is None or budget is self.budget):
             self._next = self._step_after(q_rope, sm_scale, softcap)
         return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def step(
+        self,
+        k_rope: Float[Tensor, "B Hkv 1 D"],
+        v: Float[Tensor, "B Hkv 1 D"],
+        k_derope: Float[Tensor, "B Hkv 1 D"],
+        q_rope: Float[Tensor, "B Hq 1 D"],
+        q_derope: Float[Tensor, "B Hq 1 D"],
+        *,
+        sm_scale: float | None = None,
+        softcap: float | None = None,
+    ) -> OutAndLse:
+        """`append` and `attend` of one token for each sequence: a decode step.
+
+        Faster than both where it is like the step before, as most are. Raises as they do.
+        """
+        found = self.again(q_rope, k_rope, v, sm_scale=sm_scale, softcap=softcap)
+        if found is None:
+            self.append(k_rope, v, k_derope)
+            found = self.attend(q_rope, q_derope, sm_scale=sm_scale, softcap=softcap)
+        return found
 
     @stateful
     def again(

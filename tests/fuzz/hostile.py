@@ -21,11 +21,14 @@ CANARY, MARGIN = 0xA5, 256  # bytes on both sides; a multiple of every vector's 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def cases(part: str, bounded: int):
-    """Yields a `random.Random` for each case; a failure is told with what repeats it."""
+def cases(part: str, bounded: int, one_in: int = 1):
+    """Yields a `random.Random` for each case; a failure is told with what repeats it.
+
+    `one_in`: of a part whose cases take long, so many times fewer.
+    """
     counts = {"inputs": 0}
     begin = time.monotonic()
-    n, end = SCALE or bounded, begin + SECONDS
+    n, end = -(-SCALE // one_in) or bounded, begin + SECONDS
     for number in range(n):
         if time.monotonic() > end:
             break

@@ -39,9 +39,7 @@ def pick(request, monkeypatch):
         counts = (
             values(numbers.ctypes.data, own.ctypes.data, vectors, least, outs[0].ctypes.data),
             places(numbers.ctypes.data, vectors, least, outs[1].ctypes.data),
-            marked(
-                numbers.ctypes.data, vectors, least, marks.ctypes.data, outs[2].ctypes.data
-            ),
+            marked(numbers.ctypes.data, vectors, least, marks.ctypes.data, outs[2].ctypes.data),
         )
         return [out[:count] for out, count in zip(outs, counts, strict=True)]
 
