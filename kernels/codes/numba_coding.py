@@ -21,11 +21,12 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
-from .layout import CODED, PER_WORD, SCALE_BASE, SCALE_SHIFT, STEP_2, STEP_4, Codes
+from .layout import PER_WORD, SCALE_BASE, SCALE_SHIFT, STEP_2, STEP_4, Codes
 
 _FIELDS = (
     "x importance coarse fine scale "  # addresses; the last three of the first row
-    "heads rows coordinates x_head coarse_head coarse_plane fine_head fine_row scale_head "  # bytes
+    "heads rows coordinates "
+    "x_head coarse_head coarse_plane fine_head fine_row scale_head "  # bytes
     "next_task"
 ).split()
 _NEXT_TASK = offset_of(_FIELDS, "next_task")

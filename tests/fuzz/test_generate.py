@@ -156,7 +156,8 @@ def test_variants_of_generate(models, monkeypatch):
                 try:
                     cache.crop(-cut)
                 except ValueError as error:  # a window was full, and the past was not kept
-                    assert "activate_past_recording" in str(error) and not recorded
+                    assert "activate_past_recording" in str(error)
+                    assert not recorded
                     assert cache.get_seq_length() == kept
             second = generated(model, seed, turn, options, cache)
             expected = generated(model, seed, turn, options)

@@ -54,7 +54,8 @@ def test_rows_are_coded_in_place(impl, n_kv, n, coordinates, first, seed):
     for tensor, rows in ((codes.coarse, -1), (codes.fine, 2), (codes.scale, 2)):
         assert (tensor[0] == CANARY).all()
         before, after = tensor.narrow(rows, 0, first)[1], tensor.narrow(rows, first + n, 5)[1]
-        assert (before == CANARY).all() and (after == CANARY).all()
+        assert (before == CANARY).all()
+        assert (after == CANARY).all()
 
 
 @pytest.mark.bad_input

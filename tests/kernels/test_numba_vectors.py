@@ -54,9 +54,12 @@ def test_picked(pick, share):
     least = int(np.quantile(numbers, 1 - share)) if share else 101
     values, places, marked = pick(numbers, own, least)
     expected = (numbers >= least).nonzero()[0]
-    assert (values == own[expected]).all() and len(values) == len(expected)
-    assert (places == expected).all() and len(places) == len(expected)
-    assert (marked == expected).all() and len(marked) == len(expected)
+    assert (values == own[expected]).all()
+    assert len(values) == len(expected)
+    assert (places == expected).all()
+    assert len(places) == len(expected)
+    assert (marked == expected).all()
+    assert len(marked) == len(expected)
 
 
 @numba.njit
