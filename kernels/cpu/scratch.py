@@ -1,6 +1,7 @@
 """Memory for the length of a call, which the thread's next call has again."""
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ class Layout:
     `offsets`: bytes from the address that `held` gives to each buffer.
     """
 
+    _placed: tuple[int, Any] = (0, None)  # the last address, and a job placed there
+
     def __init__(self, sizes: dict[str, int]):
         self.offsets, at = {}, 0
         for name, size in sizes.items():
             self.offsets[name] = at
             at += -(-size // _ALIGNED) * _ALIGNED
         self.n_bytes = at + _ALIGNED
-        self._placed: tuple[int, object] = (0, None)  # the last address, and a job placed there
 
     def held(self) -> tuple[Tensor, int]:
         """The memory, to be held on to, and the address of the first buffer in it.
