@@ -39,6 +39,7 @@ from saap.hf import attention
 from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
 from saap.kv import KVStore
+from saap.kv.next_step import NextStep
 from saap.kv.steps import StepAttention
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
@@ -159,16 +160,17 @@ class Clock:
 
     @contextmanager
     def watching(self):
-        places = {
-            "append": (KVStore, "append"),
-            "rope": (attention, "VARIANTS"),
-            "choosing": (KVStore, "select"),
-            "attention": (StepAttention, "attend"),
-            "glue": (Forward, "__call__"),
+        places = {  # of general steps, and of those that are like the one before
+            "append": ((KVStore, "append"), (NextStep, "write")),
+            "rope": ((attention, "VARIANTS"),),
+            "choosing": ((KVStore, "select"), (NextStep, "choose")),
+            "attention": ((StepAttention, "attend"), (NextStep, "attend")),
+            "glue": ((Forward, "__call__"),),
         }
         patches = [
             mock.patch.object(owner, name, self.timed_in(part, getattr(owner, name)))
-            for part, (owner, name) in places.items()
+            for part, functions in places.items()
+            for owner, name in functions
         ]
         with ExitStack() as opened:
             for patch in patches:

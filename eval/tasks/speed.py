@@ -1,7 +1,7 @@
 """Time of one decode step of each layer, over the very path whose answers are judged.
 
-`KVStore.append` and `KVStore.attend` are what decoding calls; here they are called with captured
-tokens and their parts are timed where they are called:
+`KVStore.step` does what decoding does; here it is called with captured tokens, and its parts are
+timed where they are called:
 
 - route: scoring lists, pages or rows (what a router or summary costs);
 - select: from scores to ranges of rows, sinks and window put in front;
@@ -17,13 +17,14 @@ slows both; figures are medians, and ratios are medians of rounds.
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 
 from saap import hf
 from saap.kv import KVStore
+from saap.kv.next_step import NextStep
 from saap.kv.steps import StepAttention
 
 from ..decoding import layout
@@ -91,8 +92,7 @@ def time_point(read, layer, store, keys) -> dict:
         dense = time.perf_counter() - start
         with stopwatch(store.selector) as parts:
             start = time.perf_counter()
-            store.append(*new)
-            store.attend(*queries, **options)
+            store.step(*new, *queries, **options)
             parts["step"] = time.perf_counter() - start
         if number < N_WARM:
             continue
@@ -131,11 +131,15 @@ def stopwatch(selector):
 
         return call
 
-    attend, ranges = StepAttention.attend, KVStore.select
-    with (
-        mock.patch.object(StepAttention, "attend", timed("attend", attend)),
-        mock.patch.object(KVStore, "select", timed("ranges", ranges)),
-    ):
+    places = {  # a general step's, and one's that is like the one before
+        "attend": ((StepAttention, "attend"), (NextStep, "attend")),
+        "ranges": ((KVStore, "select"), (NextStep, "choose")),
+    }
+    with ExitStack() as opened:
+        for part, functions in places.items():
+            for owner, name in functions:
+                watched = timed(part, getattr(owner, name))
+                opened.enter_context(mock.patch.object(owner, name, watched))
         if hasattr(selector, "scores"):
             selector.scores = timed("route", selector.scores)
         try:

@@ -70,6 +70,14 @@ class NextStep(Preparation):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> OutAndLse:
         self._left -= 1
+        self.write(k, v)
+        q = q.squeeze(2)
+        self.choose(q)
+        out, lse = self.attend(q)
+        return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """The token's row, behind the others of the tail."""
         if self._same is not None:
             for buffer, new in zip(self._buffers, (k, v), strict=True):
                 buffer.select(2, self._same).copy_(new.squeeze(2))
@@ -81,11 +89,13 @@ class NextStep(Preparation):
             self._lengths = [n + 1 for n in self._lengths]
         for counts in self._growing:
             counts.add_(1)
-        q = q.squeeze(2)
+
+    def choose(self, q: Tensor) -> None:
         if self._choose is not None:
             self._choose(q)
-        out, lse = self._attend(q)
-        return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def attend(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        return self._attend(q)
 
 
 def steps_left(
