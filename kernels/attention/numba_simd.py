@@ -121,6 +121,8 @@ def accumulate(
 ):
     """`sums += weights @ v[rows]` in `vectors * LANES` columns from `column` on.
 
+    The rows are summed up by themselves first: rounding errors then grow with the number of tiles
+    and not with that of rows.
     heads (4, 2 or 1) times vectors, a power of 2, is at most LANES: they stay in registers.
     weights: float32, one row of `TILE` a head; v: rows `v_row` bytes apart, of which `rows`,
     int64, lists `count`, and `ahead` as many to ask for meanwhile; sums: float32, `heads` rows,
@@ -139,7 +141,7 @@ def accumulate(
             for h in range(heads)
             for i in range(vectors)
         }
-        slots = {at: emit.register(emit.load(place, VECTOR)) for at, place in places.items()}
+        slots = {at: emit.register(emit.same(0.0)) for at in places}
         with cgutils.for_range(builder, count) as loop:
             at = builder.mul(loop.index, I64(8))
             row, later = (
@@ -158,7 +160,8 @@ def accumulate(
                     total = emit.fma(factors[h], part, builder.load(slots[h, i]))
                     builder.store(total, slots[h, i])
         for at, place in places.items():
-            emit.store(builder.load(slots[at]), place)
+            own = builder.load(slots[at])
+            emit.store(builder.fadd(emit.load(place, VECTOR), own), place)
 
     def codegen(context, builder, signature, args):
         for heads in (4, 2, 1):
