@@ -127,14 +127,19 @@ def test_what_it_cannot_do_is_named():
 
 
 def test_rounding_does_not_grow_with_every_row():
-    """Rows are summed up tile by tile: one by one, 100,000 of them lose four times as much."""
+    """Rows are summed up tile by tile: one by one, 100,000 of them lose 107 times eps, so 17."""
     generator = torch.Generator().manual_seed(0)
     n, dim = 100_000, 64
     q = torch.randn(1, 4, dim, generator=generator)
     k = torch.randn(1, 4, n, dim, generator=generator) * 0.3
     v = torch.randn(1, 4, n, dim, generator=generator) + 2
-    out, _ = attend_dense(q, k, v, torch.tensor([n], dtype=torch.int32), impl="numba")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several have a part of the rows each, which rounds less
+    try:
+        out, _ = attend_dense(q, k, v, torch.tensor([n], dtype=torch.int32), impl="numba")
+    finally:
+        torch.set_num_threads(threads)
     scores = (q.double()[:, :, None] * k.double()).sum(-1) * dim**-0.5
     true = (scores.softmax(-1)[..., None] * v.double()).sum(2)
     error = float((out - true).abs().max() / true.abs().max())
-    assert error < 64 * torch.finfo(torch.float32).eps
+    assert error < 50 * torch.finfo(torch.float32).eps
