@@ -9,6 +9,7 @@ import torch
 
 from saap.budget import Budget
 from saap.kv import KVStore
+from saap.kv.next_step import NextStep
 from saap.methods import find_method
 from saap.selector import LayerInfo
 
@@ -185,6 +186,32 @@ def test_step_is_append_and_attend():
         stores[1].append(k, v, k)
         expected = stores[1].attend(q, q, sm_scale=0.1)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("broken", ["write", "choose", "attend"])
+@pytest.mark.parametrize("budget", ["rows", "weight"])
+def test_a_step_that_is_broken_off_has_not_been(budget, broken, monkeypatch):
+    stores = [store_of(BUDGETS[budget], capacity=2000) for _ in range(2)]
+    for store in stores:
+        begun(store, 1, 700)
+        for i in range(3):
+            general(store, *tokens(1, 1, i))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NextStep, broken, interrupted)
+        k, v, q = tokens(1, 1, 50)
+        with pytest.raises(KeyboardInterrupt):
+            stores[0].again(q, k, v)
+    assert stores[0].lengths == stores[1].lengths
+    for i in range(30):
+        step = tokens(1, 1, 100 + i)
+        (out, lse), _ = lean(stores[0], *step)
+        expected = general(stores[1], *step)
+        assert torch.equal(out, expected[0]), i
+        assert torch.equal(lse, expected[1]), i
 
 
 def test_methods_without_it_go_the_general_way():

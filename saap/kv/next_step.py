@@ -32,7 +32,7 @@ class NextStep(Preparation):
         choose: writes the ranges of queries `[B, Hq, D]`; None where they do not depend on them.
         attend: attention of queries over what was chosen, `out, lse`.
         shape, dtype: of the queries `[B, Hq, 1, D]`.
-        options: of attention.
+        terms: what such steps have in common with the one before, beside their tensors.
         steps: how many such steps there can be.
     """
 
@@ -45,7 +45,7 @@ class NextStep(Preparation):
         attend: Callable[[Tensor], tuple[Tensor, Tensor]],
         shape: torch.Size,
         dtype: torch.dtype,
-        options: dict,
+        terms: dict[str, object],
         steps: int,
     ):
         self._buffers, self._growing = buffers, growing
@@ -54,17 +54,17 @@ class NextStep(Preparation):
         self._lengths = list(lengths)
         k = buffers[0]
         self._fits = shape, dtype, (len(k), k.shape[1], 1, k.shape[3]), k.dtype, k.device
-        self._options, self._threads = options, torch.get_num_threads()
+        self._terms, self._threads = terms, torch.get_num_threads()
         self._left = steps
 
-    def fits(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> bool:
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, terms: dict[str, object]) -> bool:
         """Whether this is the step for these queries, keys and values `[B, H, 1, D]`."""
         shape, dtype, new_shape, stored, device = self._fits
         return (
             self._left > 0 and q.shape == shape and q.dtype is dtype and k.dtype is stored
             and k.shape == new_shape and v.shape == new_shape and v.dtype is stored
             and k.device == device and v.device == device and q.device == device
-            and options == self._options and torch.get_num_threads() == self._threads
+            and terms == self._terms and torch.get_num_threads() == self._threads
             and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
         )  # fmt: skip
 

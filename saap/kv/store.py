@@ -324,16 +324,22 @@ class KVStore:
         """
         step = self._next
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        options = {
+        if step is None or not step.fits(q_rope, k_rope, v, self._terms(sm_scale, softcap)):
+            return None
+        self._next = None  # where this is broken off, the next step is a general one
+        if self.selector is not None and not self._resting:
+            self.selector.observe(q_rope, self._new)
+        found = step(q_rope, k_rope, v)
+        self.lengths = [n + 1 for n in self.lengths]
+        self._next = step
+        return found
+
+    def _terms(self, sm_scale: float, softcap: float | None) -> dict[str, object]:
+        """What two steps that are alike have in common, beside their tensors."""
+        return {
             "sm_scale": sm_scale, "softcap": softcap, "budget": self.budget,
             "resting": self._resting, "debug": self.debug,
         }  # fmt: skip
-        if step is None or not step.fits(q_rope, k_rope, v, options):
-            return None
-        if self.selector is not None and not self._resting:
-            self.selector.observe(q_rope, self._new)
-        self.lengths = [n + 1 for n in self.lengths]
-        return step(q_rope, k_rope, v)
 
     def _step_after(
         self, q_rope: Tensor, sm_scale: float, softcap: float | None
@@ -353,10 +359,6 @@ class KVStore:
                 return None
             if self.debug:
                 choose = self._checked(choose)
-        options = {
-            "sm_scale": sm_scale, "softcap": softcap, "budget": self.budget,
-            "resting": self._resting, "debug": self.debug,
-        }  # fmt: skip
         steps = steps_left(
             None if self._resting else self.selector, self.lengths, self.rows.capacity,
             lambda b, n: self._due(n) > self.middles[b],
@@ -365,7 +367,7 @@ class KVStore:
             steps = min(steps, self.budget.dense_below - max(self.lengths))
         return NextStep(
             (self.k, self.v), self.lengths, self._ranges.growing(local), choose, attend,
-            q_rope.shape, q_rope.dtype, options, steps,
+            q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
         )  # fmt: skip
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:
