@@ -3,6 +3,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,12 +122,17 @@ def test_whatever_happens_between_steps(seed):
         elif event < 0.14:
             for store in stores:
                 store.settle()
-        elif event < 0.16:
+        elif event < 0.18:  # somebody looks, under another budget
+            other = replace(stores[0].budget, dense_below=draw.choice([0, 10**6]))
+            q = tokens(batch, 1, i)[2][:, :, 0]
+            for store in stores[: draw.choice([1, 2])]:
+                store.select(q, q, other)
+        elif event < 0.20:
             for store in stores:
                 store.reserve(store.length + 200)
-        elif event < 0.18:
+        elif event < 0.22:
             stores = [copy.deepcopy(store) for store in stores]
-        elif event < 0.21:
+        elif event < 0.25:
             with stores[0].resting(), stores[1].resting():
                 for j in range(5):
                     step = tokens(batch, 1, 5000 + 10 * i + j)
@@ -208,6 +214,24 @@ def test_a_step_that_is_broken_off_has_not_been(budget, broken, monkeypatch):
     assert stores[0].lengths == stores[1].lengths
     for i in range(30):
         step = tokens(1, 1, 100 + i)
+        (out, lse), _ = lean(stores[0], *step)
+        expected = general(stores[1], *step)
+        assert torch.equal(out, expected[0]), i
+        assert torch.equal(lse, expected[1]), i
+
+
+def test_a_look_under_another_budget_between_steps():
+    """One sequence is visited whole under it, and its ranges are written over for that."""
+    stores = [store_of(BUDGETS["rows"], capacity=2000) for _ in range(2)]
+    mask = torch.arange(700) >= torch.tensor([40, 0])[:, None]
+    for store in stores:
+        begun(store, 2, 700, mask=mask)
+    for i in range(30):
+        if i % 6 == 5:
+            look = replace(BUDGETS["rows"], dense_below=min(stores[0].lengths) + 1)
+            q = tokens(2, 1, i)[2][:, :, 0]
+            stores[0].select(q, q, look)
+        step = tokens(2, 1, 100 + i)
         (out, lse), _ = lean(stores[0], *step)
         expected = general(stores[1], *step)
         assert torch.equal(out, expected[0]), i

@@ -390,6 +390,7 @@ class KVStore:
         sequence, any number of queries, of the tokens at `positions`. `H` is Hkv, or Hq for
         `share="head"`.
         """
+        self._next = None  # it relies on ranges that are written over here
         self._flush(at_step=True)
         budget = budget or self.budget
         chosen = None

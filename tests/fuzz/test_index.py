@@ -137,9 +137,11 @@ class Twin:
                 keys = torch.stack([self.held[p][h // 2] for p in self.held])
                 true = (keys @ q[i, h]).sort(descending=True).values[: len(found)]
                 got = scores[i, h, : len(found)]
-                assert (got - true).abs().max() <= 1e-4 * (1 + true.abs().max())
+                # Sums of large products may be small, and round as the products do.
+                allowed = 1e-5 * (1 + q[i, h].norm() * keys.norm(dim=1).max())
+                assert (got - true).abs().max() <= allowed
                 own = torch.stack([self.held[p][h // 2] for p in found]) @ q[i, h]
-                assert (own - got).abs().max() <= 1e-4 * (1 + true.abs().max())
+                assert (own - got).abs().max() <= allowed
 
 
 def test_steps_of_an_index(tmp_path):
