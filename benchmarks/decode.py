@@ -35,12 +35,12 @@ import saap
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
+from saap.eval.tasks import speed
 from saap.hf import attention
 from saap.hf.forward import Forward
 from saap.index.routers import MLPRouter
 from saap.kv import KVStore
 from saap.kv.next_step import NextStep
-from saap.kv.steps import StepAttention
 from saap.trained_index import LayerIndex, TrainedIndex
 from saap.training import N_SEGMENTS, default_nlist
 
@@ -160,11 +160,11 @@ class Clock:
 
     @contextmanager
     def watching(self):
-        places = {  # of general steps, and of those that are like the one before
+        places = {
             "append": ((KVStore, "append"), (NextStep, "write")),
             "rope": ((attention, "VARIANTS"),),
-            "choosing": ((KVStore, "select"), (NextStep, "choose")),
-            "attention": ((StepAttention, "attend"), (NextStep, "attend")),
+            "choosing": speed.PLACES["ranges"],
+            "attention": speed.PLACES["attend"],
             "glue": ((Forward, "__call__"),),
         }
         patches = [

@@ -56,8 +56,7 @@ def timed(bench: Bench, store: KVStore, batch: int) -> dict[str, Any]:
     def once() -> None:
         q = bench.queries(batch).unsqueeze(2)
         k = q[:, ::4]
-        store.append(k, k, k)
-        store.attend(q, q, sm_scale=SCALE)
+        store.step(k, k, k, q, q, sm_scale=SCALE)
 
     many = many if on_gpu else dict.fromkeys(many, 1)
     found = [1e6 * seconds for seconds in step_seconds(once, bench.device, **many)]

@@ -33,6 +33,12 @@ from .base import Task, text_tokens
 N_ROUNDS, N_WARM = 15, 2
 PARTS = ("route", "select", "attend", "other")
 
+PLACES = {
+    "attend": ((StepAttention, "attend"), (NextStep, "attend")),
+    "ranges": ((KVStore, "select"), (NextStep, "choose")),
+}
+"""Where parts of a step are done: a general one, and one that is like the one before."""
+
 
 class Speed(Task):
     name, budgets = "speed", "budgets"
@@ -131,12 +137,8 @@ def stopwatch(selector):
 
         return call
 
-    places = {  # a general step's, and one's that is like the one before
-        "attend": ((StepAttention, "attend"), (NextStep, "attend")),
-        "ranges": ((KVStore, "select"), (NextStep, "choose")),
-    }
     with ExitStack() as opened:
-        for part, functions in places.items():
+        for part, functions in PLACES.items():
             for owner, name in functions:
                 watched = timed(part, getattr(owner, name))
                 opened.enter_context(mock.patch.object(owner, name, watched))

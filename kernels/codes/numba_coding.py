@@ -22,6 +22,7 @@ from saap.kernels.cpu.memory import (
 )
 
 from .layout import PER_WORD, SCALE_BASE, SCALE_SHIFT, STEP_2, STEP_4, Codes
+from .numba_scan import nearest
 
 _FIELDS = (
     "x importance coarse fine scale "  # addresses; the last three of the first row
@@ -36,7 +37,6 @@ _AT_ONCE = 256  # rows of a task
 _LARGEST_CORRECTION = np.float32(4.0)  # of a key's scale
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 _STEP_4, _STEP_2 = np.float32(STEP_4), np.float32(STEP_2)
-_ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to a whole number, to even at halves
 
 _njit = numba.njit(error_model="numpy")
 
@@ -114,7 +114,7 @@ def _levels(x, weight, own, levels):
         else:
             step, middle, most = _STEP_2, np.float32(1.5), np.float32(3.0)
         level = min(max(value / step + middle, np.float32(0.0)), most)
-        level = (level + _ROUNDER) - _ROUNDER
+        level = nearest(level)
         levels[d] = np.int32(level)
         squares += value * value * weight[d]
         match += (level - middle) * step * value * weight[d]

@@ -36,7 +36,6 @@ from .numba_simd import BLOCK, LANES, WIDEST, fine_planes, scan
 from .numba_vectors import exponentials
 
 _njit = numba.njit(error_model="numpy")
-_ROUNDER = np.float32(1.5 * 2**23)
 
 # Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
 _STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
@@ -61,6 +60,15 @@ def prepare_entry(stamp):
             _prepare(job, task)
 
     return prepare
+
+
+_ROUNDER = np.float32(1.5 * 2**23)
+
+
+@_njit
+def nearest(x):
+    """The whole number, float32 below 2 ** 22, to even at halves: unlike `np.rint` no call."""
+    return (x + _ROUNDER) - _ROUNDER
 
 
 @_njit
@@ -95,8 +103,7 @@ def _prepare(job, task):
             for part in range(4):
                 step, total = _STEPS[whole, part], np.int32(0)
                 for d in range(part * quarter, (part + 1) * quarter):
-                    # Adding a large number rounds to a whole one, and to even at halves.
-                    weight = (q[g, d] * step / factor + _ROUNDER) - _ROUNDER
+                    weight = nearest(q[g, d] * step / factor)
                     rounded = np.int32(weight) if usable else np.int32(0)
                     weights[g, d] = rounded
                     total += rounded

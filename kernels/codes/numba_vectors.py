@@ -165,8 +165,10 @@ def _collect(emit, numbers, vectors, least, out, values):
     with cgutils.for_range(builder, vectors) as loop:
         offset = builder.mul(loop.index, I64(_VECTOR_BYTES))
         inside = builder.icmp_signed(">=", emit.load(emit.at(numbers, offset), VECTOR_I32), least)
-        own = _numbers(emit, loop) if values is None else None
-        own = own or emit.load(emit.at(values, offset), VECTOR_I32)
+        if values is None:
+            own = _numbers(emit, loop)
+        else:
+            own = emit.load(emit.at(values, offset), VECTOR_I32)
         _store_where(emit, builder.bitcast(inside, _MASK), own, out, found)
     return builder.load(found)
 

@@ -27,7 +27,6 @@ class NextStep(Preparation):
 
     Args:
         buffers: keys and values of the store, `[B, Hkv, capacity, D]`.
-        lengths: tokens of each sequence, of which the first new one comes after.
         growing: numbers of rows that one token adds 1 to: the tails of ranges.
         choose: writes the ranges of queries `[B, Hq, D]`; None where they do not depend on them.
         attend: attention of queries over what was chosen, `out, lse`.
@@ -39,7 +38,6 @@ class NextStep(Preparation):
     def __init__(
         self,
         buffers: tuple[Tensor, Tensor],
-        lengths: list[int],
         growing: list[Tensor],
         choose: Callable[[Tensor], object] | None,
         attend: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -50,8 +48,6 @@ class NextStep(Preparation):
     ):
         self._buffers, self._growing = buffers, growing
         self._choose, self._attend = choose, attend
-        self._same = lengths[0] if len(set(lengths)) == 1 else None
-        self._lengths = list(lengths)
         k = buffers[0]
         self._fits = shape, dtype, (len(k), k.shape[1], 1, k.shape[3]), k.dtype, k.device
         self._terms, self._threads = terms, torch.get_num_threads()
@@ -68,25 +64,23 @@ class NextStep(Preparation):
             and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
         )  # fmt: skip
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> OutAndLse:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> OutAndLse:
+        """`lengths`: tokens of each sequence, without this one."""
         self._left -= 1
-        self.write(k, v)
+        self.write(k, v, lengths)
         q = q.squeeze(2)
         self.choose(q)
         out, lse = self.attend(q)
         return out.unsqueeze(2), lse.unsqueeze(2)
 
-    def write(self, k: Tensor, v: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """The token's row, behind the others of the tail."""
-        if self._same is not None:
-            for buffer, new in zip(self._buffers, (k, v), strict=True):
-                buffer.select(2, self._same).copy_(new.squeeze(2))
-            self._same += 1
-        else:
-            for buffer, new in zip(self._buffers, (k, v), strict=True):
-                for b, n in enumerate(self._lengths):
-                    buffer[b, :, n] = new[b, :, 0]
-            self._lengths = [n + 1 for n in self._lengths]
+        for buffer, new in zip(self._buffers, (k, v), strict=True):
+            if len(set(lengths)) == 1:
+                buffer.select(2, lengths[0]).copy_(new.squeeze(2))
+                continue
+            for b, n in enumerate(lengths):
+                buffer[b, :, n] = new[b, :, 0]
         for counts in self._growing:
             counts.add_(1)
 

@@ -329,7 +329,7 @@ class KVStore:
         self._next = None  # where this is broken off, the next step is a general one
         if self.selector is not None and not self._resting:
             self.selector.observe(q_rope, self._new)
-        found = step(q_rope, k_rope, v)
+        found = step(q_rope, k_rope, v, self.lengths)
         self.lengths = [n + 1 for n in self.lengths]
         self._next = step
         return found
@@ -366,7 +366,7 @@ class KVStore:
         if choose is None and self.selector is not None and any(self.middles):
             steps = min(steps, self.budget.dense_below - max(self.lengths))
         return NextStep(
-            (self.k, self.v), self.lengths, self._ranges.growing(local), choose, attend,
+            (self.k, self.v), self._ranges.growing(local), choose, attend,
             q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
         )  # fmt: skip
 
