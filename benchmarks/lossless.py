@@ -16,10 +16,11 @@ is told apart (`learn_s`). `same`: all tokens are those of `transformers`; else 
 first place where they are not, and `gap`, by how much its likeliest token leads the next one
 there, in nats: rounding may turn a tie. JSON goes to `$OUT` or
 `benchmarks/results/<device>/lossless.json`, the table to `docs/lossless.md`, both after each
-prompt, so a run may be stopped at any time.
+prompt, so a run may be stopped at any time. Runs of other models and contexts that are there stay.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -135,25 +136,17 @@ def measure(prompt: Prompt, shares: list[float], drafts: int, ways: list[str]) -
 
 
 def summaries(records: list[dict]) -> list[dict]:
-    """Over prompts, for each context, way and budget; rates as medians of ratios."""
+    """Over prompts of a context, for each way and budget; rates as medians of ratios."""
     found = []
-    keys = sorted({(r["context"], r["way"], r.get("share", 1.0)) for r in records})
-    base = {
-        (r["context"], r["prompt"], r["way"]): r["tokens_per_s"]
-        for r in records
-        if "share" not in r
-    }
-    for context, way, share in keys:
-        own = [
-            r
-            for r in records
-            if (r["context"], r["way"], r.get("share", 1.0)) == (context, way, share)
-        ]
-        told = {"context": context, "way": way, "share": share, "prompts": len(own)}
+    keys = sorted({(r["way"], r.get("share", 1.0)) for r in records})
+    base = {(r["prompt"], r["way"]): r["tokens_per_s"] for r in records if "share" not in r}
+    for way, share in keys:
+        own = [r for r in records if (r["way"], r.get("share", 1.0)) == (way, share)]
+        told = {"way": way, "share": share, "prompts": len(own)}
         told["tokens_per_s"] = statistics.median(r["tokens_per_s"] for r in own)
         for other in ("dense", "transformers"):
             told[f"to_{other}"] = statistics.median(
-                r["tokens_per_s"] / base[context, r["prompt"], other] for r in own
+                r["tokens_per_s"] / base[r["prompt"], other] for r in own
             )
         if "same" in own[0]:
             told["same"] = sum(r["same"] for r in own)
@@ -169,7 +162,7 @@ def summaries(records: list[dict]) -> list[dict]:
 
 
 def print_summary(s: dict) -> None:
-    line = f"{s['context']:,} tokens, {s['way']}"
+    line = s["way"]
     if s["way"] in ("fixed", "adapting"):
         line += (
             f", {s['share']:.0%}: {s['per_verification']:.2f} tokens per verification, "
@@ -183,27 +176,37 @@ def print_summary(s: dict) -> None:
     )
 
 
-def table(records: list[dict]) -> str:
+def table(runs: list[dict]) -> str:
     """What verifications accept with a fixed number of drafts, for a page of the docs."""
     lines = [
-        "| context | budget | text | code | question | all | same tokens as `transformers` |",
-        "|---|---|---|---|---|---|---|",
+        "| model | context | budget | text | code | question | all | same tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    fixed = [r for r in records if r["way"] == "fixed"]
-    for context, share in sorted({(r["context"], r["share"]) for r in fixed}):
-        own = [r for r in fixed if (r["context"], r["share"]) == (context, share)]
-        parts = [per_verification([r for r in own if r["kind"] == kind]) for kind in KINDS]
-        same = sum(r["same"] for r in own)
-        lines.append(
-            f"| {context:,} | {share:.0%} | {' | '.join(parts)} | {per_verification(own)} | "
-            f"{same} of {len(own)} prompts |"
-        )
+    for run in sorted(runs, key=lambda run: (run["model"] != "smollm2", run["context"])):
+        fixed = [r for r in run["records"] if r["way"] == "fixed"]
+        for share in sorted({r["share"] for r in fixed}):
+            own = [r for r in fixed if r["share"] == share]
+            parts = [per_verification([r for r in own if r["kind"] == kind]) for kind in KINDS]
+            same = sum(r["same"] for r in own)
+            lines.append(
+                f"| {run['model']} | {run['context']:,} | {share:.0%} | {' | '.join(parts)} | "
+                f"{per_verification(own)} | {same} of {len(own)} |"
+            )
     return "\n".join(lines)
 
 
 def per_verification(records: list[dict]) -> str:
     done = sum(r["verifications"] for r in records)
     return f"{1 + sum(r['accepted'] for r in records) / done:.2f}" if done else "–"
+
+
+def put(path: Path, run: dict) -> None:
+    """Write a run beside those of other models and contexts, and the page's table of all."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    own = run["model"], run["context"]
+    runs = [other for other in runs if (other["model"], other["context"]) != own] + [run]
+    write(path, {"runs": runs})
+    put_table(ROOT / "docs" / "lossless.md", COMMAND, table(runs))
 
 
 def main() -> int:
@@ -223,27 +226,28 @@ def main() -> int:
     model, tokenizer = hf.load_model(options.model), hf.load_tokenizer(options.model)
     model.generation_config.eos_token_id = None  # as many tokens of every prompt
     texts = {name: read_corpus([Path(name)]) for name in sorted(set(KINDS.values()))}
-    report = {
-        "environment": environment(),
-        "model": options.model,
-        "options": {"tokens": options.tokens, "drafts": options.drafts, "n_sink": N_SINK,
-                    "window": WINDOW},
-    }  # fmt: skip
     path = report_path(cpu_name(), "lossless.json")
-    records = []
     for context in [int(part) for part in options.contexts.split(",")]:
+        run = {
+            "model": options.model,
+            "context": context,
+            "environment": environment(),
+            "options": {"tokens": options.tokens, "drafts": options.drafts, "n_sink": N_SINK,
+                        "window": WINDOW},
+            "records": [],
+        }  # fmt: skip
         chosen = prompts(tokenizer, texts, context, options.prompts)
         for number, (kind, tokens) in enumerate(chosen):
-            place = {"context": context, "prompt": number, "kind": kind}
             prompt = Prompt(model, tokenizer, tokens, options.tokens)
             for record in measure(prompt, shares, options.drafts, options.ways.split(",")):
-                records.append({**place, **record})
-                print(records[-1], flush=True)
-            report["environment"]["load_after"] = load()
-            write(path, {**report, "summaries": summaries(records), "records": records})
-            put_table(ROOT / "docs" / "lossless.md", COMMAND, table(records))
-    for summary in summaries(records):
-        print_summary(summary)
+                run["records"].append({"prompt": number, "kind": kind, **record})
+                print(run["records"][-1], flush=True)
+            run["environment"]["load_after"] = load()
+            run["summaries"] = summaries(run["records"])
+            put(path, run)
+        print(f"{options.model}, {context:,} tokens")
+        for summary in run["summaries"]:
+            print_summary(summary)
     print(f"wrote {path}")
     return 0
 

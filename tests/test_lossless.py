@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 import saap
 from saap.budget import Budget
 from saap.hf import Verify, lossless
+from saap.kv.middle_rows import MiddleRows
 
 from .test_generate import SMALL, generated, make, prompt, random_index
 
@@ -132,7 +133,7 @@ def test_any_method_drafts(llama, method):
 def test_drafts_never_move_rows(llama, monkeypatch, method):
     """A flush that counted drafts would be undone with them."""
     model, index = llama
-    monkeypatch.setattr(saap.KVStore, "_lay_out", lambda *_: pytest.fail("rows moved back"))
+    monkeypatch.setattr(MiddleRows, "_lay_out", lambda *_: pytest.fail("rows moved back"))
     with attached(model, index, METHODS[method], method) as saap_model:
         cache = saap_model.cache()
         ours = generated(model, inputs_of(prompt(1, 60)), past_key_values=cache)

@@ -67,13 +67,9 @@ def restored(
             lists[b], tokens[b], length, middle,
             n_lists=n_lists, n_sink=budget.n_sink, in_order=in_order,
         )  # fmt: skip
-    store = KVStore(selector, budget, kv_dtype=kv_dtype)
-    vectors = {name: tensors[name] for name in store.rows.names}
-    store.rows = BucketRows.over(vectors, lists, tokens)
-    store.lengths, store.middles = lengths, middles
-    store.reordered = selector is not None and selector.assigns_by is None
-    if any(store.middles):
-        selector.restore(_state_of_selector(tensors), store.middle)
+    rows = BucketRows.over({name: tensors[name] for name in ("k", "v")}, lists, tokens)
+    store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
+    store.restore(lengths, middles, _state_of_selector(tensors))
     return store
 
 
@@ -100,9 +96,7 @@ def restored_in_file(
     if kv_dtype is not None and rows.file.dtype != kv_dtype:
         raise ValueError(f"k must be of kv_dtype {kv_dtype}; got {rows.file.dtype}")
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
-    store.lengths, store.middles = lengths, middles
-    if middles[0]:
-        selector.restore(_state_of_selector(tensors), store.middle)
+    store.restore(lengths, middles, _state_of_selector(tensors))
     rows.n_saved = lengths[0]
     return store
 

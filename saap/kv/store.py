@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.index.rows import BucketRows, merged_order
+from saap.index.rows import BucketRows
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
@@ -27,8 +27,8 @@ from .chunk_attention import ChunkAttention
 from .chunks import OutAndLse
 from .file_rows import FileRows
 from .memory import held_bytes
+from .middle_rows import MiddleRows
 from .next_step import NextStep, steps_left
-from .pending import PendingLists
 from .ranges import AllRanges, StepRanges
 from .sparse_chunks import RowsRead
 from .steps import StepAttention
@@ -50,8 +50,8 @@ class KVStore:
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
         prefill: what tokens visit that come several at a time; None: everything.
-        rows: where keys and values lie; None: in memory. `FileRows` takes one sequence, and a
-            selector that leaves rows in time order.
+        rows: where keys and values lie; None: new rows in memory. `FileRows` takes one sequence,
+            and a selector that leaves rows in time order.
 
     Raises ValueError for a budget that the selector cannot follow, and for one that orders rows
     beside rows in a file.
@@ -69,30 +69,27 @@ class KVStore:
         kv_dtype: torch.dtype | None = None,
         steered: bool = False,
         prefill: PrefillBudget | None = None,
-        rows: FileRows | None = None,
+        rows: BucketRows | FileRows | None = None,
     ):
         if selector is not None:
             selector.check_budget(budget)
         check_kv_dtype(kv_dtype)
         self.selector, self.budget, self.capacity = selector, budget, capacity
         self.kv_dtype = kv_dtype
-        if rows is not None and selector is not None and selector.assigns_by is not None:
+        self.in_file = isinstance(rows, FileRows)
+        if self.in_file and selector is not None and selector.assigns_by is not None:
             raise ValueError(
                 "rows in a file need a method that leaves them in time order, saap or dense; got "
                 f"{type(selector).__name__}"
             )
-        self.in_file = rows is not None
         self.rows = rows or BucketRows(("k", "v"))
         self.lengths: list[int] = []
-        self.middles: list[int] = []  # rows of each sequence that are in the middle
+        self._lists = MiddleRows(self.rows, selector, budget)
         self._new: list[int] = []  # tokens of the last append, by sequence
         self._length_new = 0
-        self._pending = PendingLists(selector)
         self._ranges = StepRanges(budget.n_sink)
-        self.reordered = False  # whether the middle is in an order that the selector asked for
         self._steps = StepAttention(self._ranges)
         self._next: NextStep | None = None
-        self._middle: tuple[tuple | None, Middle | None] = (None, None)
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
         self._chunks = ChunkAttention(prefill, budget)
@@ -121,6 +118,16 @@ class KVStore:
         return max(self.lengths, default=0)
 
     @property
+    def middles(self) -> list[int]:
+        """Rows of each sequence that a selector chooses from."""
+        return self._lists.counts
+
+    @property
+    def middle(self) -> Middle:
+        """These rows."""
+        return self._lists.seen
+
+    @property
     def k(self) -> Float[Tensor, "B Hkv capacity D"]:
         return self.rows.vectors["k"]
 
@@ -134,7 +141,7 @@ class KVStore:
         the selector keeps: codes, pages, graphs."""
         own = list(self.rows.vectors.values())
         return (
-            self.rows.nbytes + self._pending.nbytes + self._ranges.nbytes
+            self.rows.nbytes + self._lists.nbytes + self._ranges.nbytes
             + held_bytes(self.selector, besides=own)
         )  # fmt: skip
 
@@ -175,24 +182,6 @@ class KVStore:
         row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
         choosing = 0 if self.selector is None else self.selector.nbytes
         return self._ranges.rows_read(self.lengths, self.k.shape[1]) * row_bytes + choosing
-
-    @property
-    def middle(self) -> Middle:
-        """The rows that a selector chooses from."""
-        rows, first = self.rows, self.budget.n_sink
-        buffers = rows.vectors["k"], rows.lists, rows.tokens, self.middles
-        held, middle = self._middle
-        if held is not None and all(a is b for a, b in zip(held, buffers, strict=True)):
-            return middle
-        parts = (t[:, :, first:] for t in buffers[:3])
-        if self.in_file:  # nothing holds on to what is mapped
-            return Middle(*parts, self.middles, first, self._read_keys)
-        middle = Middle(*parts, self.middles, first)
-        self._middle = buffers, middle  # made anew only when rows found another place
-        return middle
-
-    def _read_keys(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n D"]:
-        return self.rows.read_keys(first, last)
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -235,8 +224,9 @@ class KVStore:
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
         if not self.lengths:
-            self.lengths, self.middles = lengths, [0] * batch
-        lists = self._pending.lists_of(k_rope, k_derope, new, self.rows, self.lengths)
+            self.lengths = lengths
+            self._lists.begin(batch)
+        lists = self._lists.of_new(k_rope, k_derope, new, self.lengths)
         if len(set(self.lengths)) == 1 and new == [length] * batch:
             self.rows.write(slice(None), self.lengths[0], (k_rope, v), lists)
         else:
@@ -361,7 +351,7 @@ class KVStore:
                 choose = self._checked(choose)
         steps = steps_left(
             None if self._resting else self.selector, self.lengths, self.rows.capacity,
-            lambda b, n: self._due(n) > self.middles[b],
+            lambda b, n: self._lists.due(n) > self.middles[b],
         )  # fmt: skip
         if choose is None and self.selector is not None and any(self.middles):
             steps = min(steps, self.budget.dense_below - max(self.lengths))
@@ -441,7 +431,7 @@ class KVStore:
         """Of what holds on to rows that will lie elsewhere."""
         self._next = None
         self._steps.forget()
-        self._middle = None, None
+        self._lists.let_go()
 
     def _chooses(self, budget: Budget) -> bool:
         some = self.selector is not None and any(self.middles)
@@ -462,66 +452,41 @@ class KVStore:
         finally:
             self._resting = False
 
+    def restore(self, lengths: list[int], middles: list[int], state: dict[str, Tensor]) -> None:
+        """An empty store over rows that are there takes them for its own, as they were saved.
+
+        `state`: what was saved of the selector.
+        """
+        self.lengths = lengths
+        self._lists.restore(middles)
+        if any(middles):
+            self.selector.restore(state, self.middle)
+
     @stateful
     def settle(self) -> None:
         """As `flush`, and every token has the number of its list: ready to be saved."""
         self.flush()
         self._flush(at_step=True)
-        self._pending.assign(self.rows, self.lengths)
+        self._lists.assign(self.lengths)
 
     def _flush(self, *, at_step: bool) -> None:
         """`at_step`: a decode step asks; a selector that waits is built then."""
-        if self.selector is None or not self.selector.ready or self._resting or self._steered:
+        if self._resting or self._steered:
             return
-        if self.selector.waits and not at_step:
-            return
-        follows, least = self.selector.follows, self.selector.least_rows
-        due = [
-            max(0, self._due(n) - m) if follows or m == 0 else 0
-            for n, m in zip(self.lengths, self.middles, strict=True)
-        ]
-        due = [n if m or n >= least else 0 for n, m in zip(due, self.middles, strict=True)]
-        if not any(due):
-            return
-        self._pending.assign(self.rows, self.lengths)
-        for b, n_due in enumerate(due):
-            if n_due:
-                self._insert(b, n_due)
-        self.reindex()
+        due = self._lists.overdue(self.lengths, at_step=at_step)
+        if any(due):
+            self._lists.insert(due, self.lengths)
+            self.reindex()
 
     def take_in(self, n_rows: int) -> None:
         """The middle of a steered store of one sequence holds `n_rows` now; `reindex` follows."""
-        self._pending.assign(self.rows, self.lengths)
-        if n_rows > self.middles[0]:
-            self._insert(0, n_rows - self.middles[0])
-
-    def _due(self, length: int) -> int:
-        """How many rows the middle holds when a sequence has grown to this length."""
-        if self.selector is None or not self.selector.ready:
-            return 0
-        return self.budget.rows_in_lists(length)
-
-    def _insert(self, b: int, n_due: int) -> None:
-        """The oldest rows of the tail go behind the others of their lists."""
-        first, old = self.budget.n_sink, self.middles[b]
-        if self.selector.assigns_by is not None:
-            lists = self.rows.lists[b, :, first : first + old + n_due]
-            self.rows.permute(b, first, merged_order(lists, old), n_kept=old)
-        self.middles[b] = old + n_due
+        self._lists.insert([max(0, n_rows - self.middles[0])], self.lengths)
 
     def reindex(self) -> None:
         """Tell the selector that the middle is another, and keep rows in the order it asks for."""
         self._next = None
         self._ranges.forget()
-        first = self.budget.n_sink
-        if self.reordered:  # a selector that orders rows itself is shown them in time order
-            for b, n in enumerate(self.middles):
-                order = self.rows.tokens[b, :, first : first + n].argsort(dim=1)
-                self.rows.permute(b, first, order)
-        orders = self.selector.update(self.middle)
-        for b, order in enumerate(orders or ()):
-            self.rows.permute(b, first, order)
-        self.reordered = orders is not None
+        self._lists.reindex()
 
     @stateful
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
@@ -533,7 +498,7 @@ class KVStore:
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
         for n, after in zip(self.lengths, left, strict=True):
-            cuts_sinks = self._due(n) and 0 < after < self.budget.n_sink
+            cuts_sinks = self._lists.due(n) and 0 < after < self.budget.n_sink
             if after > n or after < 0 or cuts_sinks:
                 raise ValueError(
                     f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
@@ -542,32 +507,10 @@ class KVStore:
         if not any(dropped):
             return
         self._next = None
-        if not self._pending.dropped(dropped):  # drafts go before they have a list
-            self._pending.assign(self.rows, self.lengths)
-        before = list(self.middles)
-        for b, n in enumerate(left):
-            if n - self.budget.n_sink - self.middles[b] < self.budget.window:
-                self._lay_out(b, n)
+        moved = self._lists.truncate(self.lengths, left)
         self.lengths, self._new = left, []
-        if self.middles != before:
+        if moved:
             self.reindex()
-
-    def _lay_out(self, b: int, length: int) -> None:
-        """The order of rows as if the sequence had never been longer."""
-        first, n_middle = self.budget.n_sink, min(self.middles[b], self._due(length))
-        if n_middle == self.middles[b]:
-            return
-        if not self.selector.follows:
-            n_middle = 0  # its next step is its first one
-        self.middles[b] = n_middle
-        if self.rows.plain:
-            return
-        used = slice(first, self.lengths[b])
-        tokens, lists = self.rows.tokens[b, :, used].long(), self.rows.lists[b, :, used].long()
-        n = self.lengths[b]
-        in_lists = tokens < first + n_middle
-        key = torch.where(in_lists, lists * n, lists.max() * n + n) + tokens
-        self.rows.permute(b, first, key.argsort(dim=1))
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
@@ -578,15 +521,13 @@ class KVStore:
         wrong = [i for i in chosen.tolist() if not 0 <= i < self.batch]
         if wrong:
             raise ValueError(f"a sequence must be in 0..{self.batch - 1}; got {wrong[0]}")
-        self._pending.assign(self.rows, self.lengths)
+        self._lists.assign(self.lengths)
         self._let_go()
         self.rows.select(chosen, self.length)
-        for name in ("lengths", "middles", "_new"):
+        for name in ("lengths", "_new"):
             held = getattr(self, name)
             setattr(self, name, [held[i] for i in chosen.tolist()] if held else [])
-        self._pending.let_go()
-        if self.selector is not None:
-            self.selector.select_sequences(chosen)
+        self._lists.select_sequences(chosen)
         if any(self.middles):
             self.reindex()
 
