@@ -1,4 +1,4 @@
-"""Other ways to train the router, on the reference model: a table of `docs/routing.md`.
+"""Other ways to train the router, on the reference model: a table of `docs/partitions.md`.
 
     python -m benchmarks.router_training [--texts 6]
 

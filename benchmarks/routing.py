@@ -1,11 +1,11 @@
-"""What each part of routing brings, on the reference model: the tables of `docs/routing.md`.
+"""What each part of routing brings, on the reference model: the tables of `docs/partitions.md`.
 
     python -m benchmarks.routing                # trains an index first, as the demo does
     python -m benchmarks.routing --index FILE   # one that `saap train --baselines` wrote
 
 The last queries of held-out texts ask the context before them, in every layer and head, at equal
 rows. Raw figures go to `$OUT`, else to `benchmarks/results/<device>/routing.json`, and in the
-latter case the tables in `docs/routing.md` are made from them.
+latter case the tables in `docs/partitions.md` are made from them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ BOUNDS = {
     "top_p": (0.3, 0.5, 0.65, 0.8, 0.9),
     "min_weight": (1e-3, 3e-4, 1e-4, 4e-5, 2e-5),
 }
-PAGE = ROOT / "docs" / "routing.md"
+PAGE = ROOT / "docs" / "partitions.md"
 
 # Name, router, segments of a bucket, share of the trained router in the blend, one selection for
 # each KV group or query head.

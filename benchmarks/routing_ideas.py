@@ -1,4 +1,4 @@
-"""Ideas for routing that are not in the library, against what is: a table of `docs/routing.md`.
+"""Ideas for routing that are not in the library, against what is: a table of `docs/partitions.md`.
 
     python -m benchmarks.routing_ideas --index FILE [--texts 6]
 

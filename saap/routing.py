@@ -24,7 +24,7 @@ from .trained_index import LayerIndex
 # and mass per row, better than both.
 SIZE_POWER = 0.5
 # Share of the trained router in the blend with turned centroids. Their errors are unlike, so the
-# mean of both is better than either (docs/routing.md).
+# mean of both is better than either (docs/partitions.md).
 TRAINED_SHARE = 0.5
 
 
