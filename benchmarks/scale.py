@@ -51,15 +51,14 @@ def filled(store, tokens: int):
     return store
 
 
-def steps(store, budget: Budget | None = None) -> float:
+def steps(store) -> float:
     """Median milliseconds of a step; the first ones, which learn, do not count."""
     times = []
     for _ in range(STEPS + 2):
         k, v = torch.randn(2, 1, N_KV, 1, DIM)
         q = torch.randn(1, HEADS, 1, DIM)
-        store.append(k, v, k)
         began = time.perf_counter()
-        store.attend(q, q, budget)
+        store.step(k, v, k, q, q)
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times[2:])
 
@@ -112,8 +111,9 @@ def split(tokens: int, ranks: int, threads: int) -> dict:
 def narrow(tokens: int) -> list[dict]:
     records = []
     for dtype in DTYPES:
-        store = filled(new_store(kv_dtype=dtype), tokens)
-        sparse, dense = steps(store), steps(store, Budget(max_tokens=0, dense_below=2**31 - 1))
+        sparse = steps(filled(new_store(kv_dtype=dtype), tokens))
+        store = filled(KVStore(None, BUDGET, kv_dtype=dtype), tokens)
+        dense = steps(store)
         kv = store.k.element_size() * 2 * N_KV * DIM
         name = str(dtype).removeprefix("torch.")
         records.append({"dtype": name, "kv_bytes": kv, "sparse_ms": sparse, "dense_ms": dense})

@@ -82,8 +82,7 @@ class Stack:
                 before = self.reads()
             began = time.perf_counter()
             for store, q in zip(self.stores, queries, strict=True):
-                store.append(k, v, k)
-                store.attend(q, q)
+                store.step(k, v, k, q, q)
             times.append(1000 * (time.perf_counter() - began))
         reads = self.reads()
         asked = reads.asked - before.asked

@@ -61,18 +61,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DenseCache:
-    """What `--dense` uses in place of the store: the same calls, everything is visited."""
+    """What `--dense` uses in place of the store: the same call, everything is visited."""
 
     visited_share = 1.0
 
     def __init__(self):
         self.k = self.v = None
 
-    def append(self, k: Tensor, v: Tensor, k_derope: Tensor) -> None:
+    def step(
+        self, k: Tensor, v: Tensor, k_derope: Tensor, q: Tensor, q_derope: Tensor
+    ) -> tuple[Tensor, None]:
         self.k = k if self.k is None else torch.cat([self.k, k], 2)
         self.v = v if self.v is None else torch.cat([self.v, v], 2)
-
-    def attend(self, q: Tensor, q_derope: Tensor) -> tuple[Tensor, None]:
         n, new = self.k.shape[2], q.shape[2]
         seen = torch.ones(new, n, dtype=torch.bool).tril(n - new)
         out = scaled_dot_product_attention(q, self.k, self.v, attn_mask=seen, enable_gqa=True)
@@ -97,8 +97,7 @@ class Decoder:
         c, store = self.config, self.stores[layer]
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
         # Saap: append the new tokens, attend from them; q and k as they are before RoPE as well.
-        store.append(rotate(k, cos, sin), v, k)
-        out, _ = store.attend(rotate(q, cos, sin), q)
+        out, _ = store.step(rotate(k, cos, sin), v, k, rotate(q, cos, sin), q)
         out = out.transpose(1, 2).flatten(2)
         return linear(out, self.layer_weight(layer, "self_attn.o_proj"))
 

@@ -25,7 +25,8 @@ def partition_keys(
 ) -> LayerRouting:
     """Routing of one layer by cells of these keys, with nothing trained but k-means in torch.
 
-    A cell is scored by its centroid, turned by RoPE to its age (docs/partitions.md, `kmeans-cells`).
+    A cell is scored by its centroid, turned by RoPE to its age (`kmeans-cells`,
+    docs/partitions.md).
     `k_derope`: keys with RoPE taken off; `mask`: those that are tokens; `inv_freq`: radians a
     token of the pairs that RoPE turns (`saap.rope.frequencies`), None for a layer without RoPE.
     `nlist`: buckets, by default as `saap.train` chooses by context. The same seed gives the same

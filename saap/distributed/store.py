@@ -153,6 +153,19 @@ class SplitStore:
     def again(self, *_, **__) -> None:
         """Every step is a general one."""
 
+    def step(
+        self,
+        k_rope: Tensor,
+        v: Tensor,
+        k_derope: Tensor,
+        q_rope: Tensor,
+        q_derope: Tensor,
+        **options: float | None,
+    ) -> OutAndLse:
+        """`append` and `attend`, as `KVStore.step`."""
+        self.append(k_rope, v, k_derope)
+        return self.attend(q_rope, q_derope, **options)
+
     @stateful
     def attend(
         self,

@@ -278,20 +278,23 @@ class KVStore:
 
     def step(
         self,
-        k_rope: Float[Tensor, "B Hkv 1 D"],
-        v: Float[Tensor, "B Hkv 1 D"],
-        k_derope: Float[Tensor, "B Hkv 1 D"],
-        q_rope: Float[Tensor, "B Hq 1 D"],
-        q_derope: Float[Tensor, "B Hq 1 D"],
+        k_rope: Float[Tensor, "B Hkv T D"],
+        v: Float[Tensor, "B Hkv T D"],
+        k_derope: Float[Tensor, "B Hkv T D"],
+        q_rope: Float[Tensor, "B Hq T D"],
+        q_derope: Float[Tensor, "B Hq T D"],
         *,
         sm_scale: float | None = None,
         softcap: float | None = None,
     ) -> OutAndLse:
-        """`append` and `attend` of one token for each sequence: a decode step.
+        """`append` of T tokens for each sequence, and `attend` from them: what a decoder needs.
 
-        Faster than both where it is like the step before, as most are. Raises as they do.
+        For one token it is faster than both where it is like the step before, as most are. Raises
+        as they do.
         """
-        found = self.again(q_rope, k_rope, v, sm_scale=sm_scale, softcap=softcap)
+        found = None
+        if q_rope.shape[2] == 1:
+            found = self.again(q_rope, k_rope, v, sm_scale=sm_scale, softcap=softcap)
         if found is None:
             self.append(k_rope, v, k_derope)
             found = self.attend(q_rope, q_derope, sm_scale=sm_scale, softcap=softcap)
