@@ -49,8 +49,8 @@ class CentroidRouter(Router):
         self.nlist = centroids.shape[1]
 
     def mass(self, q, sizes=None):
-        centroids = expand_heads(self.centroids[None], q.shape[1])[0]
-        return torch.einsum("bhd,hnd->bhn", q.float(), centroids.float())
+        own = q.float().unflatten(1, (len(self.centroids), -1))  # by KV head
+        return torch.einsum("bhgd,hnd->bhgn", own, self.centroids.float()).flatten(1, 2)
 
     def tensors(self):
         return {"centroids": self.centroids}
