@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from saap import hf
 from saap.budget import Budget
@@ -84,11 +83,7 @@ class Prompt:
     def __init__(self, model, tokenizer, tokens: Tensor, n_new: int):
         self.model, self.tokenizer, self.tokens, self.n_new = model, tokenizer, tokens, n_new
         self.context = hf.read_context(model, tokens[:-1])
-        cache = DynamicCache(config=model.config)
-        for number in range(model.config.num_hidden_layers):
-            k, v, _ = self.context.keys(number)
-            cache.update(k.contiguous(), v.contiguous(), number)
-        self.transformers = self.generated(cache)
+        self.transformers = self.generated(hf.dynamic_cache_from(model, self.context))
 
     def generated(self, cache) -> Generated:
         return generate_text(self.model, self.tokenizer, self.tokens, self.n_new, cache=cache)

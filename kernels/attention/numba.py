@@ -20,9 +20,9 @@ from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
 from . import numba_kernel as kernel
+from .numba_simd import DIM_STEP
 from .validate import check_range_values
 
-DIM_STEP = 16
 CHECKS_VALUES = True  # of ranges, in the kernel
 
 _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
@@ -82,13 +82,13 @@ class Prepared:
         self.sm_scale, self.softcap = sm_scale, softcap
         self.lse_shape = batch, q_heads
         threads = torch.get_num_threads()
-        scratch_count, partials_count = kernel.float_counts(threads, group, dim)
+        worker_count, partials_count = kernel.float_counts(threads, group, dim)
         self.layout = Layout(
             {
                 "tiles": 8 * (lists + 1),
                 "tokens": 8 * lists,
                 "slots": 16 * threads * kernel.SHARES,
-                "scratch": 4 * scratch_count,
+                "scratch": 4 * threads * worker_count,
                 "partials": 4 * partials_count,
             }
         )
@@ -115,6 +115,7 @@ class Prepared:
             rows=k.shape[2],
             row_bytes=dim * size,
             threads=threads,
+            worker_bytes=4 * worker_count,
             sm_scale=sm_scale,
             softcap=softcap or 0.0,
         )

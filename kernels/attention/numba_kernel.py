@@ -19,6 +19,7 @@ from saap.kernels.cpu.memory import (
     int64_pointer,
 )
 
+from . import numba_wide
 from .numba_simd import TILE
 from .numba_tiles import attend, rescale
 
@@ -34,7 +35,7 @@ _FIELDS = (
     "threads workers shares next_worker next_share done_shares "  # from workers on set by plan
     "wrong not_finite "  # whether a range is not within the rows, an lse not a number
     "tiles tokens slots "  # addresses of int64 [lists + 1], [lists], [2 * threads * SHARES]
-    "scratch partials"  # addresses of what `float_counts` says
+    "worker_bytes scratch partials"  # as `float_counts` says, and addresses
 ).split()
 _SCALARS = ("sm_scale", "softcap")  # softcap 0: none
 _NEXT_WORKER = offset_of(_FIELDS, "next_worker")
@@ -47,9 +48,10 @@ _njit = numba.njit(error_model="numpy")
 
 
 def float_counts(threads: int, group: int, dim: int) -> tuple[int, int]:
-    """Sizes of a job's `scratch` and `partials` in float32, both aligned to a cache line."""
+    """Sizes of a worker's part of a job's `scratch` and of `partials`, in float32."""
     state = group * (dim + LANES)
-    return threads * (4 * TILE + group * TILE + state), 2 * threads * SHARES * state
+    worker = 4 * TILE + group * TILE + state + numba_wide.floats(group, dim)
+    return worker, 2 * threads * SHARES * state
 
 
 def entries(kind, stamp):
@@ -123,9 +125,10 @@ def work(jobs, kind):
     counters = jobs.ctypes.data
     state_size = job.group * (job.dim + LANES)
     worker = fetch_increment(counters + _NEXT_WORKER)
-    rows = job.scratch + 4 * worker * (4 * TILE + job.group * TILE + state_size)
+    rows = job.scratch + job.worker_bytes * worker
     scores = rows + 16 * TILE
     state = carray(float32_pointer(scores + 4 * job.group * TILE), state_size)
+    space = state.ctypes.data + 4 * state_size
     while True:
         share = fetch_increment(counters + _NEXT_SHARE)
         if share >= job.shares:
@@ -139,7 +142,7 @@ def work(jobs, kind):
             if stop > tile:
                 begin = (tile - tiles[row]) * TILE
                 end = min((stop - tiles[row]) * TILE, tokens[row])
-                attend(job, kind, row, begin, end, rows, scores, state)
+                attend(job, kind, row, begin, end, rows, scores, space, state)
                 if begin == 0 and end == tokens[row]:
                     _finish(job, row, state)
                 else:

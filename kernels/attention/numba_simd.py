@@ -17,6 +17,9 @@ from saap.kernels.cpu.emitter import F32, I32, I64, LANES, VECTOR, VECTOR_I32, E
 
 CACHE_LINE = 64
 
+DIM_STEP = 16
+"""What head_dim is a multiple of."""
+
 TILE = 32
 """Rows of a tile: K and V of it, in float32 and 128 wide, fill an L1 cache of 32 KiB."""
 

@@ -13,6 +13,7 @@ from numba import carray
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import int32_pointer, int64_pointer
 
+from . import numba_wide
 from .numba_simd import TILE, accumulate, score, softmax
 
 _njit = numba.njit(error_model="numpy")
@@ -29,10 +30,11 @@ def rescale(state, head, dim, maximum):
 
 
 @_njit
-def attend(job, kind, row, begin, end, rows, scores, state):
+def attend(job, kind, row, begin, end, rows, scores, space, state):
     """Attention of one list's heads over its tokens from `begin` to `end`, into `state`.
 
-    rows: memory for two tiles' row numbers, int64; scores: for `[group, TILE]` float32.
+    rows: memory for two tiles' row numbers, int64; scores: for `[group, TILE]` float32; space: for
+    `numba_wide.floats`.
     """
     starts = carray(int32_pointer(job.starts + 4 * row * job.ranges), job.ranges)
     lengths = carray(int32_pointer(job.lengths + 4 * row * job.ranges), job.ranges)
@@ -41,11 +43,14 @@ def attend(job, kind, row, begin, end, rows, scores, state):
     k = job.k + batch * job.k_batch + kv_head * job.k_head
     v = job.v + batch * job.v_batch + kv_head * job.v_head
     q = job.q + 4 * row * job.group * job.dim
-    sums, stride = state.ctypes.data, job.dim + LANES
+    stride = job.dim + LANES
     for i in range(len(state)):
         state[i] = 0
     for i in range(job.group):
         state[i * stride + job.dim] = -np.inf
+    wide = job.group >= numba_wide.LEAST_ROWS
+    if wide:
+        numba_wide.begin(job, q, space)
 
     at, within = 0, begin
     while within >= lengths[at]:
@@ -57,22 +62,32 @@ def attend(job, kind, row, begin, end, rows, scores, state):
         left -= count
         next_count, at, within = _locate(starts, lengths, at, within, left, next_rows)
         ahead = next_rows if next_count > 0 else rows
-        _score(job, kind, q, k, rows, ahead, count, scores)
-        for i in range(job.group):
-            head = i * stride
-            maximum, total = softmax(
-                scores + 4 * TILE * i,
-                count,
-                np.float32(job.sm_scale),
-                np.float32(job.softcap),
-                state[head + job.dim],
-            )
-            if maximum > state[head + job.dim]:
-                rescale(state, head, job.dim, maximum)
-            state[head + job.dim + 1] += total
-        _accumulate(job, kind, scores, v, rows, ahead, count, sums)
+        if wide:
+            numba_wide.attend_tile(job, kind, k, v, rows, ahead, count, space, state)
+        else:
+            _attend_tile(job, kind, q, k, v, rows, ahead, count, scores, state)
         count = next_count
         rows, next_rows = next_rows, rows
+    if wide:
+        numba_wide.end(job, space, state)
+
+
+@_njit
+def _attend_tile(job, kind, q, k, v, rows, ahead, count, scores, state):
+    _score(job, kind, q, k, rows, ahead, count, scores)
+    for i in range(job.group):
+        head = i * (job.dim + LANES)
+        maximum, total = softmax(
+            scores + 4 * TILE * i,
+            count,
+            np.float32(job.sm_scale),
+            np.float32(job.softcap),
+            state[head + job.dim],
+        )
+        if maximum > state[head + job.dim]:
+            rescale(state, head, job.dim, maximum)
+        state[head + job.dim + 1] += total
+    _accumulate(job, kind, scores, v, rows, ahead, count, state.ctypes.data)
 
 
 @_njit

@@ -15,7 +15,8 @@ from saap.kernels.attention.merge import merge_states
 
 SCORES_AT_ONCE = 1 << 24
 WIDENED = 4096  # rows of a narrower dtype that are converted at once
-SHORT = 16  # tokens; so few are read beside the past by the kernel of single tokens, on the CPU
+SHORT = 384
+"""Query rows of a KV head, on a CPU; for more of them torch's kernel is as fast as ours."""
 
 OutAndLse = tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]
 
@@ -38,7 +39,8 @@ def attend_chunk(
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     if sliding_window is not None and k.shape[2] <= sliding_window:
         sliding_window = None
-    if sliding_window is None and past and q.shape[2] <= SHORT and best_impl(q, k, v) == "numba":
+    short = q.shape[2] * group <= SHORT and best_impl(q, k, v) == "numba"
+    if sliding_window is None and past and short:
         return _short(q, k, v, sm_scale, softcap)
     if k.dtype != q.dtype:
         assert sliding_window is None
@@ -97,7 +99,7 @@ def attend_past(
 
 
 def _short(q, k, v, sm_scale, softcap) -> OutAndLse:
-    """Memory-bound: each past row is read once for all query rows of its KV head."""
+    """By the kernel of single tokens: each past row is read once for all query rows."""
     past = k.shape[2] - q.shape[2]
     seqlens = torch.full((len(q),), past, dtype=torch.int32)
     options = {"sm_scale": sm_scale, "softcap": softcap}

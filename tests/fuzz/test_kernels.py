@@ -53,7 +53,7 @@ def ranges(own, batch, rows, n):
 
 def attention_case(own):
     batch, n_kv = own.choice((1, 1, 2, 3)), own.choice((1, 2, 3))
-    group, dim = own.choice((1, 2, 4, 5)), own.choice((16, 32, 48, 64, 128, 8, 1, 17))
+    group, dim = own.choice((1, 2, 4, 5, 19)), own.choice((16, 32, 48, 64, 128, 8, 1, 17))
     n = own.choice((0, 1, 2, 15, 16, 17, 63, 64, 65, 200))
     dtype = own.choice(DTYPES[:3])
     generator = torch_seed(own)

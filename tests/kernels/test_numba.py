@@ -28,6 +28,11 @@ def make(batch, q_heads, kv_heads, dim, rows, n_ranges, dtype, *, per_head=False
         ((3, 8, 2, 128, 777, 20), torch.float32),
         ((2, 4, 4, 64, 333, 5), torch.bfloat16),
         ((1, 16, 1, 256, 501, 3), torch.float16),
+        # More query rows than a vector has, up to whole blocks and not.
+        ((1, 72, 2, 64, 1001, 7), torch.float32),
+        ((2, 46, 2, 80, 333, 5), torch.float32),
+        ((1, 34, 2, 256, 303, 4), torch.bfloat16),
+        ((1, 38, 1, 48, 501, 3), torch.float16),
     ],
 )
 def test_against_float64(shape, dtype, softcap, per_head):
@@ -59,13 +64,18 @@ def test_nan_in_rows_that_no_range_selects():
     assert torch.equal(clean[0], dirty[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap", [None, 20.0])
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "dtype", "softcap"),
+    [(40, torch.float32, None), *[(4, dtype, cap) for dtype in DTYPES for cap in (None, 20.0)]],
+)
 @pytest.mark.parametrize("rows", [20, 3072])  # one piece of work, and many that are merged
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("at", ["first", "last", "second half", "all"])
-def test_nan_that_is_selected_comes_out(dtype, softcap, rows, where, at):
-    q, k, v, _, _ = make(2, 4, 2, 64, rows, 1, dtype)
+def test_nan_that_is_selected_comes_out(q_heads, dtype, softcap, rows, where, at):
+    q, k, v, _, _ = make(2, q_heads, 2, 64, rows, 1, dtype)
     half = slice(32 if where == "q" else rows // 2, None)  # whole pieces of work, not the first
     place = {"first": slice(1), "last": slice(-1, None), "second half": half}.get(at, slice(None))
     if where == "q":
@@ -86,9 +96,9 @@ def test_nan_that_is_selected_comes_out(dtype, softcap, rows, where, at):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("rows", [20, 3072])
 @pytest.mark.parametrize("beside", [0.0, torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("heads", [2, 4])
-def test_the_lse_of_infinite_scores_is_that_of_torch(softcap, rows, beside, heads):
-    q, k, v, _, _ = make(2, 4, 2, 64, rows, 1, torch.float32)
+@pytest.mark.parametrize(("q_heads", "heads"), [(4, 2), (4, 4), (40, 2)])
+def test_the_lse_of_infinite_scores_is_that_of_torch(softcap, rows, beside, q_heads, heads):
+    q, k, v, _, _ = make(2, q_heads, 2, 64, rows, 1, torch.float32)
     k[1, 1, rows // 2, 3], k[1, 1, -1, 3] = torch.inf, beside
     starts = torch.tensor([0, rows // 2]).int().expand(2, heads, 2)
     lengths = torch.tensor([3, rows - rows // 2]).int().expand(2, heads, 2)
@@ -126,13 +136,14 @@ def test_what_it_cannot_do_is_named():
     assert attend_ranges(q, k, v, starts, lengths)[0].dtype == torch.float64
 
 
-def test_rounding_does_not_grow_with_every_row():
+@pytest.mark.parametrize("heads", [4, 20])
+def test_rounding_does_not_grow_with_every_row(heads):
     """Rows are summed up tile by tile: one by one, 100,000 of them lose 107 times eps, so 17."""
     generator = torch.Generator().manual_seed(0)
     n, dim = 100_000, 64
-    q = torch.randn(1, 4, dim, generator=generator)
-    k = torch.randn(1, 4, n, dim, generator=generator) * 0.3
-    v = torch.randn(1, 4, n, dim, generator=generator) + 2
+    q = torch.randn(1, heads, dim, generator=generator)
+    k = torch.randn(1, 1, n, dim, generator=generator) * 0.3
+    v = torch.randn(1, 1, n, dim, generator=generator) + 2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several have a part of the rows each, which rounds less
     try:
