@@ -87,17 +87,21 @@ def about_context(context: int, spent: dict) -> dict:
 
 
 def table(records: list[dict]) -> str:
+    shown = GIVEN[1::2]
+    dense = " | ".join(f"{n:g} tokens, over dense" for n in shown)
     lines = [
-        "| context | dense step, ms | 8 drafts, ms | verification, ms | in dense steps | "
-        + " | ".join(f"{n:g} tokens a round" for n in GIVEN) + " |",
-        "|---:|---:|---:|---:|---:|" + "---:|" * len(GIVEN),
-    ]  # fmt: skip
+        "| context | dense step | 8 drafts | verification | in dense steps | "
+        f"{dense} | {GIVEN[-1]:g}, over `transformers` |",
+        "|" + "---:|" * (6 + len(shown)),
+    ]
     for r in records:
-        ms = r["ms"]
-        faster = " | ".join(f"{x:.2f}x" for x in r["faster"]["dense"].values())
+        ms, faster = r["ms"], r["faster"]
+        cells = [f"{faster['dense'][str(n)]:.2f}x" for n in shown]
+        cells.append(f"{faster['transformers'][str(GIVEN[-1])]:.1f}x")
         lines.append(
-            f"| {r['context']:,} | {ms['dense']:.1f} | {ms['drafts']:.1f} | "
-            f"{ms['verification']:.1f} | {r['verification_in_steps']:.1f} | {faster} |"
+            f"| {r['context']:,} | {ms['dense']:.0f} ms | {ms['drafts']:.0f} ms | "
+            f"{ms['verification']:.0f} ms | {r['verification_in_steps']:.1f} | "
+            f"{' | '.join(cells)} |"
         )
     return "\n".join(lines)
 

@@ -7,6 +7,8 @@
     saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey,perplexity \\
         --methods dense,saap --search saap.min_weight=0.0022,0.0005 --search saap.max_tokens=600 \\
         --answer-budgets 0.05 --texts 16 --prompts 50 --out runs/by-weight
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks multi-key,multi-query,multi-value \\
+        --methods dense,oracle-tokens,saap --answer-budgets 0.05,0.1 --prompts 10 --out runs/keys
     python -m benchmarks.real_models [--add] runs/smollm2-4k ...
 
 Scores of all folders, with `--add` beside those that are there, go to
@@ -32,6 +34,13 @@ KEPT = (
     "recall_middle", "recall_of_oracle", "output_error", "worst_head", "accuracy", "nll",
     "to_dense", "prompts", "texts", "queries",
 )  # fmt: skip
+
+
+OTHERS = (
+    "multi-key", "multi-query", "multi-value", "variable-tracking", "common-words",
+    "frequent-words", "copying",
+)  # fmt: skip
+"""Tasks that ask, beside pass keys."""
 
 
 def summary(folder: Path) -> dict:
@@ -95,21 +104,24 @@ def table_rows(scores: list[dict], context: int, budget: str) -> str:
     for name in names:
         attention = by_place.get(("attention", name), {})
         keys, text = by_place.get(("passkey", name), {}), by_place.get(("perplexity", name), {})
+        others = [by_place.get((task, name), {}) for task in OTHERS]
+        bytes_of = attention or text or keys or next(s for s in others if s)
         rows.append(
             [
                 f"`{name}`",
                 cell(attention.get("recall_middle"), "{:.1%}"),
                 cell(attention.get("recall_of_oracle"), "{:.1%}"),
                 cell(attention.get("output_error"), "{:.3f}"),
-                cell((attention or text).get("bytes_read"), "{:,.0f}", 1e-3),
-                cell((attention or text).get("router_bytes"), "{:,.0f}", 1e-3),
+                cell(bytes_of.get("bytes_read"), "{:,.0f}", 1e-3),
+                cell(bytes_of.get("router_bytes"), "{:,.0f}", 1e-3),
                 cell(keys.get("accuracy"), "{:.0%}"),
+                *[cell(own.get("accuracy"), "{:.0%}") for own in others],
                 cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
             ]
         )
     head = [
         "method", "recall of the middle", "of the oracle's", "output error",
-        "kB per layer and step", "of them to choose", "pass keys", "nats over dense",
+        "kB per layer and step", "of them to choose", "pass keys", *OTHERS, "nats over dense",
     ]  # fmt: skip
     return markdown(*without_empty(head, rows)) if rows else ""
 

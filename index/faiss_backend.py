@@ -20,7 +20,8 @@ def load_faiss():
         import faiss
     except ImportError as error:
         raise ImportError(
-            "vector search needs FAISS: pip install 'saap[cpu]' (or 'saap[gpu]', never both)"
+            "vector search needs FAISS: pip install 'saap[cpu]' (or 'saap[gpu]', never both); got "
+            f"{error}"
         ) from error
     return faiss
 
