@@ -91,6 +91,8 @@ def refinement_table(report: Record) -> str:
 
 PAGE = """# Selectors compared
 
+After this page you can compare all methods at equal budgets on one model.
+
 Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit it.
 What each selector is and reads: [methods](methods.md).
 
