@@ -20,7 +20,7 @@ from torch import Tensor
 from saap import hf
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
-from saap.index.coordinates import Moments, balanced
+from saap.index.coordinates import Coordinates, Moments, balanced
 from saap.kernels.codes import layout
 from saap.methods.saap import SaapSearch
 
@@ -66,11 +66,18 @@ def marked(rows: Tensor, n: int) -> Tensor:
     return torch.zeros(len(rows), n, dtype=torch.bool).scatter_(1, rows, True)
 
 
-def layer_of(context, info) -> Layer:
-    k = context.keys(info.number)[0][0]
-    latest = context.latest[info.number][0].unflatten(0, (len(k), -1))
+def vectors_of(context, number: int) -> tuple[Tensor, Tensor]:
+    """Queries of the latest tokens, `[Hkv, G, m, D]`, and all keys of a layer."""
+    k = context.keys(number)[0][0]
+    return context.latest[number][0].unflatten(0, (len(k), -1)), k
+
+
+def layer_of(context, info, own: Coordinates | None = None) -> Layer:
+    """`own`: coordinates of another text; None: of this one."""
+    latest, k = vectors_of(context, info.number)
     n, tokens = k.shape[1], N_FIRST + N_JUDGED
-    own = balanced(Moments.of(latest.flatten(1, 2), k))
+    if own is None:
+        own = balanced(Moments.of(latest.flatten(1, 2), k))
     codes = layout.encode(own.keys(k[None]), own.importance)
     q = latest[:, :, -tokens:]
     middle = slice(N_SINK, n - WINDOW - tokens)
