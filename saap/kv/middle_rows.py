@@ -1,9 +1,7 @@
 """Which rows of a store its selector chooses from, and in what order they lie."""
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saap.budget import Budget
@@ -150,9 +148,8 @@ class MiddleRows:
         key = torch.where(in_lists, lists * length, (lists.max() + 1) * length) + tokens
         self.rows.permute(b, first, key.argsort(dim=1))
 
-    def select_sequences(self, chosen: Sequence[int] | Tensor) -> None:
+    def select_sequences(self, chosen: Int[Tensor, " B"]) -> None:
         """Sequence i is what `chosen[i]` was. Its rows are already; `reindex` follows."""
-        chosen = torch.as_tensor(chosen, device="cpu")
         self.counts = [self.counts[i] for i in chosen.tolist()] if self.counts else []
         self._pending.let_go()
         if self.selector is not None:
