@@ -54,4 +54,6 @@ def publish(results: Path, root: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m saap.eval.report.publish RESULTS ROOT")
     publish(Path(sys.argv[1]), Path(sys.argv[2]))
