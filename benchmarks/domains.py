@@ -13,14 +13,21 @@ go to `$OUT`, else to `benchmarks/results/<device>/domains.json`, and then into
 import argparse
 
 from saap import hf
-from saap.eval.corpora import read_named
-from saap.eval.tasks.base import text_tokens
 from saap.index.coordinates import MomentSums, balanced
 from saap.methods.saap import SaapSearch
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
-from .reuse import MODEL, N_FIRST, N_JUDGED, N_SINK, SHARE, WINDOW, layer_of, vectors_of
+from .reuse import (
+    MODEL,
+    N_FIRST,
+    N_JUDGED,
+    full_layers,
+    layer_of,
+    read,
+    rows_chosen,
+    vectors_of,
+)
 
 COMMAND = "python -m benchmarks.domains"
 TEXTS = {"PostgreSQL's manual": "prose", "Python's manual": "prose2", "Python code": "code"}
@@ -47,17 +54,16 @@ def judge(contexts: dict, name: str, layers: list, count: int) -> dict[str, floa
     others = [(other, contexts[other]) for other in TEXTS if other != name]
     mass: dict[str, float] = {}
     best = 0.0
-    for place in layers:
-        for label, own in learned(context, others, place.info.number).items():
-            layer = layer_of(context, place.info, own)
+    for info in layers:
+        for label, own in learned(context, others, info.number).items():
+            layer = layer_of(context, info, own)
             width = SaapSearch().candidates(count, layer.mass.shape[-1])
             for t in range(N_FIRST, N_FIRST + N_JUDGED):
                 found, _ = layer.found(t, layer.candidates(t, width), count)
                 mass[label] = mass.get(label, 0.0) + found
                 if own is None:
-                    chosen = layer.best(t, count)
-                    best += float(layer.mass[:, t].masked_fill(~chosen, 0).sum())
-        print(f"{name}, layer {place.info.number}", flush=True)
+                    best += layer.most(t, count)
+        print(f"{name}, layer {info.number}", flush=True)
     return {label: own / best for label, own in mass.items()}
 
 
@@ -80,12 +86,9 @@ def main() -> None:
     model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
     contexts = {}
     for name, corpus in TEXTS.items():
-        text = b"\n".join(read_named(corpus))
-        tokens = text_tokens(tokenizer, text, options.tokens, 0, 1)
-        contexts[name] = hf.read_context(model, tokens, chunk=2048)
+        contexts[name] = read(model, tokenizer, corpus, options.tokens)
         print(f"read {name}", flush=True)
-    layers = [place for place in hf.model_layers(model) if place.is_full]
-    count = round(SHARE * options.tokens) - N_SINK - WINDOW
+    layers, count = full_layers(model), rows_chosen(options.tokens)
     found = {name: judge(contexts, name, layers, count) for name in JUDGED}
     report = {"environment": environment(), "tokens": options.tokens, "found": found}
     write(report_path(cpu_name(), "domains.json"), report)

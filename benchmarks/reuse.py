@@ -30,10 +30,9 @@ from .reports import ROOT, put_table, report_path, write
 COMMAND = "python -m benchmarks.reuse"
 MODEL = "smollm2"
 N_SINK, WINDOW, SHARE = 16, 256, 0.05
-N_FIRST, N_JUDGED = (
-    16,
-    32,
-)  # tokens that only come before, or that heads are matched on; the others
+N_FIRST, N_JUDGED = 16, 32
+"""Tokens that only come before, or that heads are matched on; those that are judged."""
+
 AGES, WIDTHS, DISTANCES = (1, 2, 4, 8), (1, 2), (1, 2, 4)
 FRESH, TOGETHER = "its own", "the four tokens before, together"
 
@@ -49,6 +48,10 @@ class Layer:
     def best(self, t: int, count: int) -> Tensor:
         """Rows by true weights, bool `[Hkv, n]`."""
         return marked(self.mass[:, t].topk(count, -1).indices, self.mass.shape[-1])
+
+    def most(self, t: int, count: int) -> float:
+        """Mass of so many rows of each KV head, at most."""
+        return float(self.mass[:, t].topk(count, -1).values.sum())
 
     def candidates(self, t: int, count: int) -> Tensor:
         """Of all heads of a group, bool `[Hkv, n]`."""
@@ -91,10 +94,25 @@ def layer_of(context, info, own: Coordinates | None = None) -> Layer:
     return Layer(scores.softmax(-1)[..., middle].sum(1), coarse, whole)
 
 
+def read(model, tokenizer, corpus: str, n_tokens: int):
+    """So many tokens of a text, read densely."""
+    tokens = text_tokens(tokenizer, b"\n".join(read_named(corpus)), n_tokens, 0, 1)
+    return hf.read_context(model, tokens, chunk=2048)
+
+
+def full_layers(model) -> list:
+    return [place.info for place in hf.model_layers(model) if place.is_full]
+
+
+def rows_chosen(n_tokens: int) -> int:
+    """Rows of the middle that a step visits."""
+    return round(SHARE * n_tokens) - N_SINK - WINDOW
+
+
 def over_time(layer: Layer, count: int, sums: dict) -> None:
     search = SaapSearch()
     for t in range(N_FIRST, N_FIRST + N_JUDGED):
-        best = float(layer.mass[:, t].masked_fill(~layer.best(t, count), 0).sum())
+        best = layer.most(t, count)
         usual = search.candidates(count, layer.mass.shape[-1])
         ways = {(FRESH, usual): layer.candidates(t, usual)}
         for width in WIDTHS:
@@ -118,7 +136,7 @@ def over_layers(layer: Layer, before: list[Layer], count: int, sums: dict) -> No
         head = mass[:, :, :N_FIRST].sum(-1).argmax(-1)
         own = mass[torch.arange(len(head)), head]
         for t in range(N_FIRST, N_FIRST + N_JUDGED):
-            best = float(layer.mass[:, t].masked_fill(~layer.best(t, count), 0).sum())
+            best = layer.most(t, count)
             away = f"{distance} layers before" if distance > 1 else "the layer before"
             add(sums, (f"rows of {away}", 0), float(own[:, t].sum()), best, 0.0, len(head))
 
@@ -145,19 +163,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8128)
     options = parser.parse_args()
     model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
-    tokens = text_tokens(tokenizer, b"\n".join(read_named("prose2")), options.tokens, 0, 1)
-    context = hf.read_context(model, tokens, chunk=2048)
-    count = round(SHARE * options.tokens) - N_SINK - WINDOW
+    context = read(model, tokenizer, "prose2", options.tokens)
+    count = rows_chosen(options.tokens)
     sums: dict = defaultdict(lambda: [0.0] * 4)
     before: list[Layer] = []
-    for place in hf.model_layers(model):
-        if not place.is_full:
-            continue
-        layer = layer_of(context, place.info)
+    for info in full_layers(model):
+        layer = layer_of(context, info)
         over_time(layer, count, sums)
         over_layers(layer, before, count, sums)
         before = [*before, layer][-max(DISTANCES) :]
-        print(f"layer {place.info.number}", flush=True)
+        print(f"layer {info.number}", flush=True)
     records = [
         {"of": of, "count": n, "found": mass / best, "read": read / heads}
         for (of, n), (mass, best, read, heads) in sums.items()

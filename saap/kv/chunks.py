@@ -39,8 +39,8 @@ def attend_chunk(
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     if sliding_window is not None and k.shape[2] <= sliding_window:
         sliding_window = None
-    short = q.shape[2] * group <= SHORT and best_impl(q, k, v) == "numba"
-    if sliding_window is None and past and short:
+    short = sliding_window is None and past and q.shape[2] * group <= SHORT
+    if short and best_impl(q, k, v) == "numba":
         return _short(q, k, v, sm_scale, softcap)
     if k.dtype != q.dtype:
         assert sliding_window is None

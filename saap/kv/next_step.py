@@ -75,8 +75,9 @@ class NextStep(Preparation):
 
     def write(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """The token's row, behind the others of the tail."""
+        alike = len(set(lengths)) == 1
         for buffer, new in zip(self._buffers, (k, v), strict=True):
-            if len(set(lengths)) == 1:
+            if alike:
                 buffer.select(2, lengths[0]).copy_(new.squeeze(2))
                 continue
             for b, n in enumerate(lengths):
