@@ -19,9 +19,8 @@ from saap.kernels.cpu.memory import (
     int64_pointer,
 )
 
-from . import numba_wide
 from .numba_simd import TILE
-from .numba_tiles import attend, rescale
+from .numba_tiles import attend, rescale, space_floats
 
 SHARES = 4
 """Shares of a thread, so that one which is held up leaves its last ones to the others."""
@@ -50,7 +49,7 @@ _njit = numba.njit(error_model="numpy")
 def float_counts(threads: int, group: int, dim: int) -> tuple[int, int]:
     """Sizes of a worker's part of a job's `scratch` and of `partials`, in float32."""
     state = group * (dim + LANES)
-    worker = 4 * TILE + group * TILE + state + numba_wide.floats(group, dim)
+    worker = 4 * TILE + state + space_floats(group, dim)
     return worker, 2 * threads * SHARES * state
 
 
@@ -126,8 +125,7 @@ def work(jobs, kind):
     state_size = job.group * (job.dim + LANES)
     worker = fetch_increment(counters + _NEXT_WORKER)
     rows = job.scratch + job.worker_bytes * worker
-    scores = rows + 16 * TILE
-    state = carray(float32_pointer(scores + 4 * job.group * TILE), state_size)
+    state = carray(float32_pointer(rows + 16 * TILE), state_size)
     space = state.ctypes.data + 4 * state_size
     while True:
         share = fetch_increment(counters + _NEXT_SHARE)
@@ -142,7 +140,7 @@ def work(jobs, kind):
             if stop > tile:
                 begin = (tile - tiles[row]) * TILE
                 end = min((stop - tiles[row]) * TILE, tokens[row])
-                attend(job, kind, row, begin, end, rows, scores, space, state)
+                attend(job, kind, row, begin, end, rows, space, state)
                 if begin == 0 and end == tokens[row]:
                     _finish(job, row, state)
                 else:

@@ -29,12 +29,16 @@ def rescale(state, head, dim, maximum):
     state[head + dim + 1] *= factor
 
 
+def space_floats(group: int, dim: int) -> int:
+    """The `space` of `attend`, in float32: scores, or what `numba_wide` needs."""
+    return numba_wide.floats(group, dim) if group >= numba_wide.LEAST_ROWS else group * TILE
+
+
 @_njit
-def attend(job, kind, row, begin, end, rows, scores, space, state):
+def attend(job, kind, row, begin, end, rows, space, state):
     """Attention of one list's heads over its tokens from `begin` to `end`, into `state`.
 
-    rows: memory for two tiles' row numbers, int64; scores: for `[group, TILE]` float32; space: for
-    `numba_wide.floats`.
+    rows: memory for two tiles' row numbers, int64; space: as `space_floats` says.
     """
     starts = carray(int32_pointer(job.starts + 4 * row * job.ranges), job.ranges)
     lengths = carray(int32_pointer(job.lengths + 4 * row * job.ranges), job.ranges)
@@ -65,7 +69,7 @@ def attend(job, kind, row, begin, end, rows, scores, space, state):
         if wide:
             numba_wide.attend_tile(job, kind, k, v, rows, ahead, count, space, state)
         else:
-            _attend_tile(job, kind, q, k, v, rows, ahead, count, scores, state)
+            _attend_tile(job, kind, q, k, v, rows, ahead, count, space, state)
         count = next_count
         rows, next_rows = next_rows, rows
     if wide:

@@ -35,9 +35,7 @@ _VECTORS = (VECTORS_AT_ONCE,) if _ALL_WHOLE else (1, VECTORS_AT_ONCE)
 
 
 def floats(group: int, dim: int) -> int:
-    """Room for a worker, in float32."""
-    if group < LEAST_ROWS:
-        return 0
+    """The `space` that a worker needs, in float32."""
     n = padded(group)
     return dim * n + 2 * TILE * dim + TILE * n + 3 * n
 
@@ -114,8 +112,11 @@ def attend_tile(job, kind, k, v, rows, ahead, count, space, state):
     bring(kind, v, job.v_row, rows, ahead, count, dim, values)
     head = 0
     while head < group:
-        left = group - head
-        heads = 6 if left >= 6 else 4 if left >= 4 else 2 if left >= 2 else 1
+        heads = 1
+        for most in HEADS_AT_ONCE:
+            if most <= group - head:
+                heads = most
+                break
         column = 0
         while column < dim:
             vectors = VECTORS_AT_ONCE if dim - column >= VECTORS_AT_ONCE * LANES else 1
