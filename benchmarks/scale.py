@@ -1,4 +1,4 @@
-"""A layer's step with its context split over ranks, and with keys and values stored narrower.
+"""A layer's step with its context split over ranks.
 
     python -m benchmarks.scale [--threads 1] [--tokens 16384,131072] [--ranks 1,2]
 
@@ -17,16 +17,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
 
-import saap
-from saap import Budget, KVStore, LayerInfo, distributed, hf
-from saap.eval import reference
-from saap.eval.tasks.answering import encode
-from saap.eval.tasks.needles import as_lines, draw_names
-from saap.eval.tasks.passkey import IN_CODE
-from saap.eval.tasks.prompts import hide, random_depths
+from saap import Budget, KVStore, LayerInfo, distributed
 from saap.methods import find_method
 
 from .cpu import cpu_name, environment
@@ -35,7 +28,6 @@ from .reports import ROOT, put_table, report_path, write
 COMMAND = "python -m benchmarks.scale"
 HEADS, N_KV, DIM, CHUNK, STEPS = 9, 3, 64, 2048, 32
 BUDGET = Budget(max_tokens=4096)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def filled(store, tokens: int):
@@ -108,47 +100,6 @@ def split(tokens: int, ranks: int, threads: int) -> dict:
     return {**record, **json.loads(said[0].splitlines()[-1])}
 
 
-def narrow(tokens: int) -> list[dict]:
-    records = []
-    for dtype in DTYPES:
-        sparse = steps(filled(new_store(kv_dtype=dtype), tokens))
-        store = filled(KVStore(None, BUDGET, kv_dtype=dtype), tokens)
-        dense = steps(store)
-        kv = store.k.element_size() * 2 * N_KV * DIM
-        name = str(dtype).removeprefix("torch.")
-        records.append({"dtype": name, "kv_bytes": kv, "sparse_ms": sparse, "dense_ms": dense})
-        print(records[-1], flush=True)
-    return records
-
-
-@torch.no_grad()
-def pass_keys(count: int) -> list[dict]:
-    """Right answers of the reference model, among eight distractors in 4,096 bytes, by dtype."""
-    model, tokenizer = (load(reference.FOLDER) for load in (hf.load_model, hf.load_tokenizer))
-    text, rng = reference.split_held_out()[1], np.random.default_rng(0)
-    asked = []
-    for _ in range(count):
-        names = draw_names(rng, 9)
-        pairs = [(name, IN_CODE.random_key(rng)) for name in names]
-        question = IN_CODE.question(names[0]).encode()
-        lines = as_lines(IN_CODE, random_depths(rng, 9), pairs)
-        prompt = hide(text, lines, 4096 - len(question), rng) + question
-        asked.append((encode(tokenizer, prompt)[None], pairs[0][1]))
-    records = []
-    for dtype in DTYPES:
-        right = 0
-        for prompt, key in asked:
-            with saap.attached(model, budget=Budget(max_tokens=256), kv_dtype=dtype) as attached:
-                found = model.generate(
-                    prompt, past_key_values=attached.cache(), max_new_tokens=8, do_sample=False
-                )
-            right += key in tokenizer.decode(found[0, prompt.shape[1] :])
-        name = str(dtype).removeprefix("torch.")
-        records.append({"dtype": name, "right": right, "asked": count})
-        print(records[-1], flush=True)
-    return records
-
-
 def tables(report: dict) -> str:
     lines = [
         "| tokens | ranks | a step | held by the first rank | messages | bytes sent by a rank |",
@@ -162,17 +113,6 @@ def tables(report: dict) -> str:
             f"| {r['tokens']:,} | {r['ranks']} | {r['ms']:.2f} ms | "
             f"{r['bytes_held'] / 2**20:.1f} MiB | {sent} |"
         )
-    lines += [
-        "",
-        f"| kv_dtype, {report['narrow_tokens']:,} tokens | keys and values of a token "
-        "| every row | 4,096 rows | pass keys, reference model, 256 rows |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for r, keys in zip(report["narrow"], report["pass_keys"], strict=True):
-        lines.append(
-            f"| {r['dtype']} | {r['kv_bytes']:,} bytes | {r['dense_ms']:.2f} ms | "
-            f"{r['sparse_ms']:.2f} ms | {keys['right']} of {keys['asked']} |"
-        )
     return "\n".join(lines)
 
 
@@ -181,7 +121,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", default="16384,131072", help="comma-separated")
     parser.add_argument("--ranks", default="1,2", help="comma-separated")
-    parser.add_argument("--keys", type=int, default=24, help="pass keys to ask for")
     parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -194,8 +133,6 @@ def main() -> None:
         for ranks in options.ranks.split(","):
             report["split"].append(split(n, int(ranks), options.threads))
             print(report["split"][-1], flush=True)
-    report |= {"narrow": narrow(max(tokens)), "narrow_tokens": max(tokens)}
-    report["pass_keys"] = pass_keys(options.keys)
     write(report_path(cpu_name(), "scale.json"), report)
     put_table(ROOT / "docs" / "scale.md", COMMAND, tables(report))
     print(tables(report))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
+from saap.kernels.attention.int8_rows import width
 
 FORMAT = tensor_files.Format("saap.Context", 3, "`saap prefill`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,8 +61,11 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
             batch, names = 1, ("keys", "values")
         first = tensors.get(prefix + names[0])
         rows = first.shape[2] if first is not None and first.ndim == 4 else 0
-        dtype = FLOATS if first is None or first.dtype not in FLOATS else (first.dtype,)
-        layout |= {prefix + name: ((batch, n_kv, rows, dim), dtype) for name in names}
+        dtypes = (*FLOATS, torch.int8) if searched else FLOATS
+        if first is not None and first.dtype in dtypes:
+            dtypes = (first.dtype,)
+        shape = batch, n_kv, rows, width(dim, dtypes[0])
+        layout |= {prefix + name: (shape, dtypes) for name in names}
         if searched:
             layout |= {
                 prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")

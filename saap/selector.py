@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from saap.kernels.attention.int8_rows import dequantize_rows, head_dim
 
 from .budget import BOUNDS, Budget
 
@@ -35,14 +37,15 @@ class LayerInfo:
 class Middle:
     """The indexed rows of a store: all between the sinks and the tail.
 
-    `k [B, Hkv, capacity, D]` (as attention sees them), `lists` and `tokens [B, Hkv, capacity]`
-    are views whose row 0 is the first of the middle; the first `n_rows[b]` rows of sequence b are
-    in use, in the order of their lists and in time order within a list. `first_row`: how many
-    rows of the store, the sinks, come before. `reader(b, first, last)`: those keys `[Hkv, n, D]`
-    of the store, where they are not to be looked at in `k`.
+    `k [B, Hkv, capacity, width]` (as attention sees them, and as they are stored: `keys_of` gives
+    floats), `lists` and `tokens [B, Hkv, capacity]` are views whose row 0 is the first of the
+    middle; the first `n_rows[b]` rows of sequence b are in use, in the order of their lists and
+    in time order within a list. `first_row`: how many rows of the store, the sinks, come before.
+    `reader(b, first, last)`: those keys `[Hkv, n, width]` of the store, where they are not to be
+    looked at in `k`.
     """
 
-    k: Float[Tensor, "B Hkv capacity D"]
+    k: Shaped[Tensor, "B Hkv capacity width"]
     lists: Int[Tensor, "B Hkv capacity"]
     tokens: Int[Tensor, "B Hkv capacity"]
     n_rows: list[int]
@@ -54,6 +57,10 @@ class Middle:
         return self.k.shape[1]
 
     @property
+    def dim(self) -> int:
+        return head_dim(self.k)
+
+    @property
     def device(self) -> torch.device:
         return self.k.device
 
@@ -61,13 +68,17 @@ class Middle:
         """The rows of sequence b that are in use, or those from `first` to before `last`."""
         last = self.n_rows[b] if last is None else last
         if self.reader is None:
-            return self.k[b, :, first:last]
-        return self.reader(b, self.first_row + first, self.first_row + last)
+            return _as_floats(self.k[b, :, first:last])
+        return _as_floats(self.reader(b, self.first_row + first, self.first_row + last))
 
     def parts_of(self, b: int, size: int) -> Iterator[Float[Tensor, "Hkv n D"]]:
         """The rows of sequence b that are in use, `size` at a time."""
         for first in range(0, self.n_rows[b], size):
             yield self.keys_of(b, first, min(first + size, self.n_rows[b]))
+
+
+def _as_floats(keys: Shaped[Tensor, "Hkv n width"]) -> Float[Tensor, "Hkv n D"]:
+    return dequantize_rows(keys) if keys.dtype == torch.int8 else keys
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def test_lossless_has_the_tokens_of_dense(context, monkeypatch, capsys):
         bad(["ask", "reference", "CONTEXT", "x", "--tokens", str(2**70)], "--tokens must be at"),
         bad(["prefill", "reference", "DOC", "--chunk", "0"], "--chunk must be at least 1; got 0"),
         bad(
-            ["prefill", "reference", "DOC", "--kv-dtype", "int8"],
-            "kv_dtype must be one of float32, bfloat16, float16; got 'int8'",
+            ["prefill", "reference", "DOC", "--kv-dtype", "int4"],
+            "kv_dtype must be one of float32, bfloat16, float16, int8; got 'int4'",
         ),
         bad(["generate", "reference", "--prompt-file", "DOC", "--tokens", "-3"], "got -3"),
         bad(

@@ -281,7 +281,7 @@ def test_files_that_are_not_whole_are_refused(tiny_model, long_tokens, tmp_path)
         attached.open_context(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 def test_narrower_rows(tiny_model, long_tokens, tmp_path, dtype):
     with saap.attached(tiny_model, budget=BUDGET, kv_dtype=dtype) as attached:
         inside, cache = attached.cache(), attached.cache(directory=tmp_path, fast_memory=FAST)
@@ -294,7 +294,8 @@ def test_narrower_rows(tiny_model, long_tokens, tmp_path, dtype):
         cache.close()
         again, _ = attached.open_context(tmp_path)
         assert torch.equal(*(step(tiny_model, c, long_tokens[:, :1]) for c in (inside, again)))
-    assert cache.reads.bytes_written == LAYERS * 740 * ROW // 2
+    width = 16 + 4 if dtype == torch.int8 else 16
+    assert cache.reads.bytes_written == LAYERS * 740 * ROW * width * dtype.itemsize // (16 * 4)
 
 
 @pytest.mark.bad_input

@@ -58,15 +58,11 @@ def lean(store, k, v, q):
     return (general(store, k, v, q), False) if found is None else (found, True)
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("method", ["saap", "dense"])
-def test_the_same_to_the_bit(method, budget, batch, padding):
+def assert_the_same_to_the_bit(method, budget, batch, padding, kv_dtype=None):
     n = 700
     mask = torch.ones(batch, n, dtype=torch.bool)
     mask[0, :padding] = False
-    stores = [store_of(BUDGETS[budget], method) for _ in range(2)]
+    stores = [store_of(BUDGETS[budget], method, kv_dtype=kv_dtype) for _ in range(2)]
     for store in stores:
         begun(store, batch, n, mask=mask)
     n_lean = 0
@@ -90,14 +86,45 @@ def test_the_same_to_the_bit(method, budget, batch, padding):
         )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("method", ["saap", "dense"])
+def test_the_same_to_the_bit(method, budget, batch, padding):
+    assert_the_same_to_the_bit(method, budget, batch, padding)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("budget", ["rows", "weight"])
+def test_the_same_to_the_bit_over_narrow_rows(budget, kv_dtype):
+    assert_the_same_to_the_bit("saap", budget, 3, 5, kv_dtype)
+
+
+def test_what_a_narrow_row_cannot_hold_is_refused():
+    store = store_of(BUDGETS["rows"], kv_dtype=torch.float16, capacity=2000)
+    begun(store, 1, 700)
+    for i in range(3):
+        general(store, *tokens(1, 1, i))
+    k, v, q = tokens(1, 1, 50)
+    assert store.again(q, k, v) is not None
+    for wrong in ((q, k * 1e6, v), (q, k, v * 1e6)):
+        with pytest.raises(ValueError, match=r"must be within 65504 for kv_dtype torch.float16"):
+            store.again(*wrong)
+    assert store.length == 704
+    assert store.again(q, k, v) is not None
+
+
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_between_steps(seed):
     """Flushes, truncation, other budgets, drafts, sequences that change places, chunks, growth."""
     draw = random.Random(seed)
     names = list(BUDGETS)
     batch = draw.choice([1, 2])
     budget = BUDGETS[draw.choice(names)]
-    stores = [store_of(budget, capacity=draw.choice([0, 2000])) for _ in range(2)]
+    kv_dtype = torch.int8 if seed > 5 else None
+    stores = [
+        store_of(budget, capacity=draw.choice([0, 2000]), kv_dtype=kv_dtype) for _ in range(2)
+    ]
     for store in stores:
         begun(store, batch, 640)
     n_lean = 0

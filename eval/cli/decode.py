@@ -16,7 +16,9 @@ ContextFile = Annotated[Path, typer.Option(help="the context file to write")]
 Chunk = Annotated[int, typer.Option(help="tokens read at once")]
 KVDtype = Annotated[
     str,
-    typer.Option(help="hold keys and values as bfloat16 or float16; as the model if not given"),
+    typer.Option(
+        help="hold keys and values as bfloat16, float16 or int8; as the model if not given"
+    ),
 ]
 PrefillVisited = Annotated[
     float | None,

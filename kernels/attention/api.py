@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 
 from saap.kernels.backends import installed
@@ -31,8 +31,8 @@ BACKENDS = ("reference", "numba", "triton")
 
 def attend_ranges(
     q: Float[Tensor, "B Hq D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
     starts: Int32[Tensor, "B rows R"],
     lengths: Int32[Tensor, "B rows R"],
     *,
@@ -47,7 +47,8 @@ def attend_ranges(
     Args:
         q: `[B, Hq, D]`, float32, bfloat16, float16 or (reference only) float64.
         k, v: `[B, Hkv, N, D]`, one dtype; `Hq` is a multiple of `Hkv`. Strided views are read
-            in place as long as D is contiguous.
+            in place as long as D is contiguous. Or int8 `[B, Hkv, N, D + 4]`, rows that
+            `quantize_rows` made (reference and numba).
         starts, lengths: int32 `[B, Hkv, R]`, one selection for all query heads of a KV head, or
             `[B, Hq, R]`, one per query head. Range `i` is rows `[start, start + length)`; length
             0 is unused. The ranges of one row must not overlap: the reference checks it.
@@ -129,8 +130,8 @@ def _checked(q, k, v, starts, lengths, sm_scale, softcap, impl) -> tuple[ModuleT
 
 def attend_dense(
     q: Float[Tensor, "B Hq D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
     cache_seqlens: Int32[Tensor, " B"],
     *,
     sm_scale: float | None = None,
@@ -165,10 +166,10 @@ def attend_dense(
 
 def attend_shared_prefix(
     q: Float[Tensor, "B Hq D"],
-    prefix_k: Float[Tensor, "Hkv P D"],
-    prefix_v: Float[Tensor, "Hkv P D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
+    prefix_k: Shaped[Tensor, "Hkv P width"],
+    prefix_v: Shaped[Tensor, "Hkv P width"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
     starts: Int32[Tensor, "B rows R"],
     lengths: Int32[Tensor, "B rows R"],
     *,

@@ -20,12 +20,16 @@ from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
 from . import numba_kernel as kernel
+from .int8_rows import widened
 from .numba_simd import DIM_STEP
 from .validate import check_range_values
 
 CHECKS_VALUES = True  # of ranges, in the kernel
 
-_KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
+_KINDS = {
+    torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16,
+    torch.int8: np.int8,
+}  # fmt: skip
 
 
 def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -35,8 +39,8 @@ def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dtype not in _KINDS:
             return (
-                f"{name} must have dtype float32, bfloat16 or float16 for impl 'numba'; got "
-                f"{tensor.dtype}"
+                f"{name} must have dtype float32, bfloat16 or float16 for impl 'numba', k int8 "
+                f"perhaps; got {tensor.dtype}"
             )
     if q.shape[-1] % DIM_STEP or q.shape[-1] == 0:
         return f"head_dim must be a multiple of {DIM_STEP} for impl 'numba'; got {q.shape[-1]}"
@@ -113,7 +117,6 @@ class Prepared:
             ranges=ranges,
             dim=dim,
             rows=k.shape[2],
-            row_bytes=dim * size,
             threads=threads,
             worker_bytes=4 * worker_count,
             sm_scale=sm_scale,
@@ -153,7 +156,7 @@ class Prepared:
 
 def _lse_of_one(q, k, starts, lengths, sm_scale, softcap) -> Tensor:
     ranges = zip(starts.tolist(), lengths.tolist(), strict=True)
-    keys = torch.cat([k[first : first + n].float() for first, n in ranges if n])
+    keys = torch.cat([widened(k[first : first + n], torch.float32) for first, n in ranges if n])
     scores = keys @ q * sm_scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -29,7 +29,7 @@ MIN_TILES_PER_WORKER = 8
 
 _FIELDS = (
     "q k v starts lengths out lse "  # addresses; q, out, lse float32, without gaps
-    "k_batch k_head k_row v_batch v_head v_row row_bytes "  # strides and size in bytes
+    "k_batch k_head k_row v_batch v_head v_row "  # strides in bytes
     "lists list_heads kv_heads group ranges dim rows "  # B * list_heads, heads of a list
     "threads workers shares next_worker next_share done_shares "  # from workers on set by plan
     "wrong not_finite "  # whether a range is not within the rows, an lse not a number

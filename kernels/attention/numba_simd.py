@@ -2,7 +2,7 @@
 
 Memory is passed as addresses (int64), so that strides and storage types of a store need no
 signature of their own: `kind` is a value of the type that holds one element, float32, uint16 for
-bfloat16, int16 for float16.
+bfloat16, int16 for float16, int8 for rows of `int8_rows`, which end with their scale.
 """
 
 import functools
@@ -52,6 +52,10 @@ def score(typing_context, kind, heads, q, k, k_row, rows, ahead, dim, scores):
                     builder.store(total, slot)
                     query = emit.at(query, builder.mul(dim, I64(4)))
         totals = emit.totals([builder.load(slot) for slot in sums])
+        if kind == types.int8:
+            keys = [emit.row(k, k_row, emit.at(rows, 8 * r)) for r in range(row_count)]
+            scales = emit.vector_of([emit.load(emit.at(key, dim), F32) for key in keys] * heads)
+            totals = builder.fmul(totals, scales)
         for h in range(heads):
             lanes = [h * row_count + r for r in range(row_count)]
             mask = ir.Constant(ir.VectorType(I32, row_count), lanes)
@@ -118,11 +122,12 @@ def accumulate(
     rows,
     ahead,
     count,
+    dim,
     column,
     sums,
     stride,
 ):
-    """`sums += weights @ v[rows]` in `vectors * LANES` columns from `column` on.
+    """`sums += weights @ v[rows]` in `vectors * LANES` of `dim` columns, from `column` on.
 
     The rows are summed up by themselves first: rounding errors then grow with the number of tiles
     and not with that of rows.
@@ -134,7 +139,7 @@ def accumulate(
     size = kind.bitwidth // 8
 
     def emit_for(
-        emit, heads, vectors, weights, v, v_row, rows, ahead, count, column, sums, stride
+        emit, heads, vectors, weights, v, v_row, rows, ahead, count, dim, column, sums, stride
     ):
         builder = emit.builder
         offset = builder.mul(column, I64(size))
@@ -152,9 +157,11 @@ def accumulate(
                 for entries in (rows, ahead)
             )
             weight = emit.at(weights, builder.mul(loop.index, I64(4)))
-            factors = [
-                emit.splat(emit.load(emit.at(weight, 4 * TILE * h), F32)) for h in range(heads)
-            ]
+            factors = [emit.load(emit.at(weight, 4 * TILE * h), F32) for h in range(heads)]
+            if kind == types.int8:
+                scale = emit.load(emit.at(row, builder.sub(dim, column)), F32)
+                factors = [builder.fmul(factor, scale) for factor in factors]
+            factors = [emit.splat(factor) for factor in factors]
             for i in range(vectors):
                 part = emit.load_stored(emit.at(row, size * LANES * i), kind)
                 if size * LANES * i % CACHE_LINE == 0:
@@ -177,4 +184,4 @@ def accumulate(
                     emit_for(Emitter(builder), heads, vectors, *args[3:])
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 11), codegen
+    return types.void(kind, *[types.int64] * 12), codegen

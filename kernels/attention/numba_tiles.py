@@ -149,7 +149,19 @@ def _accumulate(job, kind, scores, v, rows, ahead, count, sums):
         later = ahead if head == 0 else rows
         for c in range(0, job.dim, width * LANES):
             accumulate(
-                kind, heads, width, weights, v, job.v_row, rows, later, count, c, to, stride
+                kind,
+                heads,
+                width,
+                weights,
+                v,
+                job.v_row,
+                rows,
+                later,
+                count,
+                job.dim,
+                c,
+                to,
+                stride,
             )
         head += heads
 

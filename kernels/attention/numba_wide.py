@@ -141,10 +141,13 @@ def bring(typing_context, kind, base, row_bytes, rows, ahead, count, dim, to):
             here = emit.row(base, row_bytes, emit.at(rows, entry))
             there = emit.row(base, row_bytes, emit.at(ahead, entry))
             out = emit.at(to, builder.mul(builder.mul(row.index, dim), I64(4)))
+            scale = emit.splat(emit.load(emit.at(here, dim), F32)) if kind == types.int8 else None
             with cgutils.for_range(builder, builder.sdiv(dim, I64(LANES))) as loop:
                 at = builder.mul(loop.index, I64(LANES * size))
                 emit.prefetch(emit.at(there, at))
                 part = emit.load_stored(emit.at(here, at), kind)
+                if scale is not None:
+                    part = builder.fmul(part, scale)
                 emit.store(part, emit.at(out, builder.mul(loop.index, I64(LANES * 4))))
         return context.get_dummy_value()
 

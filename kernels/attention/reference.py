@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .int8_rows import widened
+
 
 def attend_ranges(
     q: Tensor,
@@ -31,7 +33,8 @@ def attend_ranges(
     batch, q_heads, _ = q.shape
     range_heads, kv_heads = starts.shape[1], k.shape[1]
     heads_per_row = q_heads // range_heads
-    compute = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    stored = torch.float32 if k.dtype == torch.int8 else k.dtype
+    compute = torch.promote_types(torch.promote_types(q.dtype, stored), torch.float32)
 
     out = q.new_zeros(q.shape)
     lse = q.new_full((batch, q_heads), -torch.inf, dtype=compute)
@@ -42,8 +45,8 @@ def attend_ranges(
                 continue
             heads = slice(row * heads_per_row, (row + 1) * heads_per_row)
             kv_head = row * kv_heads // range_heads
-            keys = k[b, kv_head, selected].to(compute)
-            values = v[b, kv_head, selected].to(compute)
+            keys = widened(k[b, kv_head, selected], compute)
+            values = widened(v[b, kv_head, selected], compute)
             scores = q[b, heads].to(compute) @ keys.T * sm_scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)

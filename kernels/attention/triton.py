@@ -23,6 +23,7 @@ from torch import Tensor
 from saap.kernels.backends.graphs import replayed
 from saap.kernels.backends.launches import Launch, launch_all
 
+from .int8_rows import parts_of, width
 from .triton_checks import check_device, check_scales, check_tensors
 from .triton_combine import combine_parts
 from .triton_kernels import attend_tiles
@@ -82,7 +83,7 @@ def attend_ranges(
     Args:
         q: `[B, Hq, D]`, float16, bfloat16 or float32; D a multiple of 16 up to 256.
         k, v: `[B, Hkv, N, D]` in q's dtype, or int8 or float8_e4m3fn with scales; any strides
-            but D's.
+            but D's. Or int8 with the scales in the rows, as `quantize_rows` makes them.
         starts, lengths: int32 `[B, Hkv, R]` or `[B, Hq, R]`, any strides; at most 16 query
             heads share one list. Values are not checked; a length below 0 counts as unused.
         sm_scale: factor of the scores.
@@ -101,6 +102,8 @@ def attend_ranges(
     Raises:
         ValueError: a limit above, naming it and the value received.
     """
+    if k_scale is None and v_scale is None:
+        k, v, k_scale, v_scale = _with_scales(q, k, v)
     check_tensors(q, k, v, starts)
     check_device(q, k, device_of(q), INTERPRETED)
     check_scales(k, k_scale, v_scale)
@@ -129,12 +132,13 @@ class Prepared:
     """
 
     def __init__(self, q, k, v, starts, lengths, *, sm_scale, softcap):
+        k, v, *scales = _with_scales(q, k, v)
         check_tensors(q, k, v, starts)
         check_device(q, k, device_of(q), INTERPRETED)
         self.q = torch.empty_like(q, memory_format=torch.contiguous_format)
         self.workspace = make_workspace(q, k, starts)
         work = list(
-            launches(self.q, k, v, starts, lengths, None, None, self.workspace, sm_scale, softcap)
+            launches(self.q, k, v, starts, lengths, *scales, self.workspace, sm_scale, softcap)
         )
         self.run = replayed(functools.partial(launch_all, work, self.q), q.device)
 
@@ -142,6 +146,14 @@ class Prepared:
         self.q.copy_(q)
         self.run()
         return self.workspace.out.clone(), self.workspace.lse.clone()
+
+
+def _with_scales(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and their scales, where int8 rows hold them; None for no scales."""
+    if k.dtype != torch.int8 or k.shape[-1] != width(q.shape[-1], torch.int8):
+        return k, v, None, None
+    (k, k_scale), (v, v_scale) = parts_of(k), parts_of(v)
+    return k, v, k_scale, v_scale
 
 
 def make_workspace(

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .int8_rows import width
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,9 +28,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"v must be like k, {k.dtype} {tuple(k.shape)}; got {v.dtype} {tuple(v.shape)}"
         )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[2]:
+    wide = width(q.shape[2], k.dtype)
+    if k.shape[0] != q.shape[0] or k.shape[3] != wide:
+        of_int8 = "" if wide == q.shape[2] else f", D + 4 = {wide} in int8"
         raise ValueError(
-            f"k must have the B and D of q, {q.shape[0]} and {q.shape[2]}; got {tuple(k.shape)}"
+            f"k must have the B and D of q, {q.shape[0]} and {q.shape[2]}{of_int8}; got "
+            f"{tuple(k.shape)}"
         )
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
@@ -41,9 +46,9 @@ def check_is_tensor(name: str, value: object) -> None:
 
 
 def check_float_dtypes(q: Tensor, k: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dtype not in DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    for name, tensor, dtypes in (("q", q, DTYPES), ("k", k, (*DTYPES, torch.int8))):
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise ValueError(f"{name} must have dtype {names}; got {tensor.dtype}")
 
 

@@ -103,6 +103,13 @@ class Emitter:
         one = self.builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, I32(0))
         return self.builder.shuffle_vector(one, one, ir.Constant(VECTOR_I32, [0] * LANES))
 
+    def vector_of(self, scalars):
+        """`LANES` scalars side by side."""
+        vector = ir.Constant(VECTOR, ir.Undefined)
+        for lane, scalar in enumerate(scalars):
+            vector = self.builder.insert_element(vector, scalar, I32(lane))
+        return vector
+
     def polynomial(self, x, coefficients):
         total = self.same(coefficients[0])
         for coefficient in coefficients[1:]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from saap.budget import LEAST_FLUSH, Budget
 from saap.context_folder import ContextFolder
 from saap.index.tensor_files import SAFETENSORS_DTYPES
+from saap.kernels.attention.int8_rows import width
 from saap.kv import state as kv_state
 from saap.kv.file_rows import OF_SLOT, FileRows, RowReads
 
@@ -185,4 +186,4 @@ def least_memory(saap_model) -> int:
     lists = heads // n_kv if budget.share == "head" else 1
     rows = budget.n_sink + budget.window + LEAST_FLUSH + (budget.max_tokens or 0)
     n_layers = sum(layer.is_full for layer in saap_model.layers)
-    return n_layers * lists * rows * n_kv * (2 * dim * dtype.itemsize + OF_SLOT)
+    return n_layers * lists * rows * n_kv * (2 * width(dim, dtype) * dtype.itemsize + OF_SLOT)

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from saap.kernels.attention.int8_rows import head_dim
 from saap.kernels.attention.validate import check_is_tensor
 
 KV_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "int8": torch.int8,
 }  # fmt: skip
 """What a store can hold keys and values as: those that attention kernels read as they are."""
 
@@ -42,7 +44,7 @@ def check_append(
             "k_rope and v must require no gradient; got one that does: use torch.no_grad()"
         )
     if lengths:
-        expected = (len(lengths), held.shape[1], held.shape[3], held.dtype, held.device)
+        expected = (len(lengths), held.shape[1], head_dim(held), held.dtype, held.device)
         stored = kv_dtype or k_rope.dtype
         found = (len(k_rope), k_rope.shape[1], k_rope.shape[3], stored, k_rope.device)
         if expected != found or v.dtype != k_rope.dtype:
@@ -54,7 +56,7 @@ def check_append(
     elif n_kv is not None and k_rope.shape[1] != n_kv:
         raise ValueError(f"k_rope must have {n_kv} heads, as the partition; got {k_rope.shape[1]}")
     if kv_dtype is not None:
-        _check_fits(k_rope, v, kv_dtype)
+        check_fits(k_rope, v, kv_dtype)
     if mask is not None:
         _check_mask(mask, k_rope, lengths)
 
@@ -65,13 +67,13 @@ def check_kv_dtype(kv_dtype: torch.dtype | None) -> None:
         raise ValueError(f"kv_dtype must be None or one of {names}; got {kv_dtype!r}")
 
 
-def _check_fits(k_rope: Tensor, v: Tensor, kv_dtype: torch.dtype) -> None:
+def check_fits(k_rope: Tensor, v: Tensor, kv_dtype: torch.dtype) -> None:
     """Keys and values survive being stored: nothing finite becomes infinite."""
     if kv_dtype.itemsize > k_rope.dtype.itemsize:
         raise ValueError(
             f"kv_dtype must be no wider than the model's {k_rope.dtype}; got {kv_dtype}"
         )
-    largest = torch.finfo(kv_dtype).max
+    largest = torch.finfo(torch.float32 if kv_dtype == torch.int8 else kv_dtype).max
     if largest >= torch.finfo(k_rope.dtype).max * 0.99:
         return
     for name, given in (("k_rope", k_rope), ("v", v)):

@@ -1,7 +1,7 @@
 """Attention of several new tokens of each sequence of a store: exact, or by a prefill budget."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saap.budget import Budget
@@ -21,8 +21,8 @@ class ChunkAttention:
     def attend(
         self,
         q: Float[Tensor, "B Hq T D"],
-        k: Float[Tensor, "B Hkv capacity D"],
-        v: Float[Tensor, "B Hkv capacity D"],
+        k: Shaped[Tensor, "B Hkv capacity width"],
+        v: Shaped[Tensor, "B Hkv capacity width"],
         lengths: list[int],
         new: list[int],
         **options,

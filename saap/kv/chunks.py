@@ -3,14 +3,16 @@
 A prefill in pieces, the verification of drafted tokens and the next turn of a chat all ask for it.
 Every new token sees the whole past, whatever order its rows are in, so only the chunk against
 itself needs a causal mask: the two parts are computed apart and merged by their lse. Keys and
-values may be stored narrower than queries are: they are converted some rows at a time.
+values may be stored narrower than queries are, as int8 rows too: they are converted some rows at a
+time.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saap.kernels.attention.api import attend_dense, best_impl
+from saap.kernels.attention.int8_rows import widened
 from saap.kernels.attention.merge import merge_states
 
 SCORES_AT_ONCE = 1 << 24
@@ -23,8 +25,8 @@ OutAndLse = tuple[Float[Tensor, "B Hq T D"], Float[Tensor, "B Hq T"]]
 
 def attend_chunk(
     q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
     *,
     sm_scale: float,
     softcap: float | None = None,
@@ -45,7 +47,7 @@ def attend_chunk(
     if k.dtype != q.dtype:
         assert sliding_window is None
         options = {"sm_scale": sm_scale, "softcap": softcap}
-        own = attend_chunk(q, *(t[:, :, past:].to(q.dtype) for t in (k, v)), **options)
+        own = attend_chunk(q, *(widened(t[:, :, past:], q.dtype) for t in (k, v)), **options)
         if past == 0:
             return own
         return merge_states(*attend_past(q, k[:, :, :past], v[:, :, :past], **options), *own)
@@ -62,8 +64,8 @@ def attend_chunk(
 
 def attend_past(
     q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "B Hkv N D"],
-    v: Float[Tensor, "B Hkv N D"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
     *,
     sm_scale: float,
     softcap: float | None = None,
@@ -73,7 +75,7 @@ def attend_past(
         options = {"sm_scale": sm_scale, "softcap": softcap}
         found = None
         for both in zip(k.split(WIDENED, 2), v.split(WIDENED, 2), strict=True):
-            own = attend_past(q, *(t.to(q.dtype) for t in both), **options)
+            own = attend_past(q, *(widened(t, q.dtype) for t in both), **options)
             found = own if found is None else merge_states(*found, *own)
         return found
     fused = None if softcap is not None else _fused_kernel(q)

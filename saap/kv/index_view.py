@@ -29,6 +29,10 @@ class StoreIndex(AsymmetricIVF):
     """
 
     def __init__(self, store: KVStore, sequence: int = 0):
+        if store.kv_dtype == torch.int8:
+            raise ValueError(
+                "a store must hold floats to be searched as an index; got kv_dtype torch.int8"
+            )
         selector = store.selector
         if not isinstance(selector, ListSelector) or not selector.ready:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Which rows of a store its selector chooses from, and in what order they lie."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from saap.budget import Budget
@@ -45,7 +45,7 @@ class MiddleRows:
         self._seen = buffers, middle  # made anew only when rows found another place
         return middle
 
-    def _read_keys(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n D"]:
+    def _read_keys(self, b: int, first: int, last: int) -> Shaped[Tensor, "Hkv n width"]:
         return self.rows.read_keys(first, last)
 
     def let_go(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saap.kernels.attention.int8_rows import head_dim
 from saap.kernels.backends.prepared import Preparation
 from saap.selector import Selector
 
@@ -26,7 +27,8 @@ class NextStep(Preparation):
     A copy of it is None: what it holds belongs to one store.
 
     Args:
-        buffers: keys and values of the store, `[B, Hkv, capacity, D]`.
+        buffers: keys and values of the store, `[B, Hkv, capacity, width]`.
+        as_stored: what they hold of new ones, `[B, Hkv, 1, D]` of dtype `new_dtype`.
         growing: numbers of rows that one token adds 1 to: the tails of ranges.
         choose: writes the ranges of queries `[B, Hq, D]`; None where they do not depend on them.
         attend: attention of queries over what was chosen, `out, lse`.
@@ -38,6 +40,8 @@ class NextStep(Preparation):
     def __init__(
         self,
         buffers: tuple[Tensor, Tensor],
+        as_stored: Callable[[Tensor], Tensor],
+        new_dtype: torch.dtype,
         growing: list[Tensor],
         choose: Callable[[Tensor], object] | None,
         attend: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -46,19 +50,19 @@ class NextStep(Preparation):
         terms: dict[str, object],
         steps: int,
     ):
-        self._buffers, self._growing = buffers, growing
+        self._buffers, self._as_stored, self._growing = buffers, as_stored, growing
         self._choose, self._attend = choose, attend
         k = buffers[0]
-        self._fits = shape, dtype, (len(k), k.shape[1], 1, k.shape[3]), k.dtype, k.device
+        self._fits = shape, dtype, (len(k), k.shape[1], 1, head_dim(k)), new_dtype, k.device
         self._terms, self._threads = terms, torch.get_num_threads()
         self._left = steps
 
     def fits(self, q: Tensor, k: Tensor, v: Tensor, terms: dict[str, object]) -> bool:
         """Whether this is the step for these queries, keys and values `[B, H, 1, D]`."""
-        shape, dtype, new_shape, stored, device = self._fits
+        shape, dtype, new_shape, new_dtype, device = self._fits
         return (
-            self._left > 0 and q.shape == shape and q.dtype is dtype and k.dtype is stored
-            and k.shape == new_shape and v.shape == new_shape and v.dtype is stored
+            self._left > 0 and q.shape == shape and q.dtype is dtype and k.dtype is new_dtype
+            and k.shape == new_shape and v.shape == new_shape and v.dtype is new_dtype
             and k.device == device and v.device == device and q.device == device
             and terms == self._terms and torch.get_num_threads() == self._threads
             and not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
@@ -76,7 +80,8 @@ class NextStep(Preparation):
     def write(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """The token's row, behind the others of the tail."""
         alike = len(set(lengths)) == 1
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
+        written = self._as_stored(k), self._as_stored(v)
+        for buffer, new in zip(self._buffers, written, strict=True):
             if alike:
                 buffer.select(2, lengths[0]).copy_(new.squeeze(2))
                 continue

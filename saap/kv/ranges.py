@@ -1,7 +1,7 @@
 """The ranges of one decode step, in tensors that are written over from step to step."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from saap.selector import Middle, RangeBuffer, Ranges, check_ranges
@@ -42,7 +42,7 @@ class StepRanges:
         middles: list[int],
         dense_below: int,
         n_queries: int,
-        k: Float[Tensor, "B Hkv capacity D"],
+        k: Shaped[Tensor, "B Hkv capacity width"],
     ) -> AllRanges:
         """Sinks and tail before the chosen ranges; everything where nothing was chosen.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saap.index import tensor_files
 from saap.index.file_fields import Fields
+from saap.kernels.attention import int8_rows
 
 KIND, VERSION = "saap.Rows", 1
 HEADER = 4096  # bytes, of a page: records begin behind it
@@ -72,7 +73,7 @@ class RowFile:
         if header.values.get("kind") != KIND or header.values.get("version") != VERSION:
             raise ValueError(f"{path}: must be rows of a context, version {VERSION}; got another")
         dtype = header.text("dtype", DTYPES)
-        width = header.integer("width", 1, 2**16 + 4)
+        width = int8_rows.width(dim, DTYPES[dtype])
         if header.values != _header(folder_id, number, n_kv, width, dtype):
             raise ValueError(
                 f"{path}: must be layer {number} of this context, {n_kv} KV heads of {dim}; got "

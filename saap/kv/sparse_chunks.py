@@ -12,9 +12,10 @@ rows are brought together and attended by the kernel of dense attention.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from saap.kernels.attention.int8_rows import widened
 from saap.kernels.attention.merge import merge_states
 from saap.prefill import PrefillBudget
 
@@ -57,8 +58,8 @@ class _Block:
 
 def attend_sparse_chunk(
     q: Float[Tensor, "1 Hq T D"],
-    k: Float[Tensor, "1 Hkv N D"],
-    v: Float[Tensor, "1 Hkv N D"],
+    k: Shaped[Tensor, "1 Hkv N width"],
+    v: Shaped[Tensor, "1 Hkv N width"],
     budget: PrefillBudget,
     *,
     n_sink: int,
@@ -94,7 +95,7 @@ def attend_sparse_chunk(
             else:
                 read.add(block.last - block.first, block.before, chosen.shape[1])
                 past = (_brought(t, chosen, q.dtype) for t in (k, v))
-                latest = (t[:, :, block.before : end].to(q.dtype) for t in (k, v))
+                latest = (widened(t[:, :, block.before : end], q.dtype) for t in (k, v))
                 found = merge_states(
                     *attend_past(own, *past, **options), *attend_chunk(own, *latest, **options)
                 )
@@ -165,18 +166,18 @@ def _means(q: Float[Tensor, "Hq T D"], n_kv: int, averaged: int) -> Float[Tensor
 
 
 def _scores(
-    q: Float[Tensor, "Hkv m D"], k: Float[Tensor, "Hkv n D"], softcap: float | None
+    q: Float[Tensor, "Hkv m D"], k: Shaped[Tensor, "Hkv n width"], softcap: float | None
 ) -> Float[Tensor, "Hkv m n"]:
     if k.dtype == q.dtype:
         out = q @ k.mT
     else:
-        out = torch.cat([q @ part.to(q.dtype).mT for part in k.split(WIDENED, 1)], 2)
+        out = torch.cat([q @ widened(part, q.dtype).mT for part in k.split(WIDENED, 1)], 2)
     return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
 def _brought(
-    t: Float[Tensor, "1 Hkv N D"], rows: Int[Tensor, "Hkv R"], dtype: torch.dtype
+    t: Shaped[Tensor, "1 Hkv N width"], rows: Int[Tensor, "Hkv R"], dtype: torch.dtype
 ) -> Float[Tensor, "1 Hkv R D"]:
     """The listed rows of each head, together."""
     own = [head.index_select(0, chosen) for head, chosen in zip(t[0], rows, strict=True)]
-    return torch.stack(own)[None].to(dtype)
+    return widened(torch.stack(own)[None], dtype)

@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.rows import BucketRows
+from saap.kernels.attention.int8_rows import quantize_rows
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
 from saap.stateful import stateful
 
-from .checks import check_append, check_kv_dtype, check_query
+from .checks import check_append, check_fits, check_kv_dtype, check_query
 from .chunk_attention import ChunkAttention
 from .chunks import OutAndLse
 from .file_rows import FileRows
@@ -45,8 +46,9 @@ class KVStore:
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
         capacity: tokens per sequence to make room for at the first append.
         kv_dtype: what keys and values are stored as, None for their own dtype: `torch.bfloat16` or
-            `torch.float16` beside a float32 model takes half the bytes. Attention still computes
-            as wide as queries are.
+            `torch.float16` beside a float32 model takes half the bytes, `torch.int8` with a scale
+            for each row little more than a quarter. Attention still computes as wide as queries
+            are.
         steered: rows join the middle only when `take_in` says so, because this store holds a part
             of a context, and when they are due depends on the whole (`saap.distributed`).
         prefill: what tokens visit that come several at a time; None: everything.
@@ -86,6 +88,7 @@ class KVStore:
         self.lengths: list[int] = []
         self._lists = MiddleRows(self.rows, selector, budget)
         self._new: list[int] = []  # tokens of the last append, by sequence
+        self._new_dtype: torch.dtype | None = None  # as they were given
         self._length_new = 0
         self._ranges = StepRanges(budget.n_sink)
         self._steps = StepAttention(self._ranges)
@@ -128,11 +131,12 @@ class KVStore:
         return self._lists.seen
 
     @property
-    def k(self) -> Float[Tensor, "B Hkv capacity D"]:
+    def k(self) -> Shaped[Tensor, "B Hkv capacity width"]:
+        """Keys as they are stored, in `kv_dtype`: D wide, or as `quantize_rows` has them."""
         return self.rows.vectors["k"]
 
     @property
-    def v(self) -> Float[Tensor, "B Hkv capacity D"]:
+    def v(self) -> Shaped[Tensor, "B Hkv capacity width"]:
         return self.rows.vectors["v"]
 
     @property
@@ -190,7 +194,8 @@ class KVStore:
             raise ValueError("reserve needs like=keys before the first append; got none")
         if n > self.rows.capacity:
             self._next = None
-        self.rows.reserve(n, self.k if like is None else like, self.length)
+        like = self.k if like is None else self._as_stored(like[:, :, :0])
+        self.rows.reserve(n, like, self.length)
 
     @stateful
     def append(
@@ -219,7 +224,7 @@ class KVStore:
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
         if longest > self.rows.capacity:
             self._let_go()
-        like = k_rope if self.kv_dtype is None else k_rope[:, :, :0].to(self.kv_dtype)
+        like = self._as_stored(k_rope if self.kv_dtype is None else k_rope[:, :, :0])
         self.rows.reserve(max(longest, self.capacity, 1), like, self.length)  # 1: all padding
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
@@ -228,14 +233,21 @@ class KVStore:
             self._lists.begin(batch)
         lists = self._lists.of_new(k_rope, k_derope, new, self.lengths)
         if len(set(self.lengths)) == 1 and new == [length] * batch:
-            self.rows.write(slice(None), self.lengths[0], (k_rope, v), lists)
+            written = self._as_stored(k_rope), self._as_stored(v)
+            self.rows.write(slice(None), self.lengths[0], written, lists)
         else:
             for b, n in enumerate(new):
                 own = lists if isinstance(lists, int) else lists[b, :, length - n :]
-                ends = k_rope[b, :, length - n :], v[b, :, length - n :]
-                self.rows.write(b, self.lengths[b], ends, own)
+                ends = (self._as_stored(t[b, :, length - n :]) for t in (k_rope, v))
+                self.rows.write(b, self.lengths[b], tuple(ends), own)
         self.lengths = [a + b for a, b in zip(self.lengths, new, strict=True)]
-        self._new, self._length_new = new, length
+        self._new, self._length_new, self._new_dtype = new, length, k_rope.dtype
+
+    def _as_stored(self, rows: Tensor) -> Tensor:
+        """Keys or values as this store holds them."""
+        if self.kv_dtype in (None, rows.dtype):
+            return rows
+        return quantize_rows(rows) if self.kv_dtype == torch.int8 else rows.to(self.kv_dtype)
 
     @stateful
     def attend(
@@ -319,6 +331,8 @@ class KVStore:
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         if step is None or not step.fits(q_rope, k_rope, v, self._terms(sm_scale, softcap)):
             return None
+        if self.kv_dtype is not None:
+            check_fits(k_rope, v, self.kv_dtype)
         self._next = None  # where this is broken off, the next step is a general one
         if self.selector is not None and not self._resting:
             self.selector.observe(q_rope, self._new)
@@ -339,7 +353,7 @@ class KVStore:
     ) -> NextStep | None:
         """For tokens that come after a step of these queries; None where it has to be general."""
         attend = self._steps.latest
-        plain = not self.in_file and self.kv_dtype is None and self.rows.plain
+        plain = not self.in_file and self.rows.plain
         if attend is None or not plain or min(self._new) < 1:
             return None
         choose, local = None, False
@@ -359,8 +373,8 @@ class KVStore:
         if choose is None and self.selector is not None and any(self.middles):
             steps = min(steps, self.budget.dense_below - max(self.lengths))
         return NextStep(
-            (self.k, self.v), self._ranges.growing(local), choose, attend,
-            q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
+            (self.k, self.v), self._as_stored, self._new_dtype, self._ranges.growing(local),
+            choose, attend, q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
         )  # fmt: skip
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:

@@ -220,7 +220,7 @@ class SaapSelector(Selector):
         return coded | self.coordinates.tensors() | kept
 
     def restore(self, state, middle):
-        batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.k.shape[-1]
+        batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.dim
         n, words = max(middle.n_rows), padded(dim) // CODED
         maps = 1 if self.trained is not None else batch
         expected = {

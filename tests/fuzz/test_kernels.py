@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import saap
+from saap.kernels.attention import quantize_rows
+from saap.kernels.attention.int8_rows import widened
 from saap.kernels.codes import encode, select_rows
 
 from .hostile import DTYPES, canaries, cases, torch_seed
 
 pytestmark = pytest.mark.bad_input
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 2e-5}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 2e-5,
+             torch.int8: 2e-5}  # fmt: skip
 INT32 = 2**31 - 1
+SCALES = (-1, 0, 1, 60, 62, -66)  # as four bytes: NaN, 0, 2e-38, 0.01, 0.2, -0.2
 
 
 def strange(own, x):
@@ -30,6 +34,19 @@ def strange(own, x):
         return x * own.choice((0.0, 1e-30, 1e3))
     if kind == 5 and x.ndim > 2:
         return x[:, :, :1].expand_as(x) if x.shape[2] else x
+    return x
+
+
+def strange_rows(own, x):
+    """int8 rows in another layout, or with a scale that `quantize_rows` does not write."""
+    kind = own.randrange(6)
+    if kind == 0:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == 1:
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    if kind == 2 and x.numel():
+        at = own.randrange(x.numel() // x.shape[-1])
+        x.view(-1, x.shape[-1])[at, -4:] = torch.tensor([own.choice(SCALES)] * 4)
     return x
 
 
@@ -61,6 +78,8 @@ def attention_case(own):
         strange(own, torch.randn(*shape, generator=generator).to(dtype))
         for shape in ((batch, n_kv * group, dim), *[(batch, n_kv, n, dim)] * 2)
     )
+    if own.random() < 0.2:
+        k, v = (strange_rows(own, quantize_rows(t)) for t in (k, v))
     starts, lengths = ranges(own, batch, own.choice((n_kv, n_kv * group)), n)
     given = {"q": q, "k": k, "v": v, "starts": starts, "lengths": lengths}
     if own.random() < 0.1:  # one argument of another shape, dtype or kind
@@ -103,6 +122,10 @@ def test_attend_ranges():
         if found is None:
             continue
         limit = TOLERANCE[given["q"].dtype] + TOLERANCE[given["k"].dtype]
+        # A score is known to its size in units of rounding, and so is its weight.
+        scores = true[1][true[1].isfinite()].abs().flatten().tolist()
+        limit += 2 * torch.finfo(torch.float32).eps * max(scores, default=0)
+        values = widened(given["v"], torch.float64)
         for got, exact, name in zip(found, true, ("out", "lse"), strict=True):
             if abs(options["sm_scale"] or 1.0) > 1e3 or "e3" in str(options):
                 continue  # scores overflow to infinities in another order
@@ -113,7 +136,7 @@ def test_attend_ranges():
             got, exact = got.double(), exact.double()
             same = (got == exact) | no_number
             # Errors of the weights count by the values, which may cancel in the sum.
-            of = given["v"].double() if name == "out" else exact
+            of = values if name == "out" else exact
             scale = 1 + max(torch.where(of.isfinite(), of.abs(), 0).flatten().tolist(), default=0)
             assert bool((same | ((got - exact).abs() <= limit * scale)).all()), name
 

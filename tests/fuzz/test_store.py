@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saap.budget import Budget
+from saap.kernels.attention import dequantize_rows, quantize_rows
 from saap.kv import KVStore, attend_chunk, state
 from saap.methods.saap import SaapSelector
 
@@ -38,9 +39,9 @@ def selectors():
 class Twin:
     """A store, and what it has to hold: `k, v [Hkv, n, D]` of each sequence."""
 
-    def __init__(self, own, selector, budget):
+    def __init__(self, own, selector, budget, kv_dtype):
         self.own, self.generator = own, torch_seed(own)
-        self.store, self.held = KVStore(selector, budget), []
+        self.store, self.held = KVStore(selector, budget, kv_dtype=kv_dtype), []
 
     def random(self, *shape):
         return torch.randn(*shape, generator=self.generator)
@@ -65,6 +66,8 @@ class Twin:
                 self.store.append(k, v, k, mask)
                 found = self.store.attend(q, q)
             out, lse = (t.clone() for t in found)
+        if self.store.kv_dtype == torch.int8:
+            k, v = (dequantize_rows(quantize_rows(t)) for t in (k, v))
         self.held = self.held or [(k[0, :, :0], v[0, :, :0])] * batch
         new = [n] * batch if mask is None else mask.sum(1).tolist()
         self.held = [
@@ -128,7 +131,9 @@ class Twin:
             return
         header, tensors = state.saved(self.store)
         tensors = {name: t.clone() for name, t in tensors.items()}
-        self.store = state.restored(header, tensors, make(), self.store.budget)
+        self.store = state.restored(
+            header, tensors, make(), self.store.budget, self.store.kv_dtype
+        )
 
     def wrong(self):
         """What is to be refused, and to leave everything as it was."""
@@ -136,7 +141,8 @@ class Twin:
         good = torch.zeros(batch, HKV, 2, DIM)
         others = [good[:, :, :0], good[0], good[:0]]
         if self.held:  # the first append may bring any of these
-            others += [good[..., :8], good[:, :1].expand(-1, 5, -1, -1), good.double()]
+            others += [good[..., :8], good[:, :1].expand(-1, 5, -1, -1)]
+            others += [good.double()] * (self.store.kv_dtype is None)  # narrow rows take any
         other = self.own.choice(others)
         attempts = (
             lambda: self.store.append(other, other, other),
@@ -159,7 +165,7 @@ def test_store_steps(selectors):
             max_tokens=10**6, n_sink=own.choice((0, 1, 4)), window=own.choice((1, 8, 20)),
             flush_every=own.choice((None, 1, 8, 16)),
         )  # fmt: skip
-        twin = Twin(own, selectors(name), budget)
+        twin = Twin(own, selectors(name), budget, own.choice((None, None, torch.int8)))
         for _ in range(own.choice((5, 20, 60))):
             step = own.choice(
                 ("append",) * 12 + ("ask", "ask", "flush", "truncate", "select", "save", "wrong")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from saap.kernels.attention import attend_dense, attend_ranges, merge_states
+from saap.kernels.attention import attend_dense, attend_ranges, merge_states, quantize_rows
+from saap.kernels.attention.int8_rows import dequantize_rows
 
 from .budget import assert_within_budget
 
@@ -33,14 +34,24 @@ def make(batch, q_heads, kv_heads, dim, rows, n_ranges, dtype, *, per_head=False
         ((2, 46, 2, 80, 333, 5), torch.float32),
         ((1, 34, 2, 256, 303, 4), torch.bfloat16),
         ((1, 38, 1, 48, 501, 3), torch.float16),
+        ((1, 4, 2, 64, 1001, 7), torch.int8),
+        ((3, 10, 2, 80, 777, 20), torch.int8),
+        ((2, 6, 3, 128, 333, 5), torch.int8),
+        ((1, 16, 1, 256, 501, 3), torch.int8),
+        ((1, 46, 2, 80, 333, 5), torch.int8),
     ],
 )
 def test_against_float64(shape, dtype, softcap, per_head):
-    q, k, v, starts, lengths = make(*shape, dtype, per_head=per_head)
+    narrow = dtype == torch.int8
+    q, k, v, starts, lengths = make(*shape, torch.float32 if narrow else dtype, per_head=per_head)
+    numbers = k, v
+    if narrow:
+        k, v = quantize_rows(k), quantize_rows(v)
+        numbers = dequantize_rows(k), dequantize_rows(v)
     lengths[0, 0] = 0  # a row whose ranges are all empty
     result = attend_ranges(q, k, v, starts, lengths, softcap=softcap, impl="numba")
     assert_within_budget(
-        result, (q, k, v, starts, lengths), sm_scale=q.shape[-1] ** -0.5, softcap=softcap
+        result, (q, *numbers, starts, lengths), sm_scale=q.shape[-1] ** -0.5, softcap=softcap
     )
     again = attend_ranges(q, k, v, starts, lengths, softcap=softcap, impl="numba")
     assert torch.equal(result[0], again[0])
@@ -130,7 +141,7 @@ def test_a_sign_still_to_be_changed_is_changed(name):
 
 def test_what_it_cannot_do_is_named():
     q, k, v, starts, lengths = make(1, 4, 2, 64, 50, 2, torch.float64)
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16 for impl 'numba'"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16 for impl 'numba', k int8"):
         attend_ranges(q, k, v, starts, lengths, impl="numba")
     # None takes what can do it.
     assert attend_ranges(q, k, v, starts, lengths)[0].dtype == torch.float64

@@ -1,7 +1,11 @@
 """The Triton backend against the float64 reference."""
 
+import dataclasses
+
 import pytest
 import torch
+
+from saap.kernels.attention import dequantize_rows, quantize_rows
 
 from .triton_cases import (
     CUDA,
@@ -52,6 +56,14 @@ CASES = {
 def test_against_the_reference(case, dtype):
     inputs = make_inputs(case, dtype)
     check(inputs, case, attend(inputs, case))
+
+
+@pytest.mark.parametrize("case", [CASES["ragged"], CASES["dim-80"], CASES["one-token-ranges"]])
+def test_int8_rows_hold_their_scales(case):
+    inputs = make_inputs(case, torch.float16)
+    k, v = quantize_rows(inputs.k), quantize_rows(inputs.v)
+    stored = dataclasses.replace(inputs, k=k, v=v)
+    check(inputs, case, attend(stored, case), dequantize_rows(k), dequantize_rows(v))
 
 
 @pytest.mark.parametrize("group", range(1, 17))
