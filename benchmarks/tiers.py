@@ -37,6 +37,7 @@ HEADS, N_KV, DIM, CHUNK, LAST = 9, 3, 64, 2048, 64
 BUDGET = Budget(max_tokens=4096, flush_every=256)
 WARM, STEPS = 3, 12
 COSINES = (0.9, 0.0)
+FAST = 14 * 2**20  # bytes of rows in memory, of a layer: with less, steps would look into the files
 
 
 class Stack:
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**20)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--inside-layers", type=int, default=1, help="layers all in memory")
-    parser.add_argument("--fast-memory", type=int, default=60 * 2**20, help="bytes, all layers")
+    parser.add_argument("--fast-memory", type=int, help=f"bytes, all layers; {FAST} for each")
     parser.add_argument("--share", type=float, default=0.1, help="limit, of keys and values")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -215,6 +216,8 @@ def main() -> None:
     if options.child:
         child(options)
         return
+    if options.fast_memory is None:
+        options.fast_memory = FAST * options.layers
     if options.folder is None:
         parser.error("--folder must be given: a new or empty folder on a disk with room")
     kv_bytes = options.tokens * options.layers * 2 * N_KV * DIM * 4

@@ -19,6 +19,7 @@ VARIANTS: dict[str, tuple[dict, dict, dict]] = {
     "a selection for each query head": ({"share": "head"}, {}, {}),
     "verified": ({}, {"verify": 4}, {}),
     "prompt lookup": ({}, {}, {"prompt_lookup_num_tokens": 4}),
+    "int8 rows": ({}, {"kv_dtype": torch.int8}, {}),
 }
 """Name → fields of the budget, options of `attached`, options of `generate`."""
 

@@ -272,9 +272,9 @@ def attached(
     most so many tokens are drafted over the budget and verified in one exact forward
     (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
     same model, budget and text (`saap.distributed`, docs/scale.md). `kv_dtype`: what the cache
-    holds keys and values as, None for the model's own dtype (docs/scale.md). `prefill`: tokens of
-    a long prompt visit a part of what is before them, chosen block by block; None, the default,
-    reads prompts exactly (docs/scale.md). CPU only.
+    holds keys and values as, such as `torch.int8`; None for the model's own dtype (docs/scale.md).
+    `prefill`: tokens of a long prompt visit a part of what is before them, chosen block by block;
+    None, the default, reads prompts exactly (docs/scale.md). CPU only.
 
     Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
     index's, for an unknown method, one that needs an index and got none, and for a budget that it

@@ -19,10 +19,15 @@ def check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"kv_dtype must be no wider than the model's {model.dtype}; got {kv_dtype}"
         )
-    if model.device.type != "cpu" and kv_dtype != model.dtype:
+    device = model.device.type
+    if device != "cpu" and kv_dtype not in (model.dtype, torch.int8):
         raise ValueError(
-            f"kv_dtype must be None or {model.dtype}, as the model, on {model.device.type}; got "
+            f"kv_dtype must be None, int8 or {model.dtype}, as the model, on {device}; got "
             f"{kv_dtype}"
+        )
+    if device == "cuda" and kv_dtype == torch.int8 and model.dtype.itemsize != 2:
+        raise ValueError(
+            f"a model must be of 16 bits for kv_dtype torch.int8 on {device}; got {model.dtype}"
         )
 
 
