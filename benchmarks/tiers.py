@@ -37,7 +37,7 @@ HEADS, N_KV, DIM, CHUNK, LAST = 9, 3, 64, 2048, 64
 BUDGET = Budget(max_tokens=4096, flush_every=256)
 WARM, STEPS = 3, 12
 COSINES = (0.9, 0.0)
-FAST = 14 * 2**20  # bytes of rows in memory, of a layer: with less, steps would look into the files
+FAST = 14 * 2**20  # bytes of rows in memory, of a layer: with less, steps look into the files
 
 
 class Stack:
