@@ -192,8 +192,8 @@ def table(report: dict) -> str:
         f"({report['tokens']:,} tokens, {report['layers']} layers, "
         f"{report['kv_bytes'] / gib:.2f} GiB of keys and values, in a control group of "
         f"{files['limit'] / gib:.2f} GiB, page cache counted in; "
-        f"{files['anonymous'] / gib:.2f} GiB were no pages of files. {report['inside_layers']} "
-        f"layers for the comparison in memory. Steps of the reference model over "
+        f"{files['anonymous'] / gib:.2f} GiB were no pages of files. In memory: "
+        f"{report['inside_layers']} of them. Steps of the reference model over "
         f"{text['tokens']:,} bytes of text, "
         f"{text['rows']} rows of the middle, a tenth of its keys and values in memory: "
         f"{text['hit_rate']:.0%} of the rows were there.)",

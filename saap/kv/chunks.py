@@ -41,10 +41,8 @@ def attend_chunk(
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     if sliding_window is not None and k.shape[2] <= sliding_window:
         sliding_window = None
-    short = sliding_window is None and past and q.shape[2] * group <= SHORT
-    if short and best_impl(q, k, v) == "numba":
-        return _short(q, k, v, sm_scale, softcap)
-    if k.dtype != q.dtype:
+    apart = sliding_window is None and past and _by_our_kernel(q, k, v)
+    if apart or k.dtype != q.dtype:
         assert sliding_window is None
         options = {"sm_scale": sm_scale, "softcap": softcap}
         own = attend_chunk(q, *(widened(t[:, :, past:], q.dtype) for t in (k, v)), **options)
@@ -71,6 +69,11 @@ def attend_past(
     softcap: float | None = None,
 ) -> OutAndLse:
     """Exact attention of T tokens over N rows, at least one, that every one of them sees."""
+    if _by_our_kernel(q, k, v):  # each row is read once for all query rows
+        seqlens = torch.full((len(q),), k.shape[2], dtype=torch.int32)
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        out, lse = attend_dense(q.flatten(1, 2), k, v, seqlens, **options)
+        return out.unflatten(1, q.shape[1:3]), lse.unflatten(1, q.shape[1:3])
     if k.dtype != q.dtype:
         options = {"sm_scale": sm_scale, "softcap": softcap}
         found = None
@@ -100,15 +103,10 @@ def attend_past(
     return out, lse
 
 
-def _short(q, k, v, sm_scale, softcap) -> OutAndLse:
-    """By the kernel of single tokens: each past row is read once for all query rows."""
-    past = k.shape[2] - q.shape[2]
-    seqlens = torch.full((len(q),), past, dtype=torch.int32)
-    options = {"sm_scale": sm_scale, "softcap": softcap}
-    out, lse = attend_dense(q.flatten(1, 2), k, v, seqlens, **options)
-    shape = q.shape[1:3]
-    own = attend_chunk(q, k[:, :, past:], v[:, :, past:], **options)
-    return merge_states(out.unflatten(1, shape), lse.unflatten(1, shape), *own)
+def _by_our_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether few query rows attend on a CPU, faster so than by torch."""
+    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= SHORT
+    return few and best_impl(q, k, v) == "numba"
 
 
 def _fused_kernel(q: Tensor):

@@ -19,9 +19,10 @@ from saap.kernels.attention.int8_rows import widened
 from saap.kernels.attention.merge import merge_states
 from saap.prefill import PrefillBudget
 
-from .chunks import WIDENED, OutAndLse, attend_chunk, attend_past
+from .chunks import OutAndLse, attend_chunk, attend_past
 
 SCORED_TOGETHER = 4  # blocks: products of so few queries alone are slow
+SCORED_AT_ONCE = 1024  # rows: products with all of them at once take twice as long
 
 
 @dataclass
@@ -168,10 +169,10 @@ def _means(q: Float[Tensor, "Hq T D"], n_kv: int, averaged: int) -> Float[Tensor
 def _scores(
     q: Float[Tensor, "Hkv m D"], k: Shaped[Tensor, "Hkv n width"], softcap: float | None
 ) -> Float[Tensor, "Hkv m n"]:
-    if k.dtype == q.dtype:
-        out = q @ k.mT
-    else:
-        out = torch.cat([q @ widened(part, q.dtype).mT for part in k.split(WIDENED, 1)], 2)
+    out = q.new_empty(*q.shape[:2], k.shape[1])
+    for first in range(0, k.shape[1], SCORED_AT_ONCE):
+        own = slice(first, first + SCORED_AT_ONCE)
+        torch.bmm(q, widened(k[:, own], q.dtype).mT, out=out[:, :, own])
     return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
