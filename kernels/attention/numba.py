@@ -36,11 +36,11 @@ def limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What of validated inputs this backend cannot do, or None."""
     if q.device.type != "cpu":
         return f"q must be on the CPU for impl 'numba'; got {q.device}"
-    for name, tensor in (("q", q), ("k", k)):
+    for name, tensor, dtypes in (("q", q, " or float16"), ("k", k, ", float16 or int8")):
         if tensor.dtype not in _KINDS:
             return (
-                f"{name} must have dtype float32, bfloat16 or float16 for impl 'numba', k int8 "
-                f"perhaps; got {tensor.dtype}"
+                f"{name} must have dtype float32, bfloat16{dtypes} for impl 'numba'; got "
+                f"{tensor.dtype}"
             )
     if q.shape[-1] % DIM_STEP or q.shape[-1] == 0:
         return f"head_dim must be a multiple of {DIM_STEP} for impl 'numba'; got {q.shape[-1]}"
