@@ -7,21 +7,11 @@ import torch
 
 import saap
 from saap import Budget, KVStore, LayerInfo
-from saap.kernels.attention.int8_rows import dequantize_rows, head_dim, quantize_rows, width
+from saap.kernels.attention.int8_rows import head_dim, quantize_rows, stored_as, widened, width
 from saap.kv.chunks import attend_chunk
 from saap.methods import METHODS, find_method
 
 NARROW = (torch.bfloat16, torch.float16, torch.int8)
-
-
-def rows_of(x, dtype):
-    """As a store holds them."""
-    return quantize_rows(x) if dtype == torch.int8 else x.to(dtype)
-
-
-def numbers_of(rows):
-    """What they stand for."""
-    return dequantize_rows(rows) if rows.dtype == torch.int8 else rows.float()
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -30,9 +20,9 @@ def numbers_of(rows):
 def test_a_chunk_is_exact_over_what_is_stored(dtype, past, new, softcap):
     torch.manual_seed(past)
     q = torch.randn(1, 4, new, 32)
-    k, v = rows_of(torch.randn(2, 1, 2, past + new, 32), dtype)
+    k, v = stored_as(torch.randn(2, 1, 2, past + new, 32), dtype)
     options = {"sm_scale": 0.2, "softcap": softcap}
-    expected = attend_chunk(q.double(), *(numbers_of(t).double() for t in (k, v)), **options)
+    expected = attend_chunk(q.double(), *(widened(t, torch.float64) for t in (k, v)), **options)
     found = attend_chunk(q, k, v, **options)
     for own, wanted in zip(found, expected, strict=True):
         assert (own - wanted).abs().max() < 64 * torch.finfo(torch.float32).eps * 8
@@ -52,7 +42,7 @@ def test_a_step_is_exact_over_what_is_stored_and_takes_fewer_bytes(dtype):
     for length in (900, 300, 1, 1, 1):
         k, v = torch.randn(2, 1, 2, length, 32)
         q = torch.randn(1, 4, length, 32)
-        stored_k, stored_v = (numbers_of(rows_of(t, dtype)) for t in (k, v))
+        stored_k, stored_v = (widened(stored_as(t, dtype), torch.float32) for t in (k, v))
         narrow.append(k, v, k)
         whole.append(stored_k, stored_v, stored_k)
         own, expected = (store.attend(q, q) for store in (narrow, whole))

@@ -79,6 +79,15 @@ def parts_of(
     return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view(torch.float32)[..., 0]
 
 
+def stored_as(
+    rows: Float[Tensor, "... D"], dtype: torch.dtype | None
+) -> Shaped[Tensor, "... width"]:
+    """Rows as a store of this dtype holds them, None for their own: what `widened` reads."""
+    if dtype in (None, rows.dtype):
+        return rows
+    return quantize_rows(rows) if dtype == torch.int8 else rows.to(dtype)
+
+
 def widened(rows: Shaped[Tensor, "... width"], dtype: torch.dtype) -> Float[Tensor, "... D"]:
     """Rows as they are stored, float or int8, in a dtype to compute in."""
     return dequantize_rows(rows, dtype) if rows.dtype == torch.int8 else rows.to(dtype)

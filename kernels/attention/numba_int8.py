@@ -15,14 +15,14 @@ from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import fetch_increment, float32_pointer, int8_pointer
 
-_FIELDS = (
-    "x out rows dim out_bytes next_task".split()
-)  # addresses, both without gaps; bytes of a row
+from .int8_rows import LARGEST
+
+_FIELDS = "x out rows dim out_bytes next_task".split()  # out_bytes: of a row; no gaps in either
 _NEXT_TASK = offset_of(_FIELDS, "next_task")
 _Job, _SIGNATURE = job_type(_FIELDS, ("unused",))
 
 _AT_ONCE = 1024  # rows of a task
-_LARGEST = np.float32(127)
+_LARGEST = np.float32(LARGEST)
 _MOST = np.float32(np.finfo(np.float32).max)
 
 _njit = numba.njit(error_model="numpy")

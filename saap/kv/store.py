@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.rows import BucketRows
-from saap.kernels.attention.int8_rows import quantize_rows
+from saap.kernels.attention.int8_rows import stored_as
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
@@ -224,7 +224,7 @@ class KVStore:
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
         if longest > self.rows.capacity:
             self._let_go()
-        like = self._as_stored(k_rope if self.kv_dtype is None else k_rope[:, :, :0])
+        like = self._as_stored(k_rope[:, :, :0])
         self.rows.reserve(max(longest, self.capacity, 1), like, self.length)  # 1: all padding
         if self.selector is not None and not self.length:
             self.selector.begin(k_derope, mask)
@@ -245,9 +245,7 @@ class KVStore:
 
     def _as_stored(self, rows: Tensor) -> Tensor:
         """Keys or values as this store holds them."""
-        if self.kv_dtype in (None, rows.dtype):
-            return rows
-        return quantize_rows(rows) if self.kv_dtype == torch.int8 else rows.to(self.kv_dtype)
+        return stored_as(rows, self.kv_dtype)
 
     @stateful
     def attend(
