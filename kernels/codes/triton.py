@@ -21,18 +21,25 @@ from saap.kernels.backends.launches import Launch, launch_all
 from . import triton_choice as choice
 from .layout import CODED, Codes
 from .reference import tables
+from .triton_heaviest import (
+    COUNTED,
+    add_weights,
+    as_ranges,
+    digits_of_weights,
+    find_kth,
+    heaviest,
+    padded,
+)
 from .triton_kernels import query_bytes, score_codes
 
 INTERPRETED = not isinstance(score_codes, triton.JITFunction)
 BLOCKS, WARPS = (256, 128), (2, 4)  # of a program that scores rows by coarse codes, by whole ones
-COUNTED = 1024  # rows that a program lists
-DIGITS = 2048  # numbers of which a program counts a digit
 MOST_TOGETHER = 4  # query heads that a program scores together
 SPARE = 8  # candidates more than asked for, as a share of them, that there is room for
 SAMPLED, MOST_SKIPPED = 1024, 8
 """One row of so many at most is looked at, and of those so many at least have to be candidates:
 then the number of these is right within 3 % (a standard deviation)."""
-COARSE, WEIGHTS = (3, 6), (4, 8)  # passes over coarse scores and over weights, bits of a digit
+COARSE = 3, 6  # passes over coarse scores, bits of a digit
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -170,14 +177,14 @@ def launches(
 
     n_heads = tasks * group
     of_heads = COARSE[0] * n_heads << COARSE[1]
-    digits = ints(of_heads + (WEIGHTS[0] * tasks << WEIGHTS[1])).zero_()
+    digits = ints(of_heads + digits_of_weights(tasks)).zero_()
     room = most
     if n_candidates < most:
         found = torch.empty(n_heads, most, dtype=torch.int16, device=device)
         kth = ints(2, n_heads)
         yield scores(0, most, found)
         every = max(1, min(MOST_SKIPPED, n_candidates // SAMPLED))
-        yield from _kth(found, all_rows, digits, kth, n_candidates, group, COARSE, every)
+        yield from find_kth(found, all_rows, digits, kth, n_candidates, group, COARSE, every)
         blocks = triton.cdiv(most, COUNTED)
         per_block = ints(tasks, blocks)
         room = min(most, group * (n_candidates + n_candidates // SPARE + 64))
@@ -189,78 +196,18 @@ def launches(
         grid, options = (blocks, tasks), {"num_warps": 8}
         yield Launch(choice.count_passing, grid, passing, options)
         places = {
-            "listed": listed, "n_listed": n_listed, "list_room": room, "BLOCKS": _padded(blocks),
+            "listed": listed, "n_listed": n_listed, "list_room": room, "BLOCKS": padded(blocks),
         }  # fmt: skip
         yield Launch(choice.list_passing, grid, passing | places, options)
-    found = floats(n_heads, room)
+    found, weights = floats(n_heads, room), floats(tasks, room)
     yield scores(1, room, found)
-    blocks = triton.cdiv(room, COUNTED)
-    maxima, sums, weights = floats(n_heads, blocks), floats(n_heads, blocks), floats(tasks, room)
-    summed = {
-        "scores": found, "in_use": n_listed, "maxima": maxima, "sums": sums, "room": room,
-        "group": group, "n_blocks": blocks, "BLOCK": COUNTED,
-    }  # fmt: skip
-    yield Launch(choice.sum_blocks, (blocks, n_heads), summed, {"num_warps": 4})
-    beside = maxima if outside is None else outside.contiguous()
-    weighed = {
-        "outside": beside, "weights": weights, "OUTSIDE": outside is not None,
-        "BLOCKS": _padded(blocks),
-    }  # fmt: skip
-    yield Launch(choice.add_weights, (blocks, tasks), summed | weighed, {"num_warps": 4})
-    kth = ints(2, tasks)
-    yield from _kth(weights, n_listed, digits[of_heads:], kth, k, 1, WEIGHTS)
-    per_block, rows, n_chosen = ints(2, tasks, blocks), ints(tasks, k), ints(tasks)
-    chosen = {
-        "weights": weights, "kth": kth, "in_use": n_listed, "per_block": per_block,
-        "least": 0.0 if min_weight is None else float(min_weight), "room": room,
-        "n_blocks": blocks, "BLOCK": COUNTED,
-    }  # fmt: skip
-    yield Launch(choice.count_chosen, (blocks, tasks), chosen, {"num_warps": 8})
-    places = {
-        "listed": n_listed if listed is None else listed, "rows": rows, "n_rows": n_chosen,
-        "k": k, "LISTED": listed is not None, "BLOCKS": _padded(blocks),
-    }  # fmt: skip
-    yield Launch(choice.list_chosen, (blocks, tasks), chosen | places, {"num_warps": 8})
-    starts, lengths = out
-    yield Launch(
-        choice.as_ranges, (tasks,),
-        {
-            "rows": rows, "n_rows": n_chosen, "begins": ints(tasks, k + 1), "starts": starts,
-            "lengths": lengths, "scored": scored, "in_use": n_listed, "first_row": first_row,
-            "k": k, "capacity": starts.shape[2], "heads": heads,
-            "starts_batch": starts.stride(0), "starts_head": starts.stride(1),
-            "lengths_batch": lengths.stride(0), "lengths_head": lengths.stride(1),
-            "BLOCK": 1024,
-        },
-        {"num_warps": 8},
+    yield from add_weights(found, n_listed, weights, outside)
+    rows, n_chosen = ints(tasks, k), ints(tasks)
+    yield from heaviest(
+        weights, n_listed, digits[of_heads:], rows, n_chosen, k=k,
+        least=0.0 if min_weight is None else float(min_weight), listed=listed,
     )  # fmt: skip
-
-
-def _kth(
-    numbers: Tensor, in_use: Tensor, counts: Tensor, kth: Tensor, k: int, per_use: int,
-    digits: tuple[int, int], every: int = 1,
-) -> Iterator[Launch]:  # fmt: skip
-    """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count.
-
-    `every`: one of so many numbers is looked at.
-    """
-    n_heads, room = numbers.shape
-    passes, bits = digits
-    about = {"counts": counts, "k": k // every, "PASSES": passes, "BITS": bits}
-    for number in range(passes):
-        yield Launch(
-            choice.count_digits, (triton.cdiv(triton.cdiv(room, every), DIGITS), n_heads),
-            {
-                "numbers": numbers, "in_use": in_use, "room": room, "per_use": per_use,
-                "PASS": number, "EVERY": every, "BLOCK": DIGITS, **about,
-            },
-            {"num_warps": 8},
-        )  # fmt: skip
-    yield Launch(choice.find_kth, (n_heads,), {"kth": kth, **about}, {"num_warps": 1})
-
-
-def _padded(blocks: int) -> int:
-    return max(2, triton.next_power_of_2(blocks))
+    yield as_ranges(rows, n_chosen, out, scored, n_listed, first_row)
 
 
 def _places(codes: Codes) -> dict[str, Any]:

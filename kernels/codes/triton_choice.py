@@ -42,14 +42,16 @@ def kth_largest(counts, head, n_heads, k, PASSES: tl.constexpr, BITS: tl.constex
 def count_digits(
     numbers, in_use, counts, k, room, per_use,
     PASS: tl.constexpr, PASSES: tl.constexpr, BITS: tl.constexpr, EVERY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OWN_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts the next digit of `numbers [heads, room]` that share those before with the k-th.
 
-    in_use: int32, how many of a head's numbers count; one entry for `per_use` heads. Of `EVERY`
-    numbers that follow one another one is looked at, its place a hash: texts repeat themselves.
+    in_use: int32, how many of a head's numbers count; one entry for `per_use` heads. k: a number,
+    or, if `OWN_K`, int32 `[heads]`. Of `EVERY` numbers that follow one another one is looked at,
+    its place a hash: texts repeat themselves.
     """
     head, n_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    wanted = tl.load(k + head) if OWN_K else k
     held = tl.load(in_use + head // per_use)
     if tl.program_id(0) * (BLOCK * EVERY) >= held:
         return
@@ -59,7 +61,7 @@ def count_digits(
     key = _ordered(tl.load(numbers + head * room + i, i < held, other=0))
     counted = i < held
     if PASS > 0:
-        found, _ = kth_largest(counts, head, n_heads, k, PASS, BITS)
+        found, _ = kth_largest(counts, head, n_heads, wanted, PASS, BITS)
         counted = counted & ((key >> ((PASSES - PASS) * BITS)) == found)
     digit = (key >> ((PASSES - 1 - PASS) * BITS)) & ((1 << BITS) - 1)
     own = tl.histogram(digit, 1 << BITS, mask=counted)
@@ -68,10 +70,13 @@ def count_digits(
 
 
 @triton.jit
-def find_kth(counts, kth, k, PASSES: tl.constexpr, BITS: tl.constexpr):
+def find_kth(
+    counts, kth, k, PASSES: tl.constexpr, BITS: tl.constexpr, OWN_K: tl.constexpr
+):  # fmt: skip
     """`kth [2, heads]`: the k-th largest in the order of `_ordered`; how many like it count."""
     head, n_heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    found, left = kth_largest(counts, head, n_heads, k, PASSES, BITS)
+    wanted = tl.load(k + head) if OWN_K else k
+    found, left = kth_largest(counts, head, n_heads, wanted, PASSES, BITS)
     tl.store(kth + head, found)
     tl.store(kth + n_heads + head, left)
 

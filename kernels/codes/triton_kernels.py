@@ -48,7 +48,7 @@ def query_bytes(
 
 
 @triton.jit
-def _dot4(codes, weights, total, ASM: tl.constexpr):
+def dot4(codes, weights, total, ASM: tl.constexpr):
     """`total` plus the product of four codes, below 128, with four signed bytes."""
     if ASM:
         return tl.inline_asm_elementwise(
@@ -65,11 +65,11 @@ def _add_coarse(first, signs, own, total_0, total_1, total_2, N_WORDS: tl.conste
     """Products with a word of the first group and one of signs; `own`: weights of that word."""
     for m in tl.static_range(4):
         weight = tl.load(own + m)[:, None]
-        total_0 = _dot4(((first >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
+        total_0 = dot4(((first >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
         weight = tl.load(own + 4 * N_WORDS + m)[:, None]
-        total_1 = _dot4(((signs >> m) & _BITS)[None, :], weight, total_1, ASM)
+        total_1 = dot4(((signs >> m) & _BITS)[None, :], weight, total_1, ASM)
         weight = tl.load(own + 8 * N_WORDS + m)[:, None]
-        total_2 = _dot4(((signs >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
+        total_2 = dot4(((signs >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
     return total_0, total_1, total_2
 
 
@@ -83,14 +83,14 @@ def _add_fine(words, own, total_0, total_1, total_2, total_3, low_1, inside,
     fourth = tl.load(words + 3 * N_WORDS, inside, other=0)
     for m in tl.static_range(4):
         weight = tl.load(own + m)[:, None]
-        total_0 = _dot4(((lower >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
+        total_0 = dot4(((lower >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
         weight = tl.load(own + 4 * N_WORDS + m)[:, None]
-        total_1 = _dot4(((middle >> (2 * m)) & _TWOS)[None, :], weight, total_1, ASM)
-        low_1 = _dot4(((last >> m) & _BITS)[None, :], weight, low_1, ASM)
+        total_1 = dot4(((middle >> (2 * m)) & _TWOS)[None, :], weight, total_1, ASM)
+        low_1 = dot4(((last >> m) & _BITS)[None, :], weight, low_1, ASM)
         weight = tl.load(own + 8 * N_WORDS + m)[:, None]
-        total_2 = _dot4(((last >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
+        total_2 = dot4(((last >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
         weight = tl.load(own + 12 * N_WORDS + m)[:, None]
-        total_3 = _dot4(((fourth >> (2 * m)) & _TWOS)[None, :], weight, total_3, ASM)
+        total_3 = dot4(((fourth >> (2 * m)) & _TWOS)[None, :], weight, total_3, ASM)
     return total_0, total_1, total_2, total_3, low_1
 
 

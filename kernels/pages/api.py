@@ -1,6 +1,7 @@
-"""Public choice of pages by coded keys: validates, chooses a backend, never falls back from an
-explicit one."""
+"""Public choice of pages and of rows by coded keys of a paged cache: validates, chooses a backend,
+never falls back from an explicit one."""
 
+import os
 from types import ModuleType
 from typing import Literal
 
@@ -12,8 +13,10 @@ from saap.kernels.backends import chosen
 
 from .layout import PageCodes
 
-Impl = Literal["reference", "numba"]
-BACKENDS = ("reference", "numba")
+Impl = Literal["reference", "numba", "triton"]
+ENCODERS = ("reference", "numba", "triton")
+OF_PAGES = ("reference", "numba")
+OF_ROWS = ("reference", "triton")
 
 
 def encode_rows(
@@ -29,11 +32,12 @@ def encode_rows(
         keys: `[T, Hkv, D]` float32, multiplied by `rotation(D)`. NaN and infinity count as 0.
         slots: int64 `[T]`, `page * rows + row` of each key; a negative one writes nothing.
         codes: is written to.
-        impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
+        impl: `"reference"`, `"numba"` (CPU), `"triton"` (GPU, or its interpreter), or None, the
+            best that can do it.
 
     Raises:
         ValueError: an argument that does not fit, naming its value. A slot behind the last page
-            is refused before anything is written.
+            is refused before anything is written; on a GPU, if `SAAP_DEBUG=1`.
     """
     _check_codes(codes)
     expected = (len(slots), codes.kv_heads, codes.dim)
@@ -45,9 +49,10 @@ def encode_rows(
         raise ValueError(f"slots must be int64 [T]; got {slots.dtype} {list(slots.shape)}")
     if len(slots) == 0:
         return
-    if int(slots.max()) >= codes.pages * codes.rows:
+    if _looks(slots) and int(slots.max()) >= codes.pages * codes.rows:
         raise ValueError(f"slots must be below {codes.pages * codes.rows}; got {int(slots.max())}")
-    _backend(impl, keys, codes).encode_rows(keys, slots, codes)
+    best = "triton" if keys.is_cuda else "numba"
+    _backend(ENCODERS, impl, best, keys, codes).encode_rows(keys, slots, codes)
 
 
 def select_pages(
@@ -87,26 +92,14 @@ def select_pages(
     Raises:
         ValueError: an argument that does not fit, naming its value.
     """
-    _check_codes(codes)
-    n = len(q) if q.ndim == 3 else -1
-    if n < 0 or q.shape[2] != codes.dim or not q.shape[1] or q.shape[1] % codes.kv_heads:
+    n = _check_queries(q, codes)
+    _check_ints(n, block_table=block_table, seq_lens=seq_lens, keep=keep)
+    shape = n * codes.kv_heads, out.shape[-1]
+    if tuple(out.shape) != shape or out.dtype != torch.int32 or out.stride(-1) != 1:
         raise ValueError(
-            f"q must be [R, a multiple of {codes.kv_heads}, {codes.dim}]; got {list(q.shape)}"
+            f"out must be int32 {list(shape)}, contiguous in its last dimension; got {out.dtype} "
+            f"{list(out.shape)}"
         )
-    if q.dtype != torch.float32:
-        raise ValueError(f"q must be float32; got {q.dtype}")
-    for name, tensor, shape in (
-        ("block_table", block_table, (n, block_table.shape[-1])),
-        ("seq_lens", seq_lens, (n,)),
-        ("keep", keep, (n,)),
-        ("out", out, (n * codes.kv_heads, out.shape[-1])),
-    ):
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name} must be int32 {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.numel() > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension; got strides")
     if sink_pages < 0 or window_pages < 1:
         raise ValueError(
             "sink_pages must be at least 0 and window_pages at least 1; got "
@@ -115,10 +108,115 @@ def select_pages(
     if n == 0:
         return out
     _check_pages(codes, block_table, seq_lens, keep, sink_pages + window_pages, out.shape[1])
-    backend = _backend(impl, q, codes)
+    backend = _backend(OF_PAGES, impl, "numba", q, codes)
     return backend.select_pages(
         q, codes, block_table, seq_lens, keep, sink_pages, window_pages, out
     )
+
+
+def select_rows(
+    q: Float[Tensor, "R Hq D"],
+    codes: PageCodes,
+    block_table: Int32[Tensor, "R pages"],
+    seq_lens: Int32[Tensor, " R"],
+    keep: Int32[Tensor, " R"],
+    *,
+    sinks: int,
+    window: int,
+    page_stride: int,
+    most: int,
+    out: tuple[Int32[Tensor, "R Hkv kept"], Int32[Tensor, "R Hkv kept"]],
+    impl: Impl | None = None,
+) -> tuple[Int32[Tensor, "R Hkv kept"], Int32[Tensor, "R Hkv kept"]]:
+    """The rows with the most attention that their codes predict, as ranges of the cache's rows.
+
+    Every row of a request is scored by its code. Each query head's scores become a softmax over
+    the request; a row counts by the sum of its weights over the query heads of a KV head. The
+    first `sinks` and the last `window` rows are always visited. Of equal rows the first come
+    first. Nothing here depends on values on the host, so that a GPU need not be waited for.
+
+    Args:
+        q, codes: as in `select_pages`.
+        block_table: int32 `[R, pages]`, the pages of each request in order; contiguous rows.
+        seq_lens: int32 `[R]`, tokens of each request, at most `most`; 0: it visits nothing.
+        keep: int32 `[R]`, rows to visit, those at both ends counted in; all if there are no more.
+        sinks, window: at least 0 and 1.
+        page_stride: rows from the beginning of a page to that of the next one, at least the codes'
+            `rows`: row i of page p is row `p * page_stride + i` of what attention reads.
+        most: tokens that a request may have, at least 1; work and memory grow with it.
+        out: int32 `starts, lengths [R, Hkv, kept]`, are written to; what is not used is 0.
+        impl: `"reference"`, `"triton"` (GPU, or its interpreter), or None, the best that can do
+            it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: an argument that does not fit, naming its value. Values in tensors are looked
+            at on a CPU, on a GPU if `SAAP_DEBUG=1`; there nothing is written outside `out` in any
+            case.
+    """
+    n = _check_queries(q, codes)
+    _check_ints(n, block_table=block_table, seq_lens=seq_lens, keep=keep)
+    for name, tensor in zip(("starts", "lengths"), out, strict=True):
+        shape = n, codes.kv_heads, tensor.shape[-1]
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"out's {name} must be int32 {list(shape)}, contiguous in its last dimension; got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+    for name, value, least in (
+        ("sinks", sinks, 0), ("window", window, 1), ("page_stride", page_stride, codes.rows),
+        ("most", most, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+    room = block_table.shape[1] * codes.rows
+    if most > room:
+        raise ValueError(f"most must be at most {room}, as block_table has room; got {most}")
+    if codes.pages * page_stride >= 2**31:
+        raise ValueError(
+            f"pages * page_stride must be below 2**31; got {codes.pages} * {page_stride}"
+        )
+    if n and _looks(q):
+        _check_rows(codes, block_table, seq_lens, keep, sinks + window, most, out[0].shape[2])
+    if n:
+        best = "triton" if q.is_cuda else "reference"
+        backend = _backend(OF_ROWS, impl, best, q, codes)
+        backend.select_rows(
+            q, codes, block_table, seq_lens, keep, sinks, window, page_stride, most, out
+        )
+    return out
+
+
+def _looks(tensor: Tensor) -> bool:
+    """Whether values are checked: on a GPU that waits for it."""
+    return tensor.device.type == "cpu" or os.environ.get("SAAP_DEBUG") == "1"
+
+
+def _check_queries(q: Tensor, codes: PageCodes) -> int:
+    """How many requests there are."""
+    _check_codes(codes)
+    n = len(q) if q.ndim == 3 else -1
+    if n < 0 or q.shape[2] != codes.dim or not q.shape[1] or q.shape[1] % codes.kv_heads:
+        raise ValueError(
+            f"q must be [R, a multiple of {codes.kv_heads}, {codes.dim}]; got {list(q.shape)}"
+        )
+    if q.dtype != torch.float32:
+        raise ValueError(f"q must be float32; got {q.dtype}")
+    return n
+
+
+def _check_ints(n: int, **tensors: Tensor) -> None:
+    """int32 with n entries each, and contiguous in their last dimension."""
+    for name, tensor in tensors.items():
+        shape = (n, tensor.shape[-1]) if name == "block_table" else (n,)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"{name} must be int32 {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.numel() > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension; got strides")
 
 
 def _check_codes(codes: PageCodes) -> None:
@@ -141,7 +239,20 @@ def _check_pages(codes, block_table, seq_lens, keep, ends: int, room: int) -> No
             raise ValueError(f"out must have room for {min(kept, pages)} pages; got {room}")
 
 
-def _backend(impl: str | None, tensor: Tensor, codes: PageCodes) -> ModuleType:
-    return chosen(
-        __package__, BACKENDS, impl, "numba", lambda module: module.limit(tensor, codes)
-    )  # fmt: skip
+def _check_rows(codes, block_table, seq_lens, keep, ends: int, most: int, room: int) -> None:
+    for r, (n, kept) in enumerate(zip(seq_lens.tolist(), keep.tolist(), strict=True)):
+        if not 0 <= n <= most:
+            raise ValueError(f"seq_lens must be in 0..{most}; got {n}")
+        if kept < min(ends, n):
+            raise ValueError(f"keep must be at least {min(ends, n)}; got {kept}")
+        if min(kept, n) > room:
+            raise ValueError(f"out must have room for {min(kept, n)} rows; got {room}")
+        pages = block_table[r, : -(-n // codes.rows)]
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < codes.pages:
+            raise ValueError(f"block_table must hold pages in 0..{codes.pages - 1}; got others")
+
+
+def _backend(
+    backends: tuple[str, ...], impl: str | None, best: str, tensor: Tensor, codes: PageCodes
+) -> ModuleType:
+    return chosen(__package__, backends, impl, best, lambda module: module.limit(tensor, codes))

@@ -1,7 +1,9 @@
-"""What `encode_rows` and `select_pages` say, in plain PyTorch: decode everything, sort."""
+"""What the functions of `api` say, in plain PyTorch: decode everything, sort."""
 
 import torch
 from torch import Tensor
+
+from saap.kernels.codes.reference import as_ranges
 
 from .layout import LARGEST, PER_WORD, QUERY_MAX, STEP, ZERO, PageCodes, decode
 
@@ -39,15 +41,41 @@ def select_pages(
         pages = -(-n // codes.rows)
         blocks = block_table[r, :pages].long()
         for h in range(heads):
-            own = rounded(q[r, h * group : (h + 1) * group])
-            scores = own @ keys[blocks, h].flatten(0, 1)[:n].T
-            weights = scores.softmax(-1).sum(0)
+            weights = weights_of(q[r, h * group : (h + 1) * group], keys[blocks, h], n)
             of_page = torch.zeros(pages * codes.rows)
             of_page[:n] = weights
             of_page = of_page.view(pages, codes.rows).sum(-1)
             chosen = pages_to_visit(of_page, kept, sink_pages, window_pages)
             out[r * heads + h, : len(chosen)] = (blocks[chosen] * heads + h).to(torch.int32)
     return out
+
+
+def select_rows(
+    q: Tensor, codes: PageCodes, block_table: Tensor, seq_lens: Tensor, keep: Tensor,
+    sinks: int, window: int, page_stride: int, most: int, out: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    group = q.shape[1] // codes.kv_heads
+    keys = decode(codes)
+    for tensor in out:
+        tensor.zero_()
+    for r, (n, kept) in enumerate(zip(seq_lens.tolist(), keep.tolist(), strict=True)):
+        blocks = block_table[r, : -(-n // codes.rows)].long()
+        for h in range(codes.kv_heads):
+            if n == 0:
+                continue
+            weights = weights_of(q[r, h * group : (h + 1) * group], keys[blocks, h], n)
+            weights[:sinks] = weights[max(0, n - window) :] = torch.inf
+            order = weights.argsort(descending=True, stable=True)
+            rows = order[:kept].sort().values
+            pool = blocks[rows // codes.rows] * page_stride + rows % codes.rows
+            for tensor, found in zip(out, as_ranges(pool), strict=True):
+                tensor[r, h, : len(found)] = found
+
+
+def weights_of(q: Tensor, keys: Tensor, n: int) -> Tensor:
+    """Weights of the first n rows of `keys [pages, rows, D]`, added over queries `[G, D]`."""
+    weights = (rounded(q) @ keys.flatten(0, 1)[:n].T).softmax(-1)
+    return weights.nan_to_num(nan=0.0).sum(0)
 
 
 def pages_to_visit(weights: Tensor, kept: int, sink_pages: int, window_pages: int) -> Tensor:

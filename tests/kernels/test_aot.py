@@ -23,6 +23,8 @@ from saap.kernels.attention import triton as backend  # noqa: E402
 from saap.kernels.attention.triton_plan import Device, Plan, make_plan  # noqa: E402
 from saap.kernels.codes import Codes  # noqa: E402
 from saap.kernels.codes import triton as codes_backend  # noqa: E402
+from saap.kernels.pages import PageCodes  # noqa: E402
+from saap.kernels.pages import triton as pages_backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="the interpreter replaces the compiler"
@@ -231,6 +233,29 @@ def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candi
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
     )  # fmt: skip
     for launch in launches:
+        usage = usage_of(launch, capability, tmp_path)
+        assert usage.stack == 0, usage
+        assert usage.per_sm * launch.options["num_warps"] >= 8, usage
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "group", "rows"),
+    [(80, 64, 3, 16), (90, 128, 4, 16), (90, 256, 8, 32), (100, 80, 16, 128)],
+)
+def test_the_choice_of_a_paged_cache_fits_the_chip(capability, dim, group, rows, tmp_path):
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = PageCodes.empty(512, 8, rows, dim, device="meta")
+    encoding = pages_backend.encoding(
+        meta(7, 8, dim, dtype=torch.float32), meta(7, dtype=torch.int64), codes
+    )
+    choice = pages_backend.launches(
+        meta(4, 8 * group, dim, dtype=torch.float32), codes, meta(4, 256), meta(4), meta(4),
+        sinks=16, window=64, page_stride=rows, most=256 * rows,
+        out=(meta(4, 8, 2048), meta(4, 8, 2048)),
+    )  # fmt: skip
+    for launch in (encoding, *choice):
         usage = usage_of(launch, capability, tmp_path)
         assert usage.stack == 0, usage
         assert usage.per_sm * launch.options["num_warps"] >= 8, usage

@@ -3,26 +3,12 @@
 import pytest
 import torch
 
-from saap.kernels.pages import PageCodes, encode_rows, rotation, select_pages
+from saap.kernels.pages import PageCodes, encode_rows, rotation, select_pages, select_rows
 from saap.kernels.pages.layout import decode
 
+from .page_cases import case
+
 ENDS = {"sink_pages": 1, "window_pages": 2}
-
-
-def case(lens, n_kv=2, group=3, dim=64, rows=32, seed=0, impl="numba"):
-    """Queries, codes of random keys that lie anywhere, block table, lengths, the keys."""
-    g = torch.Generator().manual_seed(seed)
-    pages = [-(-n // rows) for n in lens]
-    total = sum(pages) + 3
-    keys = torch.randn(total * rows, n_kv, dim, generator=g)
-    codes = PageCodes.empty(total, n_kv, rows, dim)
-    encode_rows(keys @ rotation(dim), torch.arange(total * rows), codes, impl=impl)
-    table = torch.zeros(len(lens), max(pages), dtype=torch.int32)
-    free = torch.randperm(total, generator=g).int()
-    for r, n in enumerate(pages):
-        table[r, :n], free = free[:n], free[n:]
-    q = torch.randn(len(lens), n_kv * group, dim, generator=g)
-    return q, codes, table, torch.tensor(lens, dtype=torch.int32), keys
 
 
 def chosen(impl, own, keep, **options):
@@ -158,3 +144,38 @@ def test_slots_behind_the_last_page_are_refused():
 def test_a_dim_that_fills_no_words_is_refused():
     with pytest.raises(ValueError, match="dim must be a multiple of 8; got 12"):
         PageCodes.empty(1, 1, 32, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 5}, "keep must be at least 13; got 5"),
+        ({"room": 30}, "out must have room for 40 rows; got 30"),
+        ({"sinks": -1}, "sinks must be at least 0; got -1"),
+        ({"window": 0}, "window must be at least 1; got 0"),
+        ({"page_stride": 31}, "page_stride must be at least 32; got 31"),
+        ({"page_stride": 2**30}, r"pages \* page_stride must be below 2\*\*31; got 24"),
+        ({"most": 673}, "most must be at most 672"),
+        ({"most": 600}, r"seq_lens must be in 0\.\.600; got 655"),
+        ({"page": 99}, r"block_table must hold pages in 0\.\.23"),
+        ({"dtype": torch.float64}, "q must be float32"),
+        ({"impl": "numba"}, "impl must be None or one of reference, triton; got 'numba'"),
+        ({"impl": "triton"}, "impl 'triton' needs a CUDA device; got tensors on cpu"),
+    ],
+)
+@pytest.mark.bad_input
+def test_bad_input_of_rows(change, message):
+    q, codes, table, lens, _ = case([655])
+    if "page" in change:
+        table[0, 3] = change.pop("page")
+    keep = torch.tensor([change.pop("keep", 40)], dtype=torch.int32)
+    out = tuple(torch.zeros(2, 1, 2, change.pop("room", 40), dtype=torch.int32))
+    if change.get("impl") == "triton":
+        pages = pytest.importorskip("saap.kernels.pages.triton")
+        if pages.INTERPRETED or torch.cuda.is_available():
+            pytest.skip("the interpreter takes tensors of the CPU")
+    options = {"sinks": 4, "window": 9, "page_stride": 32, "most": 672, "impl": None}
+    q = q.to(change.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        select_rows(q, codes, table, lens, keep, out=out, **(options | change))
+    assert not out[0].any()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = [f"tests/kernels/test_{name}.py" for name in ("triton", "triton_contract", "codes_triton")]
+NAMES = "triton", "triton_contract", "codes_triton", "page_rows"
+FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the GPU")
