@@ -17,7 +17,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import prompt_of_tokens
 from saap.eval.tasks.passkey import is_right, make_prompt, wording_of
-from saap.vllm import backend
+from saap.vllm import cpu
+from saap.vllm import decode as plugin
+from saap.vllm.cpu import SaapCpuBuilder, SaapCpuImpl
+from saap.vllm.options import Options
 
 LLAMA_SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
@@ -48,8 +51,8 @@ def stock() -> ExitStack:
     """Within, decode steps are vLLM's own and nothing of Saap runs."""
     stack = ExitStack()
     own = CPUAttentionBackendImpl.do_kv_cache_update
-    stack.enter_context(mock.patch.object(backend.SaapMetadataBuilder, "_plan", return_value=None))
-    stack.enter_context(mock.patch.object(backend.SaapImpl, "do_kv_cache_update", own))
+    stack.enter_context(mock.patch.object(SaapCpuBuilder, "_plan", return_value=None))
+    stack.enter_context(mock.patch.object(SaapCpuImpl, "do_kv_cache_update", own))
     return stack
 
 
@@ -99,11 +102,11 @@ def taking_turns(llm: LLM, prompts: list[list[int]], options) -> dict:
             found["stock"] += decode(llm, prompts, options.steps, name=f"stock-{turn}")
         found["saap"] += decode(llm, prompts, options.steps, name=f"saap-{turn}")
     watch = Stopwatch()
-    choose = watch.around("choose", backend.SaapImpl.choose_pages)
-    write = watch.around("code", backend.write_codes)
+    choose = watch.around("choose", SaapCpuImpl.choose_pages)
+    write = watch.around("code", plugin.write_codes)
     with (
-        mock.patch.object(backend.SaapImpl, "choose_pages", choose),
-        mock.patch.object(backend, "write_codes", write),
+        mock.patch.object(SaapCpuImpl, "choose_pages", choose),
+        mock.patch.object(plugin, "write_codes", write),
     ):
         decode(llm, prompts, options.steps, name="watch")
     layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
@@ -147,7 +150,7 @@ def long(folder: str, options) -> list[dict]:
     records = []
     for context in options.contexts or (32768, 65536, 130000):
         prompts = [rng.integers(2, 1024, context).tolist()]
-        with mock.patch.object(backend.SaapImpl, "forward", without_attention):
+        with mock.patch.object(SaapCpuImpl, "forward", without_attention):
             decode(llm, prompts, 0, name="read")
         records.append({"context": context, "batch": 1, **taking_turns(llm, prompts, options)})
     return records
@@ -165,7 +168,7 @@ class Mass:
         self.sums = torch.zeros(5, dtype=torch.float64)
         self.pages = [0, 0]
 
-    def attend_pages(self, impl, layer, query, cache, codes, plan, table, lens, output):
+    def look(self, impl, layer, query, cache, codes, plan, table, lens, output):
         chosen = impl.choose_pages(query, codes, plan, table, lens)
         blocks, heads, page, _ = cache.shape
         halves = cache.view(blocks, heads, 2 * page, -1)
@@ -208,19 +211,19 @@ def recall(folder: str, options) -> list[dict]:
     llm = engine(folder, 8192)
     ids = text_of(llm)
     records = []
-    attend = backend.SaapImpl.attend_pages
+    attend = SaapCpuImpl.attend_sparsely
     for context in options.contexts or (4096, 7900):
         for share in (0.05, 0.1, 0.2):
             mass = Mass(16, 64)
 
             def measured(impl, *args, mass=mass):
-                mass.attend_pages(impl, *args)
+                mass.look(impl, *args)
                 attend(impl, *args)
 
-            chosen = backend.Options(share, dense_below=0)
+            chosen = Options(share, dense_below=0)
             with (
-                mock.patch.object(backend.SaapImpl, "attend_pages", measured),
-                mock.patch.object(backend, "make_plan", planned_with(chosen)),
+                mock.patch.object(SaapCpuImpl, "attend_sparsely", measured),
+                mock.patch.object(cpu, "make_plan", planned_with(chosen)),
             ):
                 for at in (0, 20000):
                     decode(llm, [ids[at : at + context]], 8, name=f"recall-{share}")
@@ -229,7 +232,7 @@ def recall(folder: str, options) -> list[dict]:
 
 
 def planned_with(options):
-    original = backend.make_plan
+    original = cpu.make_plan
     return lambda lens, _, shape: original(lens, options, shape)
 
 

@@ -36,12 +36,12 @@ def select_pages(
     sink_pages: int, window_pages: int, out: Tensor,
 ) -> Tensor:  # fmt: skip
     heads, group = codes.kv_heads, q.shape[1] // codes.kv_heads
-    keys = decode(codes)
     for r, (n, kept) in enumerate(zip(seq_lens.tolist(), keep.tolist(), strict=True)):
         pages = -(-n // codes.rows)
         blocks = block_table[r, :pages].long()
+        keys = keys_of(codes, blocks)
         for h in range(heads):
-            weights = weights_of(q[r, h * group : (h + 1) * group], keys[blocks, h], n)
+            weights = weights_of(q[r, h * group : (h + 1) * group], keys[:, h], n)
             of_page = torch.zeros(pages * codes.rows)
             of_page[:n] = weights
             of_page = of_page.view(pages, codes.rows).sum(-1)
@@ -55,21 +55,26 @@ def select_rows(
     sinks: int, window: int, page_stride: int, most: int, out: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
     group = q.shape[1] // codes.kv_heads
-    keys = decode(codes)
     for tensor in out:
         tensor.zero_()
     for r, (n, kept) in enumerate(zip(seq_lens.tolist(), keep.tolist(), strict=True)):
+        if n == 0:
+            continue
         blocks = block_table[r, : -(-n // codes.rows)].long()
+        keys = keys_of(codes, blocks)
         for h in range(codes.kv_heads):
-            if n == 0:
-                continue
-            weights = weights_of(q[r, h * group : (h + 1) * group], keys[blocks, h], n)
+            weights = weights_of(q[r, h * group : (h + 1) * group], keys[:, h], n)
             weights[:sinks] = weights[max(0, n - window) :] = torch.inf
             order = weights.argsort(descending=True, stable=True)
             rows = order[:kept].sort().values
             pool = blocks[rows // codes.rows] * page_stride + rows % codes.rows
             for tensor, found in zip(out, as_ranges(pool), strict=True):
                 tensor[r, h, : len(found)] = found
+
+
+def keys_of(codes: PageCodes, pages: Tensor) -> Tensor:
+    """The rotated keys of some pages, `[n, Hkv, rows, D]`."""
+    return decode(PageCodes(codes.words[pages], codes.scales[pages]))
 
 
 def weights_of(q: Tensor, keys: Tensor, n: int) -> Tensor:

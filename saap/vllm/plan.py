@@ -1,4 +1,4 @@
-"""What all layers of a step share: which requests decode sparsely, and how many pages each visits.
+"""What all layers of a step on a CPU share: how many pages each request visits.
 
 How many pages does not depend on which, so vLLM's schedule of the work is made once for a step.
 """
@@ -25,11 +25,6 @@ class Shape:
     dim: int
     dtype: torch.dtype
     isa: str
-
-    @property
-    def key_bytes(self) -> int:
-        """Of a key and its value."""
-        return 2 * self.dim * self.dtype.itemsize
 
 
 @dataclass
@@ -64,12 +59,6 @@ def pages_to_keep(lens: Tensor, options: Options, page: int) -> Tensor:
     wanted = (pages * options.visited).ceil().long().clamp(min=sum(pages_at_ends(options, page)))
     kept = torch.where(lens <= options.dense_below, pages, torch.minimum(wanted, pages))
     return kept.int()
-
-
-def leading_decodes(query_start_loc: Tensor) -> int:
-    """How many requests, from the first on, have one token in this step."""
-    single = query_start_loc.diff() == 1
-    return int(single.int().cumprod(0).sum())
 
 
 def make_plan(lens: Tensor, options: Options, shape: Shape, page: int = PAGE) -> Plan:

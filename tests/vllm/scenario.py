@@ -13,15 +13,22 @@ from unittest import mock
 def main(scenario: dict) -> dict:
     from vllm import LLM, SamplingParams
 
+    if "backend" in scenario:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        import saap.vllm
+
+        saap.vllm.register()  # once in a process: what comes here stays
+        register_backend(AttentionBackendEnum.CPU_ATTN, scenario["backend"])
     llm = LLM(
         scenario["model"], dtype="float32", enforce_eager=True, seed=0,
         skip_tokenizer_init=True, disable_log_stats=False, **scenario["engine"],
     )  # fmt: skip
     engine = llm.llm_engine
     if scenario.get("no_choice"):
-        from saap.vllm import backend
+        from saap.vllm import cpu
 
-        backend.select_pages = mock.Mock(side_effect=ValueError("nothing can be chosen"))
+        cpu.select_pages = mock.Mock(side_effect=ValueError("nothing can be chosen"))
     params = SamplingParams(
         temperature=scenario.get("temperature", 0.0), seed=7, n=scenario.get("n", 1),
         max_tokens=scenario["new"], ignore_eos=True, detokenize=False,

@@ -15,7 +15,8 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (make vllm)", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 MODEL = os.environ.get("SAAP_VLLM_MODEL") or str(ROOT / "eval" / "reference" / "files")
 WHOLE, FEW = "visited=1.0,dense_below=0", "visited=0.05,window=1,sinks=1,dense_below=0"
 
@@ -31,7 +32,7 @@ def served(scenario: dict, options: str | None, **environment) -> dict:
         "SAAP_VLLM": options or "",
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("scenario.py")), json.dumps(scenario)],
+        [sys.executable, str(HERE / "scenario.py"), json.dumps(scenario)],
         env=os.environ | settings | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
@@ -136,6 +137,31 @@ def test_aborted_requests_leave_no_trace(stock):
     own = served(MIXED | {"aborts": {"0": 30, "4": 40}}, WHOLE)
     expected = {name: t for name, t in tokens(stock).items() if name not in ("0", "4")}
     assert {name: t for name, t in tokens(own).items() if name in expected} == expected
+
+
+ROWS = {
+    "model": MODEL,
+    "engine": {"max_model_len": 2048, "max_num_batched_tokens": 256, "max_num_seqs": 4,
+               "block_size": 16, "num_gpu_blocks_override": 300},
+    "requests": prompts([1400, 900, 700, 640, 33], shared=256, every=3),
+    "new": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
+def test_all_rows_are_stock_in_the_way_of_a_gpu(layout):
+    """The GPU's way of decoding, on a stand-in for FlashAttention; fewer rows differ."""
+    environment = {"PLAIN_LAYOUT": layout}
+    plain = served(ROWS | {"backend": "plain.PlainBackend"}, None, **environment)
+    own = ROWS | {"backend": "plain.SaapPlainBackend"}
+    three_rows = "visited=0.002,window=1,sinks=0,dense_below=0"
+    whole, few = (served(own, options, **environment) for options in (WHOLE, three_rows))
+    assert tokens(whole) == tokens(plain)
+    assert tokens(few) != tokens(plain)
+    assert whole["counts"]["vllm:prefix_cache_hits"] > 0
+    for result in (whole, few):
+        assert "Saap decodes sparsely" in result["log"]
+        assert "Saap leaves" not in result["log"]
 
 
 @pytest.mark.skipif(
