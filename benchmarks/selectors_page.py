@@ -96,11 +96,12 @@ After this page you can compare all methods at equal budgets on one model.
 Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit it.
 What each selector is and reads: [methods](methods.md).
 
-Measured on the reference model, the small one that is shipped ({layers} layers, {heads} query and {kv} KV
-heads of {dim}), with {texts} held-out texts of {tokens:,} tokens. The last {queries} queries of each text
-search the {context:,} tokens before them, in all layers and heads; the query heads of a KV head
-share a selection. The first {n_sink} tokens (*sinks*) and the most recent {window} (*window*) are always
-visited. They count in the budget: the share of the context in the heading of a column.
+Measured on the reference model, the small one that is shipped ({layers} layers, {heads} query
+and {kv} KV heads of {dim}), with {texts} held-out texts of {tokens:,} tokens. The last {queries}
+queries of each text search the {context:,} tokens before them, in all layers and heads; the query
+heads of a KV head share a selection. The first {n_sink} tokens (*sinks*) and the most recent
+{window} (*window*) are always visited. They count in the budget: the share of the context in the
+heading of a column.
 The index of {nlist} buckets, {cells:,} cells, was trained on {trained:,} other tokens.
 
 - **recall@100**: of each query head's 100 highest-scored keys between sinks and window, the share
@@ -121,14 +122,15 @@ the same for methods over trained buckets. At full budget every method is dense 
 
 Trained centroids can be moved to fit a context, by a few Lloyd steps (k-means iterations) on its
 keys without RoPE. The table compares this with the trained centroids as they are, and with k-means
-of these keys from scratch, at {least:.0%} of the context, over whole buckets. `oracle` is the most that any
-router could find with that partition. `kmeans` visits the nearest centroids. `mlp` is the trained
-router, which still applies because buckets keep their numbers.
+of these keys from scratch, at {least:.0%} of the context, over whole buckets. `oracle` is the most
+that any router could find with that partition. `kmeans` visits the nearest centroids. `mlp` is the
+trained router, which still applies because buckets keep their numbers.
 
 {refinement}
 
-Times are for the {kv} KV heads of one layer on {cores} cores, on a machine that had other work (load
-{load_before:.0f} before, {load_after:.0f} after); that disturbs core seconds less than seconds.
+Times are for the {kv} KV heads of one layer on {cores} cores, on a machine that had other work
+(load {load_before:.0f} before, {load_after:.0f} after); that disturbs core seconds less than
+seconds.
 """
 
 
