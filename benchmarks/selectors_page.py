@@ -96,39 +96,41 @@ After this page you can compare all methods at equal budgets on one model.
 Made by `python -m benchmarks.selectors` from `{folder}/selectors.json`; do not edit it.
 What each selector is and reads: [methods](methods.md).
 
-The reference model ({layers} layers, {heads} query and {kv} KV heads of {dim}), {texts} held-out
-texts of {tokens:,} tokens: the last {queries} queries of each ask the {context:,} tokens before
-them, in all layers and heads, with one selection for each KV group. {n_sink} sinks and a window of
-{window} tokens are always visited. They count in the budget, which is the share of the context
-that stands at the head of a column.
+Measured on the reference model, the small one that is shipped ({layers} layers, {heads} query
+and {kv} KV heads of {dim}), with {texts} held-out texts of {tokens:,} tokens. The last {queries}
+queries of each text search the {context:,} tokens before them, in all layers and heads; the query
+heads of a KV head share a selection. The first {n_sink} tokens (*sinks*) and the most recent
+{window} (*window*) are always visited. They count in the budget: the share of the context in the
+heading of a column.
 The index of {nlist} buckets, {cells:,} cells, was trained on {trained:,} other tokens.
 
-- **recall@100**: share of each query head's 100 highest-scored keys between sinks and window that
-  was visited; the mean over heads, although most heads hardly look there.
-- **mass**: share of the attention between sinks and window that was visited; summed over queries,
-  heads and layers before dividing, so that the heads that look far count most.
+- **recall@100**: of each query head's 100 highest-scored keys between sinks and window, the share
+  that was visited; the mean over heads, although most heads hardly look there.
+- **mass**: the share of the attention between sinks and window that was visited; summed over
+  queries, heads and layers before dividing, so that the heads that look far count most.
 - **KB**: what one step of one layer reads: keys and values of the visited rows, and what choosing
-  reads, in float32. **choosing** is the second part alone. Oracles are not charged for it.
+  reads, in float32. **choosing** is the second part alone; for oracles it is not counted.
 
 {table}
 
 What choosing reads grows with the context for methods that look at every key, code, page or
-cluster of it (`flat`, `pq`, `lsh`, `quest` and the other pages, `kmeans-online`). It stays the
-same for methods over trained buckets. At full budget every method is dense attention
+cluster of it (`flat`, `saap`, `pq`, `lsh`, `quest` and the other pages, `kmeans-online`). It stays
+the same for methods over trained buckets. At full budget every method is dense attention
 (`tests/test_methods.py`).
 
 ## Refined on the context
 
-The trained centroids are moved by a few Lloyd steps on the de-RoPEd keys of the context. This is
-compared with the trained centroids as they are, and with k-means of these keys from scratch; at
-{least:.0%} of the context, over whole buckets. `oracle` is the most that any router could catch
-with that partition, `kmeans` visits the nearest centroids, and `mlp` is the trained router, which
-still applies because buckets keep their numbers.
+Trained centroids can be moved to fit a context, by a few Lloyd steps (k-means iterations) on its
+keys without RoPE. The table compares this with the trained centroids as they are, and with k-means
+of these keys from scratch, at {least:.0%} of the context, over whole buckets. `oracle` is the most
+that any router could find with that partition. `kmeans` visits the nearest centroids. `mlp` is the
+trained router, which still applies because buckets keep their numbers.
 
 {refinement}
 
-Times are for the {kv} heads of one layer on {cores} cores, on a machine that had other work (load
-{load_before:.0f} before, {load_after:.0f} after); core seconds suffer less from that.
+Times are for the {kv} KV heads of one layer on {cores} cores, on a machine that had other work
+(load {load_before:.0f} before, {load_after:.0f} after); that disturbs core seconds less than
+seconds.
 """
 
 

@@ -1,1 +1,1 @@
-"""Vectors and buckets: k-means, inverted lists, routers, the IVF index; no tokens or models."""
+"""Vectors and buckets: k-means, inverted lists, routers, the IVF index; no tokens, no models."""

@@ -14,25 +14,28 @@ BOUNDS = ("nprobe", "max_tokens", "top_p", "min_weight")
 class Budget:
     """What one decode step visits of each layer; validated when made.
 
-    The first `n_sink` and the last `window` tokens are always visited. Of the middle, buckets are
-    visited in the order of their scores until `nprobe` of them, or `max_tokens` rows (the last
-    bucket cut to its newest rows), or the share `top_p` of the mass that the router predicts, or
-    until no key of the next is predicted an attention weight of `min_weight` (added over the query
-    heads that share a selection): whichever comes first of those that are given, at least one.
+    The first `n_sink` and the last `window` tokens are always visited. All between them is the
+    middle. Its rows, or for methods with buckets its buckets, are visited in the order of their
+    scores. Four bounds say where that ends: after `nprobe` buckets; after `max_tokens` rows (the
+    last bucket is cut to its newest rows); when the visited buckets hold the share `top_p` of the
+    predicted attention of the middle; or before keys whose predicted attention weight is below
+    `min_weight` (added over the query heads that share a selection). Give at least one; of
+    several, the one that is reached first ends the selection.
 
-    `max_tokens` costs each head, layer and token the same. `min_weight` spends rows where
+    With `max_tokens` each head, layer and token costs the same. `min_weight` spends rows where
     attention is: nothing on heads that look at the sinks, much on tokens that ask for something
-    far back; less error for the same mean (docs/routing.md). `layer_importance`: a number for each
-    layer of the model, by which the weights of its rows count more or less beside `min_weight`
-    (`saap advise --by-weight` measures them); None: all alike.
+    far back. It has less error for the same mean number of rows (docs/routing.md).
+    `layer_importance`: a number for each layer of the model, by which the weights of its rows are
+    multiplied before they are compared with `min_weight` (`saap advise --by-weight` measures
+    them); None: all layers alike.
 
     `share`: "group" makes one selection for the query heads of a KV head; "head" makes one for
     each query head.
     `flush_every`: tokens that leave the window join the indexed rows this many at a time, so a
     step visits up to `flush_every - 1` tokens more than the window; None, the default, takes 8,
     and more for long contexts (1/256 of their length), where a flush moves more rows.
-    `dense_layers`: numbers of layers that visit everything. `dense_below`: contexts of at most so
-    many tokens are visited whole, because choosing costs more than it saves.
+    `dense_layers`: numbers of layers that visit everything. `dense_below`: contexts of at most
+    this many tokens are visited whole, because choosing costs more than it saves.
     """
 
     nprobe: int | None = None
@@ -94,7 +97,7 @@ class Budget:
         object.__setattr__(self, "layer_importance", tuple(float(x) for x in given))
 
     def least_weight(self, layer: int) -> float | None:
-        """`min_weight` as it holds in the layer of that number."""
+        """`min_weight` of that layer, its importance taken into account."""
         if self.layer_importance is None:
             return self.min_weight
         return self.min_weight / self.layer_importance[layer]
@@ -102,8 +105,8 @@ class Budget:
     def rows_in_lists(self, length: int) -> int:
         """How many rows of a sequence of `length` tokens are indexed: neither sinks nor tail.
 
-        It depends on the length alone and never falls as a sequence grows, so tokens that came
-        one by one lie where they would lie had they come at once.
+        It depends on the length alone and never falls as a sequence grows. So rows lie in the same
+        places, whether tokens came one by one or all at once.
         """
         spare = max(0, length - self.n_sink - self.window)
         every = self.flush_every

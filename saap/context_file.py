@@ -1,8 +1,8 @@
-"""Context files: a document's KV caches in one file, mapped when it is opened.
+"""Context files: a document's KV caches in one file, memory-mapped when it is opened.
 
 The header says what the caches belong to and how many rows they have (`saap.index.tensor_files`
-checks it). `read` checks that all tensors are those that it asks for, and maps them: keys are read
-as they are visited, and what is written to them stays in memory. `verify` reads all.
+checks it). `read` checks that the tensors are those of the header, and maps them: keys are read
+from disk when they are visited, and what is written to them stays in memory. `verify` reads all.
 """
 
 from collections.abc import Callable
@@ -36,9 +36,10 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
-    """The tensors that a header asks for; how long the buffers of a layer are they say.
+    """The tensors that a header asks for; `tensors` say how long the buffers of a layer are.
 
-    A layer is searched, with lists, or one with a sliding window, as transformers keeps it.
+    A layer either is searched and has lists, or has a sliding window and is kept as transformers
+    keeps it.
     """
     model = fields.section("model")
     n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))

@@ -2,8 +2,8 @@
 
 `context` is a file of the usual format (`saap.index.tensor_files`), replaced as a whole at each
 save: what the caches belong to, tokens, codes, and how many rows of each layer count.
-`layer-0000.rows` and so on hold keys and values (`saap.kv.row_file`), whose rows from that number
-on are nobody's. `lock` is held by the one process that uses the folder.
+`layer-0000.rows` and so on hold keys and values (`saap.kv.row_file`); rows beyond that number are
+ignored. `lock` is held by the one process that uses the folder.
 """
 
 import os

@@ -11,19 +11,19 @@ LEAST_BLOCK, MOST_BLOCK = 16, 4096
 
 @dataclass(frozen=True)
 class PrefillBudget:
-    """What a token of a long prompt visits of each layer; validated when made. Default: no such.
+    """What a token of a long prompt visits of each layer; validated when made.
 
-    A forward of several tokens is cut into blocks of `block`. Each sees the sinks and the window
-    before it (those of `Budget`), itself, causally, and rows between sinks and window that its
-    queries choose together for each KV head. All in all that is the share `visited` of the context
-    so far, or `max_tokens` rows: whichever is less of those that are given, at least one. Sinks,
+    A forward of several tokens is cut into blocks of `block` tokens. Each block sees the sinks and
+    the window before it (those of `Budget`), itself, causally, and rows between sinks and window
+    that its queries choose together for each KV head. All in all that is the share `visited` of
+    the context so far, or `max_tokens` rows; give at least one, of both the lesser counts. Sinks,
     window and the block itself are always visited, whatever they take.
 
-    `averaged`: a block is asked by the mean queries of so many neighbouring tokens each. Fewer see
-    more of what single tokens look up, and take longer (docs/scale.md).
-    `exact_last`: the last tokens of every forward visit everything, because a question stands at
-    the end; a forward of no more tokens is exact. `dense_below`: blocks that end within the first
-    so many tokens visit everything, too.
+    `averaged`: rows are chosen by the mean queries of this many neighbouring tokens each. With
+    fewer, more of what single tokens look up is found, but choosing takes longer (docs/scale.md).
+    `exact_last`: this many tokens at the end of every forward visit everything, because a question
+    stands at the end; a forward of at most this many tokens is exact. `dense_below`: blocks that
+    end within the first `dense_below` tokens visit everything, too.
     """
 
     visited: float | None = None

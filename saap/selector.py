@@ -20,9 +20,10 @@ Ranges = tuple[Int[Tensor, "n H R"], Int[Tensor, "n H R"]]
 class LayerInfo:
     """What a selector may know of the attention layer that it works for.
 
-    `sm_scale`: factor of its scores. `number`: its place in the model. `inv_freq`: radians per
-    token by which RoPE turns each pair of dimensions, None for a layer without RoPE.
-    `interleaved`: whether dimension 2i pairs with 2i + 1 rather than i with i + D / 2.
+    `sm_scale`: factor of its scores. `number`: its place in the model, from 0. `softcap`: the
+    bound of its scores, None for none. `inv_freq`: radians per token by which RoPE turns each pair
+    of dimensions, None for a layer without RoPE. `interleaved`: whether dimension 2i pairs with
+    2i + 1 rather than i with i + D / 2. `device`: where the selector keeps its tensors.
     """
 
     sm_scale: float
@@ -37,12 +38,12 @@ class LayerInfo:
 class Middle:
     """The indexed rows of a store: all between the sinks and the tail.
 
-    `k [B, Hkv, capacity, width]` (as attention sees them, and as they are stored: `keys_of` gives
-    floats), `lists` and `tokens [B, Hkv, capacity]` are views whose row 0 is the first of the
-    middle; the first `n_rows[b]` rows of sequence b are in use, in the order of their lists and
-    in time order within a list. `first_row`: how many rows of the store, the sinks, come before.
-    `reader(b, first, last)`: those keys `[Hkv, n, width]` of the store, where they are not to be
-    looked at in `k`.
+    `k [B, Hkv, capacity, width]`, `lists` and `tokens [B, Hkv, capacity]` are views whose row 0 is
+    the first of the middle. Keys have RoPE on them and are in the dtype of the store; `keys_of`
+    gives floats. The first `n_rows[b]` rows of sequence b are in use, in the order of their lists
+    and in time order within a list. `first_row`: how many rows of the store come before, the
+    sinks. `reader(b, first, last)`: reads these keys `[Hkv, n, width]` of the store, if they must
+    not be read from `k`; else None.
     """
 
     k: Shaped[Tensor, "B Hkv capacity width"]
@@ -83,12 +84,12 @@ def _as_floats(keys: Shaped[Tensor, "Hkv n width"]) -> Float[Tensor, "Hkv n D"]:
 
 @dataclass(frozen=True)
 class Query:
-    """Queries `[n, Hq, D]`, as attention sees them and with RoPE taken off.
+    """Queries `[n, Hq, D]`, with RoPE as attention sees them, and with RoPE taken off.
 
     There is one for each sequence of the store, or any number for a store of one sequence.
-    `positions`: the number of the token that asks, for each query or the same for all.
-    `local_lse(sm_scale, softcap)`: the log-sum-exp `[n, Hq]` of the scores with sinks and tail,
-    float32; None where nobody knows.
+    `positions`: the position of each query's token, or one for all. `local_lse(sm_scale,
+    softcap)`: the log-sum-exp `[n, Hq]`, float32, of the scores with sinks and tail; None if it
+    is not known.
     """
 
     q_rope: Float[Tensor, "n Hq D"]
@@ -131,9 +132,9 @@ class RangeBuffer:
 class Selector(ABC):
     """Chooses rows of the middle of one layer's store, for all its sequences.
 
-    A store calls `begin` with its first tokens, `observe` with the queries of every step but
-    drafts, `assign` for each key that it is given, `update` whenever rows joined or left the
-    middle, and `select` for each decode step.
+    A store calls `begin` with its first tokens, `observe` with the queries of every step except
+    drafts, `assign` for every new key, `update` whenever rows joined or left the middle, and
+    `select` for each decode step.
     """
 
     follows: bool = True
@@ -168,7 +169,7 @@ class Selector(ABC):
 
     @property
     def ready(self) -> bool:
-        """Whether it can choose at all; until then every row stays in the tail."""
+        """Whether it can choose already; until then every row stays in the tail."""
         return True
 
     def check_budget(self, budget: Budget) -> None:
@@ -198,12 +199,12 @@ class Selector(ABC):
     def update(self, middle: Middle) -> list[Int[Tensor, "Hkv n_rows"]] | None:
         """Take note of the rows of the middle.
 
-        Returns None, or for each sequence the order in which the rows shall be kept; `update` is
-        then not called again for that.
+        Returns None, or for each sequence the order in which the store shall keep its rows;
+        reordering them does not call `update` again.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What of this selector is saved with the rows that it has taken note of."""
+        """The part of this selector that is saved with the rows."""
         return {}
 
     def restore(self, state: dict[str, Tensor], middle: Middle) -> None:
@@ -213,10 +214,11 @@ class Selector(ABC):
     def again(
         self, local_lse: Callable[[Tensor], Tensor] | None
     ) -> Callable[[Float[Tensor, "n Hq D"]], Ranges] | None:
-        """What the last `select` did, for other queries (RoPE left on) and into the same tensors.
+        """A function that repeats the last `select` for new queries, RoPE left on.
 
-        Good until rows join or leave the middle. `local_lse`: what that query's gave, of other
-        queries; None for a budget that does not ask. None where it takes a `select`.
+        It writes to the same tensors, and is valid until rows join or leave the middle.
+        `local_lse`: gives the log-sum-exp with sinks and tail of queries; None for a budget that
+        does not need it. Returns None if only `select` can do it.
         """
         return None
 
@@ -230,10 +232,10 @@ class Selector(ABC):
 
 
 def check_ranges(starts: Tensor, lengths: Tensor, n_rows: list[int], first_row: int) -> None:
-    """Raise ValueError for ranges that overlap or leave the middle: a selector's own mistake.
+    """Raise ValueError for ranges that overlap or leave the middle: mistakes of a selector.
 
-    A store does this at every step where `KVStore.debug` is set; attention over overlapping
-    ranges would count rows twice, silently.
+    A store does this at every step if `KVStore.debug` is set; attention over overlapping
+    ranges would count rows twice, without an error.
     """
     starts, lengths = starts.long().cpu(), lengths.long().cpu()
     ends = starts + lengths

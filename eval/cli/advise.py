@@ -6,30 +6,31 @@ from typing import Annotated
 
 import typer
 
+from .decode import Index, Method, Model
+
 
 def register(app: typer.Typer) -> None:
     app.command()(advise)
 
 
 def advise(
-    model: Annotated[
-        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
-    ],
+    model: Model,
     corpus: Annotated[
-        list[Path] | None, typer.Option(help="text to measure on; shipped if not given")
+        list[Path] | None,
+        typer.Option(help="text to measure on: file or folder; if not given, shipped text"),
     ] = None,
-    context: Annotated[int, typer.Option(help="tokens of context")] = 8192,
+    context: Annotated[int, typer.Option(help="context length in tokens")] = 8192,
     error: Annotated[
-        float, typer.Option(help="output error of attention that is accepted, in the mean")
+        float, typer.Option(help="mean relative error of attention's output to accept")
     ] = 0.1,
-    method: Annotated[str, typer.Option(help="a name of `saap eval --methods`")] = "saap",
-    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
-    texts: Annotated[int, typer.Option(help="texts to measure")] = 2,
+    method: Method = "saap",
+    index: Index = None,
+    texts: Annotated[int, typer.Option(help="number of texts to measure on")] = 2,
     by_weight: Annotated[
         bool,
         typer.Option(
             "--by-weight",
-            help="also find a budget by weight: what each layer matters; minutes more",
+            help="also find min_weight and how much each layer matters; takes minutes more",
         ),
     ] = False,
 ) -> None:

@@ -16,18 +16,20 @@ app = typer.Typer(
     help="Read only the part of a KV cache that matters. Begin with `saap doctor`, `saap demo`.",
 )
 Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
+Seed = Annotated[int, typer.Option(help="seed of random numbers")]
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for results")] = Path("demo"),
-    context: Annotated[int, typer.Option(help="tokens of context")] = 8192,
+    context: Annotated[int, typer.Option(help="length of the document in tokens")] = 8192,
     model: Annotated[
-        str, typer.Option(help="smollm2 or reference; smollm2 where it is installed")
+        str,
+        typer.Option(help="smollm2 or reference; if not given, smollm2 where it is installed"),
     ] = "",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Read a long document, ask it densely and sparsely, compare methods: in minutes."""
+    """Read a long document, ask about it densely and sparsely, compare methods; takes minutes."""
     from .. import reference
     from ..run import check_contexts
     from . import demo as on_reference
@@ -49,11 +51,11 @@ train.register(app)
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
-    ],
+    model: decode.Model,
     out: Annotated[Path, typer.Option(help="folder for records, scores and report")],
-    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="index that `saap train` wrote, for methods with buckets")
+    ] = None,
     methods: Names = "all",
     contexts: Annotated[
         str, typer.Option(help="context lengths in tokens, separated by commas")
@@ -71,46 +73,47 @@ def evaluate(
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
-            help="text to judge on: files, folders, prose, prose2 or code; else a shipped one"
+            help="text to judge on: file, folder, prose, prose2, code; if not given, shipped text"
         ),
     ] = None,
     share: Annotated[
         str,
         typer.Option(
-            help="one choice of rows for each 'group' of query heads, or for each 'head'"
+            help="'group': query heads of a KV head choose rows together; 'head': each its own"
         ),
     ] = "group",
     texts: Annotated[
         int, typer.Option(help="texts for each context length, in the attention task")
     ] = 8,
     prompts: Annotated[
-        int, typer.Option(help="prompts for each context length, in each task that asks")
+        int, typer.Option(help="prompts for each context length, in each task with questions")
     ] = 20,
     sweep: Annotated[
-        Path | None, typer.Option(help="YAML file whose keys replace these options")
+        Path | None, typer.Option(help="YAML file; what it names replaces these options")
     ] = None,
     build: Annotated[
         list[str] | None,
         typer.Option(
-            help="METHOD.KEY=V1,V2: compare values of a parameter that the index is built with"
+            help="METHOD.KEY=V1,V2: compare values of a parameter; each indexes the context anew"
         ),
     ] = None,
     search: Annotated[
         list[str] | None,
         typer.Option(
-            help="METHOD.KEY=V1,V2: compare values of a parameter that only the search uses"
+            help="METHOD.KEY=V1,V2: compare values of a parameter; all search the same index"
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="processes; if not given, as many as cores and memory allow")
+        int | None,
+        typer.Option(help="number of processes; if not given, as many as cores and memory allow"),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            help="threads of each process; results may depend on it, but never on --jobs"
+            help="threads of each process; records may depend on them, but never on --jobs"
         ),
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
     from saap.methods import METHODS

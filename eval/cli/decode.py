@@ -7,35 +7,49 @@ import typer
 
 MOST_TOKENS = 10**7
 Model = Annotated[
-    str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
+    str,
+    typer.Argument(help="folder, .gguf file, Hugging Face hub name, or reference, smollm2, ..."),
 ]
-Index = Annotated[Path | None, typer.Option(help="file that `saap train` wrote for the model")]
-Method = Annotated[str, typer.Option(help="what chooses rows: a name in `saap.METHODS`")]
-Document = Annotated[Path, typer.Argument(help="text file, or folder of them")]
+Index = Annotated[
+    Path | None,
+    typer.Option(help="index that `saap train` wrote for the model; the method saap needs none"),
+]
+Method = Annotated[
+    str, typer.Option(help="how rows of the cache are chosen: saap, quest, pq, ... or dense")
+]
+Document = Annotated[Path, typer.Argument(help="text file, or folder of text files")]
 ContextFile = Annotated[Path, typer.Option(help="the context file to write")]
-Chunk = Annotated[int, typer.Option(help="tokens read at once")]
+Chunk = Annotated[int, typer.Option(help="tokens read in one forward")]
 KVDtype = Annotated[
     str,
     typer.Option(
-        help="hold keys and values as bfloat16, float16 or int8; as the model if not given"
+        help="store keys and values as bfloat16, float16 or int8; default: the model's dtype"
     ),
 ]
 PrefillVisited = Annotated[
     float | None,
     typer.Option(
-        help="read long prompts sparsely: a token visits such a share of what is before it"
+        help="read long prompts sparsely: each token reads this share of the tokens before it"
     ),
 ]
-NumberOfTokens = Annotated[int, typer.Option("--tokens", help="tokens to generate at most")]
+NumberOfTokens = Annotated[int, typer.Option("--tokens", help="most tokens to generate")]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="rows of the middle that a token visits in each layer")
+    int | None,
+    typer.Option(
+        help="cached tokens that a step reads in each layer, besides the first and last ones"
+    ),
 ]
-Nprobe = Annotated[int | None, typer.Option(help="buckets that a token visits in each layer")]
+Nprobe = Annotated[
+    int | None,
+    typer.Option(help="buckets that a step visits in each layer, for methods with buckets"),
+]
 TopP = Annotated[
-    float | None, typer.Option(help="visit buckets until this share of the predicted mass")
+    float | None,
+    typer.Option(help="visit buckets until they hold this share of the predicted attention"),
 ]
 MinWeight = Annotated[
-    float | None, typer.Option(help="visit rows that are predicted at least this attention weight")
+    float | None,
+    typer.Option(help="read only tokens whose predicted attention weight is at least this"),
 ]
 
 
@@ -56,7 +70,7 @@ def prefill(
     kv_dtype: KVDtype = "",
     prefill_visited: PrefillVisited = None,
 ) -> None:
-    """Read a document once: its KV cache and inverted lists in one file, for `saap ask`."""
+    """Read a document once, and write its KV cache to a file for `saap ask`."""
     import saap
 
     from .outputs import check_output
@@ -111,7 +125,7 @@ def ask(
     file: Annotated[Path, typer.Argument(help="file that `saap prefill` wrote")],
     question: Annotated[str, typer.Argument(help="text that follows the document")],
     index: Annotated[
-        Path | None, typer.Option(help="trained index, if it is no longer where it was")
+        Path | None, typer.Option(help="the trained index of `saap prefill`, if it was moved")
     ] = None,
     tokens: NumberOfTokens = 64,
     max_tokens: MaxTokens = None,
@@ -119,7 +133,7 @@ def ask(
     top_p: TopP = None,
     min_weight: MinWeight = None,
 ) -> None:
-    """Continue a prefilled document with a question, from the file, without reading it again."""
+    """Ask a question about a document that `saap prefill` has read, without reading it again."""
     import saap
     from saap import context_file
     from saap.hf.text import generate_text
@@ -147,11 +161,16 @@ def generate(
     prompt_file: Annotated[Path, typer.Option(help="text to continue")],
     index: Index = None,
     method: Method = "saap",
-    compare: Annotated[bool, typer.Option(help="the dense run too, and where they part")] = False,
-    lossless: Annotated[
-        bool, typer.Option(help="what dense attention gives: drafted sparsely, verified exactly")
+    compare: Annotated[
+        bool, typer.Option(help="also continue with dense attention, and say where both differ")
     ] = False,
-    drafts: Annotated[int, typer.Option(help="most tokens drafted at once, for --lossless")] = 8,
+    lossless: Annotated[
+        bool,
+        typer.Option(help="give the tokens of dense attention: draft sparsely, verify exactly"),
+    ] = False,
+    drafts: Annotated[
+        int, typer.Option(help="with --lossless: most tokens drafted before a verification")
+    ] = 8,
     prefill_visited: PrefillVisited = None,
     tokens: NumberOfTokens = 64,
     max_tokens: MaxTokens = None,
@@ -159,7 +178,7 @@ def generate(
     top_p: TopP = None,
     min_weight: MinWeight = None,
 ) -> None:
-    """Continue a text with Saap; tells context length, share of the cache visited, speed."""
+    """Continue a text; print context length, share of the cache that was read, and speed."""
     import saap
     from saap.hf import Verify
     from saap.hf.text import generate_text, read_document

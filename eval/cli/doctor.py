@@ -8,7 +8,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Tell what is installed and what will be used; test the kernels and a long context."""
+    """Show what is installed and what will be used; test the kernels and a long context."""
     from .. import doctor as examined
     from .terminal import console, plain_table
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .decode import Index, Model
+
 WIDTH = 44
 
 
@@ -13,18 +15,20 @@ def register(app: typer.Typer) -> None:
 
 
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
-    ],
-    prompt_file: Annotated[Path, typer.Option(help="text; its last token is what asks")],
+    model: Model,
+    prompt_file: Annotated[Path, typer.Option(help="text file that holds the prompt")],
     passage: Annotated[
-        str | None, typer.Option(help="text in the prompt whose heads are told; else the heaviest")
+        str | None,
+        typer.Option(
+            help="words of the prompt: list the heads that look at them; if not given, at the "
+            "passage with most attention"
+        ),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="comma-separated")
+        str, typer.Option(help="names, separated by commas")
     ] = "oracle-tokens,saap,pq,quest,streaming",
     budget: Annotated[float, typer.Option(help="share of the context that is visited")] = 0.05,
-    index: Annotated[Path | None, typer.Option(help="file that `saap train` wrote")] = None,
+    index: Index = None,
 ) -> None:
     """Show which passages of a prompt its last token looks at, and which methods find them."""
     from saap import hf

@@ -17,7 +17,7 @@ def report(
         bool, typer.Option("--strict", help="exit code 1 when a result is suspicious")
     ] = False,
 ) -> None:
-    """Score and plot a result folder again; needs neither model nor index."""
+    """Score a result folder again and make its report; needs neither model nor index."""
     from ..checks import check_folder
     from ..report.page import make_report
     from .terminal import print_suspicions, say
@@ -30,14 +30,14 @@ def report(
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(help="result folder before")],
-    b: Annotated[Path, typer.Argument(help="result folder after")],
-    level: Annotated[float, typer.Option(help="of the bootstrap's interval")] = 0.99,
+    a: Annotated[Path, typer.Argument(help="result folder of the run before")],
+    b: Annotated[Path, typer.Argument(help="result folder of the run after")],
+    level: Annotated[float, typer.Option(help="level of the bootstrap's intervals")] = 0.99,
     everything: Annotated[
-        bool, typer.Option("--all", help="also what did not change beyond noise")
+        bool, typer.Option("--all", help="also show what did not change beyond noise")
     ] = False,
 ) -> None:
-    """What changed between two runs, and whether by more than noise over texts and prompts.
+    """Show what changed between two runs, and whether it is more than noise.
 
     Exit code 0: nothing is worse. 1: something is worse beyond noise. 2: bad input.
     """

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .decode import Model
+
 
 def register(app: typer.Typer) -> None:
     app.command()(train)
@@ -13,13 +15,11 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    model: Annotated[
-        str, typer.Argument(help="folder, .gguf file, hub name, or reference, smollm2, ...")
-    ],
+    model: Model,
     corpus: Annotated[
         list[Path],
         typer.Option(
-            help="text, HTML or .jsonl file, folder, prose, prose2, code, or "
+            help="text to train on: text, HTML or .jsonl file, folder, prose, prose2, code, or "
             "NAME[:CONFIG[:SPLIT]] of a Hugging Face dataset; may be repeated"
         ),
     ],
@@ -31,29 +31,32 @@ def train(
     ] = "text",
     nlist: Annotated[
         int | None,
-        typer.Option(help="buckets per KV head; chosen by the context length if not given"),
+        typer.Option(help="buckets per KV head; if not given, chosen by the context length"),
     ] = None,
-    router: Annotated[str, typer.Option(help="mlp, linear or centroid")] = "mlp",
+    router: Annotated[
+        str, typer.Option(help="what scores buckets for a query: mlp, linear or centroid")
+    ] = "mlp",
     window: Annotated[
         int | None, typer.Option(help="how many recent tokens are always visited")
     ] = None,
     steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
     baselines: Annotated[
-        bool, typer.Option(help="also fit what is only compared with: linear, kmeans-rope")
+        bool, typer.Option(help="also train for methods to compare with: linear, kmeans-rope")
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; a GPU if there is one, a process each")
+        str | None,
+        typer.Option(help="cpu or cuda; if not given, a GPU of its own for each process, if any"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 (a CPU's), bfloat16 (a GPU's) or float16")
+        str | None,
+        typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU) or float16"),
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="seed of random numbers")] = 0,
 ) -> None:
-    """Train partitions and routers for all layers of a model: one safetensors file.
+    """Train an index for a model: partitions of keys, and routers, of all layers in one file.
 
-    Layer by layer; a training that was killed goes on where it was when the same command is given
-    again. Several processes (torchrun --no-python --nproc-per-node N saap train ...) share the
-    layers.
+    Works layer by layer. After a kill, the same command goes on where it was. Several processes
+    (torchrun --no-python --nproc-per-node N saap train ...) share the layers.
     """
     from saap.training import Processes, TrainingOptions, train_file
 
@@ -142,13 +145,15 @@ def print_needs(training, out: Path) -> None:
 
 
 def info(
-    file: Path,
+    file: Annotated[Path, typer.Argument(help="index file that `saap train` wrote")],
     router: Annotated[
-        str | None, typer.Option(help="whose recall is mapped; the default one if not given")
+        str | None, typer.Option(help="router whose recall is shown; if not given, the default")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="the map as a picture: PNG, SVG, ...")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="write the map to this picture: PNG, SVG, ...")
+    ] = None,
 ) -> None:
-    """What an index file holds, and a map of the recall of each head, measured when trained."""
+    """Show what an index file holds, and a map of each head's recall, measured in training."""
     from saap.trained_index import TrainedIndex
 
     from ..info import check_router, print_index

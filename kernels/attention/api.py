@@ -79,9 +79,9 @@ def attend_ranges(
 class PreparedRanges(Preparation):
     """`attend_ranges` over the same tensors at every call: all but the queries is checked once.
 
-    So a decode step of a store costs little beside its kernel. What the tensors hold may change
-    between calls; they themselves, the number of torch's threads and the other arguments may not:
-    `fits` says whether a preparation still serves. A copy of a preparation is None.
+    So a decode step of a store costs little besides its kernel. The values of the tensors may
+    change between calls; the tensors themselves, the number of torch's threads and the other
+    arguments may not: `fits` says whether a preparation is still valid. Copying one gives None.
 
     Args and Raises: as `attend_ranges`; `starts, lengths` are contiguous.
     """
@@ -140,7 +140,7 @@ def attend_dense(
 ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
     """Attention over the first `cache_seqlens[b]` rows of each sequence: a ragged batch.
 
-    One range a row of `attend_ranges`; LeanAttention proper (arXiv 2405.10480).
+    As `attend_ranges` with one range for each row: LeanAttention itself (arXiv 2405.10480).
 
     Args:
         cache_seqlens: int32 `[B]`, rows in use of each sequence, 0 to N.

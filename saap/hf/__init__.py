@@ -1,7 +1,7 @@
-"""The one package that knows transformers.
+"""The only package that imports transformers.
 
-`attached` decodes with `generate()` over a `SaapCache`; `routed` hands attention to a handler, for
-training an index.
+`attached` lets a model decode with `generate()` over a `SaapCache`; `routed` hands the model's
+attention to a handler, for training an index.
 """
 
 from . import packaged

@@ -1,4 +1,4 @@
-"""Which token a draft and the exact distribution give, and which logits processors drafts pass."""
+"""The token that follows from a draft and the exact distribution; which processors see drafts."""
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,10 @@ WITH_STATE = (
 
 
 def can_guess(processor) -> bool:
-    """Whether a logits processor may be asked about drafts too: it keeps nothing of a call.
+    """Whether a logits processor may see drafts, too: it keeps nothing from call to call.
 
-    Of others nobody knows. They are asked about what is emitted alone, so drafts are worse.
+    That is known of transformers' own processors only. Others see emitted tokens alone, so drafts
+    are rejected more often.
     """
     own = type(processor)
     return own.__module__ == processors_of_transformers.__name__ and own.__name__ not in WITH_STATE
@@ -33,10 +34,10 @@ def drawn(shares: Float[Tensor, " vocab"]) -> int:
 def accepted_or_drawn(
     draft: int, exact: Float[Tensor, " vocab"], drafted: Float[Tensor, " vocab"]
 ) -> int:
-    """A token of the distribution `exact`, given a `draft` of the distribution `drafted`.
+    """A token drawn from `exact`, given a `draft` that was drawn from `drafted`.
 
-    The draft with the probability `exact / drafted`, at most 1; else a token of what `exact` has
-    more than `drafted`, which is never the draft (Leviathan et al., theorem 1).
+    Returns the draft with probability `min(1, exact / drafted)`. Otherwise it draws in proportion
+    to `max(0, exact - drafted)`, which never gives the draft (Leviathan et al., theorem 1).
     """
     if float(torch.rand((), device=exact.device)) * float(drafted[draft]) < float(exact[draft]):
         return draft

@@ -1,4 +1,4 @@
-"""Do all ranks of a group run the same? Checked where a model is attached, and at each forward."""
+"""Checks that all ranks of a group run the same: when a model is attached, and at each forward."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from .models import describe
 
 
 def check(saap_model) -> None:
-    """Raise GroupError on all ranks, naming what differs; ValueError for what is not built."""
+    """GroupError on all ranks, naming what differs; ValueError for what a group cannot do yet."""
     if saap_model.verify is not None:
         raise ValueError("verify must be None with a group; got verify: it is not built for one")
     method = saap_model.method
@@ -40,7 +40,7 @@ def check(saap_model) -> None:
 
 
 def check_tokens(group: Group, tokens: Tensor) -> None:
-    """Raise GroupError on all ranks where they are given other tokens or embeddings."""
+    """GroupError on all ranks, if they were given different tokens or embeddings."""
     content = tokens.detach().cpu().contiguous()
     digest = hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy()).hexdigest()[:12]
     kind = "tokens" if tokens.ndim == 2 else "embeddings"

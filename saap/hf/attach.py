@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 
 class SaapModel:
-    """An attached model: makes caches for it. `budget` holds for the caches made from now on."""
+    """A model while it is attached; makes its caches. `budget` may be set, for later caches."""
 
     def __init__(
         self,
@@ -81,12 +81,13 @@ class SaapModel:
     ) -> SaapCache:
         """An empty cache. `capacity`: tokens per sequence to make room for at once.
 
-        `parts`, where there is a group: tokens that each rank but the last holds. If not given,
-        the ranks share the tokens of the first forward.
+        `parts`, for a group: how many tokens each rank but the last holds. If not given, the
+        ranks share the tokens of the first forward evenly.
 
-        `directory`: keys and values lie in files there, a new or empty folder; one sequence,
-        methods `saap` and `dense`, on the CPU. `fast_memory`: bytes for the rows that the latest
-        steps visited, all layers together; None looks into the mapped files (docs/scale.md).
+        `directory`: a new or empty folder; keys and values lie in files there. Works for one
+        sequence, with methods `saap` and `dense`, on the CPU. `fast_memory`: bytes for the rows
+        that the latest steps visited, all layers together; with None rows are read from the
+        memory-mapped files (docs/scale.md).
         """
         if parts is not None and self.group is None:
             raise ValueError("parts must be None without a group; got parts")
@@ -100,9 +101,10 @@ class SaapModel:
     def save_context(
         self, cache: SaapCache, tokens: Tensor, path: str | Path, note: dict | None = None
     ) -> None:
-        """Write the cache of `tokens [N]` to a file, or what is new of one in a directory to that.
+        """Write the cache of `tokens [N]` to the file `path`.
 
-        `note` goes into the header.
+        A cache in a directory is saved there, and only what is new is written. `note`: values of
+        your own for the header.
         """
         from .contexts import save_context
 
@@ -111,9 +113,9 @@ class SaapModel:
     def open_context(
         self, path: str | Path, *, fast_memory: int | None = None
     ) -> tuple[SaapCache, Tensor]:
-        """A cache as `save_context` last wrote it to a file or a directory, and its tokens `[N]`.
+        """The cache that `save_context` last wrote to a file or a directory, and its tokens `[N]`.
 
-        `fast_memory`: as for `cache`, of a directory.
+        `fast_memory`: as for `cache`, if `path` is a directory.
         """
         from .contexts import open_context
 
@@ -125,7 +127,7 @@ class SaapModel:
         parts: Sequence[int] | None = None,
         folder: CacheFolder | None = None,
     ) -> list:
-        """New layers for a cache, their rows in `folder` or in memory."""
+        """New layers for a cache, with their rows in `folder` or in memory."""
         layers = []
         for number, layer in enumerate(self.layers):
             if layer.is_full:
@@ -182,11 +184,11 @@ class SaapModel:
 def _forward(decoder, *arguments, **keywords):
     """Stands in for the forward of an attached model's decoder.
 
-    Of a compiled model, a forward over our cache runs as it is written, and so gives the same
-    tokens: what it does depends on the cache, which grows at each step. Any other is compiled.
+    If the model is compiled, a forward over our cache still runs uncompiled, because what it does
+    depends on the cache, which grows at each step. Other forwards run compiled.
 
-    A copy of the decoder, which has this function too, is attached to nothing and computes what
-    its class does.
+    A copy of the decoder has this function, too, but is not attached: it computes what its class
+    does.
     """
     saap_model = _attached.get(decoder)
     if saap_model is None:
@@ -219,7 +221,7 @@ _forward.__name__, _generate.__name__ = "forward", "generate"
 
 @contextmanager
 def _put_in_place(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """While open, the method `name` of `owner` alone is `function`."""
+    """While open, `function` is the method `name` of `owner`, and of no other object."""
     before = vars(owner).get(name)
     if getattr(before, "__func__", None) is function:
         before = None  # a copy of an attached model brings this along
@@ -234,7 +236,7 @@ def _put_in_place(owner: nn.Module, name: str, function: Callable) -> Iterator[N
 
 
 def _own(owner: nn.Module, name: str, function: Callable) -> Callable:
-    """The method of `owner` that `function` is put in the place of."""
+    """The method of `owner` that `function` replaces."""
     before = vars(owner).get(name)  # accelerate puts one of its own there
     if before is None or getattr(before, "__func__", None) is function:
         return types.MethodType(getattr(type(owner), name), owner)
@@ -259,26 +261,28 @@ def attached(
             model.generate(**inputs, past_key_values=saap_model.cache())
 
     Streaming, sampling, beams, assisted and prompt-lookup decoding, left-padded batches, chunked
-    prefill and the next turn over the same cache all work; prefill and any forward of several
+    prefill and the next turn over the same cache all work. Prefill and any forward of several
     tokens are exact. Layers with a sliding window keep their own cache and stay dense. Without our
-    cache the model computes what it always did, and other threads may use it, or caches of their
-    own, at the same time.
+    cache the model computes what it always did. Other threads may use the model at the same time,
+    with caches of their own or without.
 
     `method`: a name in `saap.METHODS`, or a `Method` object, which brings its own index. "saap"
     needs no `index`: each layer learns two covariance matrices from the prompt's own queries and
-    keys at the first decode step, and again whenever the context has grown by half; prompts with
-    fewer than 512 tokens between sinks and window stay dense until they have grown. `budget`:
-    `Budget.default()` if not given. `verify`: `generate()` gives what the dense model gives; at
-    most so many tokens are drafted over the budget and verified in one exact forward
-    (docs/lossless.md). `group`: the context is split over its ranks, which all run this with the
-    same model, budget and text (`saap.distributed`, docs/scale.md). `kv_dtype`: what the cache
-    holds keys and values as, such as `torch.int8`; None for the model's own dtype (docs/scale.md).
-    `prefill`: tokens of a long prompt visit a part of what is before them, chosen block by block;
-    None, the default, reads prompts exactly (docs/scale.md). CPU only.
+    keys at the first decode step, and again whenever the context has grown by half. Prompts with
+    fewer than 512 tokens between sinks and window stay dense until they have grown.
+    `budget`: what a step may visit; `Budget.default()` if not given.
+    `verify`: `generate()` gives the tokens of the dense model; at most this many tokens are
+    drafted over the budget and then verified in one exact forward (docs/lossless.md).
+    `group`: the context is split over its ranks, which all run this with the same model, budget
+    and text (`saap.distributed`, docs/scale.md).
+    `kv_dtype`: dtype in which the cache holds keys and values, such as `torch.int8`; None for the
+    model's own (docs/scale.md).
+    `prefill`: tokens of a long prompt visit only a part of the tokens before them, chosen block by
+    block; None, the default, reads prompts exactly. CPU only (docs/scale.md).
 
-    Raises GroupError where ranks differ; ValueError for a model that is not supported or not the
-    index's, for an unknown method, one that needs an index and got none, and for a budget that it
-    cannot follow.
+    Raises GroupError if ranks differ. Raises ValueError for a model that is not supported or not
+    the one that the index was trained for, for an unknown method, for a method that needs an index
+    and got none, and for a budget that the method cannot follow.
     """
     if isinstance(method, str):
         method = find_method(method)(index)

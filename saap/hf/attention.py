@@ -1,9 +1,10 @@
 """The one attention function that is registered with transformers, and who answers its calls.
 
 While a model is *installed* its attention layers call `_attention`, which looks for a *handler* of
-that model in the running thread. Without one the layer computes what it always did; with one the
-call, RoPE taken off, is the handler's: a cache that decodes, or whoever trains or measures. What
-runs is kept per thread and set back in `finally`, so an interrupt leaves nothing behind.
+that model in the running thread. Without a handler the layer computes what it always did. With
+one, RoPE is taken off and the handler answers the call: a cache that decodes, or code that trains
+or measures. Handlers are kept per thread and reset in `finally`, so an interrupt leaves nothing
+behind.
 """
 
 import functools
@@ -32,13 +33,13 @@ PREFIX = "saap_over_"
 class LayerCall:
     """What one attention layer was called with: T new tokens.
 
-    `q_rope, q_derope [B, Hq, T, D]`, `k_rope, k_derope, v [B, Hkv, T, D]`. Keys and queries are as
+    `q_rope, q_derope [B, Hq, T, D]`, `k_rope, k_derope, v [B, Hkv, T, D]`: keys and queries as
     the attention sees them (after RoPE and any norm), and the same with RoPE taken off, which is
-    done when they are first asked for. `rope`:
-    the variant in `saap.rope.VARIANTS` and the tables `cos, sin [B, T, r]`, None without RoPE.
-    A layer with a sliding window is never searched: its RoPE is left on, and `k_rope, v` are all
-    that is in reach, not the new tokens alone, where the model keeps a cache.
-    `sinks [Hq]`: learned logits that take part in the softmax and are worth nothing, or None.
+    done when they are first asked for. `rope`: the variant in `saap.rope.VARIANTS` and the tables
+    `cos, sin [B, T, r]`, None without RoPE. A layer with a sliding window is never searched: its
+    RoPE is left on, and where the model keeps a cache, `k_rope, v` are not the new tokens alone
+    but all that the window reaches. `sinks [Hq]`: learned logits that take part in the softmax
+    without a value, or None.
     """
 
     layer: int
@@ -53,7 +54,7 @@ class LayerCall:
 
     @functools.cached_property
     def _derope(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys at once: half as many small operations."""
+        """Take RoPE off queries and keys together: half as many small operations."""
         if self.rope is None:
             return self.q_rope, self.k_rope
         variant, *tables = self.rope
@@ -75,7 +76,7 @@ Handler = Callable[[LayerCall], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Running:
-    """A handler at work in one thread, and the RoPE tables of the forward that runs."""
+    """The handler of one thread, and the RoPE tables of the running forward."""
 
     handler: Handler
     layers: list[ModelLayer]
@@ -92,7 +93,7 @@ _threads = _Threads()
 
 @contextmanager
 def handled(model: nn.Module, handler: Handler, layers: list[ModelLayer]) -> Iterator[None]:
-    """While open, attention of the installed `model` in this thread is the handler's."""
+    """While open, the handler computes the attention of the installed `model` in this thread."""
     key = id(model.config.get_text_config())
     before = _threads.running.get(key)
     _threads.running[key] = _Running(handler, layers, {})
@@ -125,7 +126,7 @@ def installed(model: nn.Module) -> Iterator[None]:
 
 
 def check_installed(model: nn.Module) -> None:
-    """ValueError where somebody chose another attention implementation since `installed`."""
+    """ValueError if another attention implementation was chosen since `installed`."""
     name = model.config.get_text_config()._attn_implementation
     if not name.startswith(PREFIX):
         raise ValueError(
@@ -159,9 +160,9 @@ def _registered(original: str) -> str:
 
 @stateful
 def _keep_tables(module, _, keywords: dict) -> None:
-    """Before an attention layer runs: the `cos, sin` of that very forward.
+    """Keep the `cos, sin` of this very forward, before an attention layer runs.
 
-    Dynamic and longrope tables change as a sequence grows, so they are never computed again.
+    They must not be computed again: dynamic and longrope tables change as a sequence grows.
     """
     running = _threads.running.get(id(module.config))
     if running is not None:
@@ -170,7 +171,7 @@ def _keep_tables(module, _, keywords: dict) -> None:
 
 @stateful
 def _mask(original: str, *arguments, attention_mask=None, config=None, **options):
-    """Padding is taken from the model's own argument, once per forward: no mask is needed then."""
+    """No mask: padding is taken from the model's own argument, once per forward."""
     if config is not None and id(config) in _threads.running:
         return attention_mask
     make = ALL_MASK_ATTENTION_FUNCTIONS[original]

@@ -20,9 +20,9 @@ from .pace import Pace
 
 
 class SaapLayer(CacheLayerMixin):
-    """One layer of full attention. The attention function writes to `store`, `update` does not.
+    """One layer of full attention. The attention function writes to `store`; `update` does not.
 
-    transformers counts slots, padding included; the store holds tokens alone.
+    transformers counts slots, padding included; the store holds tokens only.
     """
 
     is_sliding = False
@@ -91,7 +91,7 @@ class SaapLayer(CacheLayerMixin):
 
 @dataclass
 class Trial:
-    """How many of the tokens that came on trial stay."""
+    """How many of the tokens that were added on trial stay."""
 
     keep: int = 0
 
@@ -100,7 +100,7 @@ class SaapCache(Cache):
     """Made by `SaapModel.cache()`; pass it as `past_key_values`.
 
     It belongs to that model and to its `with saap.attached(...)` block, and refuses any other use.
-    Beams hold their sequences apart: reordering copies those that change.
+    Beams share no memory: reordering copies the sequences that change.
     """
 
     def __init__(self, layers: list[CacheLayerMixin], owner, folder: CacheFolder | None = None):
@@ -156,11 +156,11 @@ class SaapCache(Cache):
 
     @property
     def reads(self) -> RowReads:
-        """What steps have read of a cache in a directory so far, and hits in its fast memory."""
+        """What steps have read so far from a cache in a directory, and hits in its fast memory."""
         return RowReads() if self.folder is None else self.folder.reads
 
     def close(self) -> None:
-        """Let another process open the directory; this cache cannot be used any more."""
+        """Free the directory for other processes; this cache cannot be used any more."""
         if self.folder is not None:
             self.folder.close()
 
@@ -181,14 +181,14 @@ class SaapCache(Cache):
 
     @property
     def visited_share(self) -> float:
-        """Rows that the last step visited, of all rows, averaged over layers of full attention."""
+        """The share of all rows that the last step visited: mean over layers of full attention."""
         shares = [layer.store.visited_share for layer in self.saap_layers]
         return sum(shares) / len(shares) if shares else 1.0
 
     @property
     def read_share(self) -> float:
-        """Rows that forwards of several tokens visited, of those that dense attention visits, over
-        all layers of full attention; 1 but for a `PrefillBudget`."""
+        """What forwards of several tokens visited, as a share of the rows that dense attention
+        would have visited in all layers of full attention: 1 without a `PrefillBudget`."""
         read = [x.store.rows_read for x in self.saap_layers if isinstance(x.store, KVStore)]
         seen = sum(own.seen for own in read)
         return sum(own.visited for own in read) / seen if seen else 1.0
@@ -204,7 +204,7 @@ class SaapCache(Cache):
     def begin_forward(
         self, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
     ) -> "Forward":
-        """Check what one forward brings, and make room for it.
+        """Check the input of one forward, and make room for it.
 
         Raises ValueError for a batch, mask or positions that do not continue what is stored, and
         for a cache that another forward is using.
@@ -224,9 +224,9 @@ class SaapCache(Cache):
 
     @contextmanager
     def on_trial(self) -> Iterator[Trial]:
-        """Of the tokens that come while it is open, the first `Trial.keep` stay.
+        """Of the tokens that are added while it is open, only the first `Trial.keep` stay.
 
-        So the cache holds what it should where a forward breaks off, too.
+        This is also so if a forward breaks off in between.
         """
         slots, lengths, positions = self.get_seq_length(), self.lengths, self.last_positions
         sliding = [layer for layer in self.layers if not isinstance(layer, SaapLayer)]
@@ -247,7 +247,7 @@ class SaapCache(Cache):
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """While open, forwards of one token are sparse, and leave nothing behind."""
+        """While open, forwards of one token are sparse; their tokens are removed at the end."""
         with ExitStack() as opened:
             opened.enter_context(self.on_trial())
             for layer in self.saap_layers:
@@ -259,6 +259,11 @@ class SaapCache(Cache):
                 self.exact = exact
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Remove the last tokens, as in transformers: `crop(-3)` removes three.
+
+        Raises ValueError once a sliding window is full, unless `activate_past_recording()` was
+        called before.
+        """
         tokens_to_remove = int(tokens_to_remove)
         full = [
             layer.sliding_window
@@ -278,6 +283,7 @@ class SaapCache(Cache):
             self.last_positions = [n - 1 for n in self.lengths]
 
     def reset(self) -> None:
+        """Forget all tokens; the cache can be used again."""
         super().reset()
         self.last_positions, self._lengths = [], []
 

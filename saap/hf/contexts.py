@@ -21,11 +21,11 @@ def save_context(
     path: str | Path,
     note: dict | None = None,
 ) -> None:
-    """Write a cache that holds `tokens [N]`, one sequence, with its lists, and a note in JSON.
+    """Write a cache of one sequence, which holds `tokens [N]`, with its lists and a JSON note.
 
-    A cache in a directory is saved there: what is new goes to the disk, and what counts on it is
-    replaced. Raises ValueError for a batch, for tokens that do not fit, and when it cannot be
-    written.
+    A cache in a directory is saved there: new rows are written, then the file that counts them is
+    replaced. Raises ValueError for a batch, for tokens that are not those of the cache, and when
+    it cannot be written.
     """
     check_has_index(saap_model)
     if cache.owner is not saap_model:
@@ -55,7 +55,7 @@ def save_context(
 
 
 def header_of(saap_model: SaapModel, layers: list[dict], note: dict) -> dict:
-    """What is saved of a context beside tensors."""
+    """What is saved of a context besides tensors."""
     return {
         **note,
         "model": describe(saap_model.model),
@@ -88,11 +88,11 @@ def check_made_with(saap_model: SaapModel, path: str | Path, header: dict) -> No
 def open_context(
     saap_model: SaapModel, path: str | Path, fast_memory: int | None = None
 ) -> tuple[SaapCache, Tensor]:
-    """The cache, mapped from the file or over the files of a folder, and its tokens `[N]`.
+    """The saved cache, memory-mapped from a file or over the files of a folder; its tokens `[N]`.
 
-    `fast_memory`: as for `SaapModel.cache`, of a folder. Raises ValueError, naming what differs,
-    for a context of another model, index or layout, for files that are cut short or altered, and
-    for a folder that is in use.
+    `fast_memory`: as for `SaapModel.cache`, if `path` is a folder. Raises ValueError, naming what
+    differs, for a context of another model, index or layout, for files that are cut short or
+    altered, and for a folder that is in use.
     """
     check_has_index(saap_model)
     if Path(path).is_dir():
@@ -135,7 +135,7 @@ def open_context(
 
 
 def layout(saap_model: SaapModel) -> dict:
-    """What of a budget lays out rows, and so has to be the same when a context is opened."""
+    """The parts of a budget that decide where rows lie: the same when a context is opened."""
     budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
     if saap_model.kv_dtype not in (None, saap_model.model.dtype):

@@ -1,6 +1,6 @@
-"""What is known of each layer of a model: the one place for rules about model families.
+"""All that is known of each layer of a model: the only place with rules about model families.
 
-Training, evaluation and decoding ask here for windows, RoPE and learned sinks; a model that is not
+Training, evaluation and decoding ask here for windows, RoPE and learned sinks. A model that is not
 supported is refused by name, before any forward.
 """
 
@@ -122,10 +122,11 @@ def _rope_parameters(config) -> list[dict]:
 def rope_variants(
     model: nn.Module, kinds: list[str]
 ) -> tuple[list[str | None], list[torch.Tensor | None]]:
-    """For each layer, what takes its RoPE off and radians per token; None without RoPE.
+    """For each layer, the variant that takes its RoPE off, and radians per token; None without.
 
-    Tried on the model file's own rotation, with tables of a copy of its rotary embedding: the
-    original changes its frequencies when it is called. Raises ValueError when none fits.
+    Variants are tried on the rotation of the model's own code, with tables from a copy of its
+    rotary embedding: the original changes its frequencies when it is called. Raises ValueError if
+    no variant fits.
     """
     rotary = copy.deepcopy(
         next(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))

@@ -16,10 +16,10 @@ METHODS = ("saap", "dense")
 
 
 class CacheFolder:
-    """The folder of one cache. `fast_memory`: bytes for rows of all its layers, None for none.
+    """The folder of one cache. `fast_memory`: bytes for rows of all its layers; None: none.
 
-    Raises ValueError for what is not built: other methods, a group, a GPU; and for memory that
-    does not hold what one step visits.
+    Raises ValueError for what is not supported (other methods, a group, a GPU), and for memory
+    that does not hold what one step visits.
     """
 
     def __init__(self, saap_model, path: str | Path, fast_memory: int | None, *, new: bool):
@@ -47,7 +47,7 @@ class CacheFolder:
         return sum(rows.file_bytes for rows in self.rows.values())
 
     def new_rows(self, number: int) -> FileRows:
-        """For a layer whose file is made when its first keys come."""
+        """Rows of a new layer; its file is made when the first keys come."""
         self.rows[number] = FileRows(
             lambda like: self.folder.create(number, like), self.fast_bytes
         )
@@ -64,9 +64,9 @@ class CacheFolder:
         self.folder.close()
 
     def before_forward(self, cache) -> None:
-        """Tokens that were saved and have been cut off are about to be written over.
+        """Cut the saved context first, if saved tokens are about to be overwritten.
 
-        What is saved is cut as well, first: a process that is killed leaves one or the other.
+        So a process that is killed leaves the context as it was saved, or cut.
         """
         n = len(self.tokens)
         left = min((layer.store.length for layer in cache.saap_layers), default=n)
@@ -79,7 +79,7 @@ class CacheFolder:
         self._saved(self.tokens[:0], {})
 
     def save(self, cache, tokens: Tensor, note: dict | None = None) -> None:
-        """Rows first, then what counts on them: `save_context` says what it raises."""
+        """Save the rows, then the file that counts them; raises what `save_context` raises."""
         from .contexts import header_of
 
         self.note = self.note if note is None else note
@@ -151,7 +151,7 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
 
 
 def check(saap_model, fast_memory: int | None) -> None:
-    """ValueError for a model, method or memory that rows in files are not built for."""
+    """ValueError for a model, method or memory that does not work with rows in files."""
     if saap_model.method.name not in METHODS:
         raise ValueError(
             f"a cache in a directory needs method {' or '.join(METHODS)}, which leave rows in "

@@ -12,7 +12,7 @@ EVERY_ROW = Budget(max_tokens=0, dense_below=2**31 - 1)
 
 
 class Forward:
-    """The handler of one forward; made by `SaapCache.begin_forward`, which says what it raises."""
+    """The handler of one forward, made by `SaapCache.begin_forward`; raises what that raises."""
 
     def __init__(
         self, cache, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
@@ -98,10 +98,10 @@ class Forward:
 
 
 def attend_sliding(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Attention within a window over the slots of the call, the newest last.
+    """Attention within a sliding window over the slots of the call, the newest last.
 
-    Padding is on the left: what of it is in reach is cut off, sequence by sequence. `lengths`:
-    tokens of each sequence, those of this call counted in.
+    Padding is on the left; where the window reaches it, it is cut off, sequence by sequence.
+    `lengths`: tokens of each sequence, including those of this call.
     """
     q, k, v = call.q_rope, call.k_rope, call.v
     options = {"sm_scale": call.sm_scale, "softcap": call.softcap}

@@ -18,7 +18,7 @@ TOKENS = "tokenizer.ggml.tokens"
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype):
-    """The model of a GGUF file as one of `dtype` that can be saved and moved like any other.
+    """The model of a GGUF file, in `dtype`; it can be saved and moved like any other.
 
     Raises ValueError for a file that is damaged or that transformers cannot read, ImportError
     naming the extra for what is not installed.
@@ -75,13 +75,13 @@ def checked_header(path: str | Path, *, needs: tuple[str, ...]) -> Header:
 
 
 def vocabulary(header: Header, stated: int) -> int:
-    """Its size by the embedding: a file without tokenizer need not state it."""
+    """Size of the vocabulary, from the embedding: a file without tokenizer need not state it."""
     embedding = header.tensors.get("token_embd.weight")
     return stated if embedding is None else embedding.shape[0]
 
 
 def check_weights(header: Header, model, found: dict) -> None:
-    """ValueError for weights that are lacking, which would be random, or not finite."""
+    """ValueError for weights that are missing (they would be random) or not finite."""
     missing = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
     if missing:
         raise ValueError(
@@ -97,7 +97,7 @@ def check_weights(header: Header, model, found: dict) -> None:
 
 
 def as_plain(model):
-    """Without the marks of a quantised model, which would forbid saving and moving it."""
+    """The model without the marks of a quantised one, which would forbid saving and moving it."""
     model.hf_quantizer = None
     for owner, mark in (
         (model, "is_quantized"),
@@ -130,7 +130,7 @@ def one_line_errors(header: Header, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bar, which listens to no setting, and without repeated work.
+    """While open: no progress bar, which no setting turns off, and no repeated work.
 
     transformers reads the whole vocabulary of a file once for the configuration and again for the
     weights, and lists the names of an architecture's tensors once a module.

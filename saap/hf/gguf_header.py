@@ -1,6 +1,6 @@
-"""What stands at the beginning of a GGUF file: read and checked before hundreds of MB are.
+"""The beginning of a GGUF file, read and checked before hundreds of MB are read.
 
-A little reader of its own: libraries answer damaged files with whatever exception came first.
+This reader is our own, because libraries answer damaged files with all kinds of exceptions.
 """
 
 import struct
@@ -121,12 +121,12 @@ class Cursor:
 
 
 def is_gguf(source: str | Path) -> bool:
-    """By its name, before anything is read."""
+    """Whether the name is that of a GGUF file; nothing is read."""
     return str(source).lower().endswith(".gguf") and not Path(source).is_dir()
 
 
 def read_header(path: str | Path) -> Header:
-    """Metadata and tensors of a GGUF file. ValueError for what is none or is damaged."""
+    """Metadata and tensors of a GGUF file. ValueError for other or damaged files."""
     path = Path(path)
     try:
         cursor = Cursor(path)

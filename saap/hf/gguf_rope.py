@@ -1,6 +1,6 @@
-"""How a GGUF file scales RoPE, told to the configuration: transformers leaves it out.
+"""Copies a GGUF file's RoPE scaling into the configuration, because transformers leaves it out.
 
-Without it such a model loads, and is wrong beyond the length that it was first trained at.
+Without it such a model loads, but is wrong beyond the length that it was first trained at.
 """
 
 import copy
@@ -41,7 +41,7 @@ def set_rope_scaling(config, header: Header) -> None:
 
 
 def full_attention_rope(config) -> dict | None:
-    """What scaling applies to: where settings differ by layer, those of full attention."""
+    """The settings that scaling applies to: if they differ by layer, those of full attention."""
     found = getattr(config, "rope_parameters", None)
     return found.get("full_attention", found) if found else None
 

@@ -1,8 +1,8 @@
 """Run one decoder layer of a model at a time, over stored hidden states.
 
 The model itself is called, so embeddings, position tables and options are its own. Layers
-before the wanted one pass their input on, the wanted one takes the stored hidden state in its
-place, and an exception leaves the model when that layer is through.
+before the wanted one only pass their input on. The wanted one takes the stored hidden state
+instead, and when it is done, an exception leaves the model.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from .models import attention_modules
 
 
 class StopLayer(Exception):
-    """Raised by a handler that has seen enough: the rest of the layer is not computed."""
+    """Raised by a handler that has seen enough; the rest of the layer is then not computed."""
 
 
 class _LayerOutput(Exception):
@@ -26,11 +26,11 @@ class _LayerOutput(Exception):
 
 
 class LayerStream:
-    """The decoder layers of `model`, run one at a time with attention by a handler.
+    """The decoder layers of `model`, run one at a time; a handler computes their attention.
 
-    Running layers 0, 1, ... in turn over each other's output is the model's own computation, bit
-    for bit, where the chunks are the same. Raises ValueError for a model whose layers are in no
-    `ModuleList`.
+    Running layers 0, 1, ... in turn, each over the output of the one before, is the model's own
+    computation, bit for bit if the chunks are the same. Raises ValueError for a model whose layers
+    are in no `ModuleList`.
     """
 
     def __init__(self, model: nn.Module, *, chunk: int = 8192):

@@ -1,9 +1,9 @@
 """Lossless decoding: tokens are drafted sparsely and verified by one exact forward.
 
-Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the model drafts for itself, as
-in MagicDec (arXiv 2408.11049): a draft is a step over the rows that a sparse budget visits, a
-verification a forward of several tokens over the same cache, which is exact. `generate()` prepares
-everything and calls `decode` where it would have called its own loop.
+This is speculative decoding (Leviathan et al., arXiv 2211.17192) in which the model drafts for
+itself, as in MagicDec (arXiv 2408.11049). A draft is a step over the rows that a sparse budget
+visits; a verification is a forward of several tokens over the same cache, which is exact.
+`generate()` prepares everything and calls `decode` in place of its own loop.
 """
 
 import copy
@@ -28,7 +28,7 @@ from .pace import Pace
 
 
 def check_tables(model) -> None:
-    """ValueError where RoPE's tables depend on the length: several tokens at once would see those
+    """ValueError if RoPE's tables depend on the length: several tokens at once would all see those
     of the last one."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)]
@@ -41,7 +41,7 @@ def check_tables(model) -> None:
 
 
 def generate(model, own, *arguments, **keywords):
-    """`own` is the model's `generate()`; over a `SaapCache` it decodes by `decode`."""
+    """Call the model's `generate()`, `own`; over a `SaapCache` with `decode` as its loop."""
     given = inspect.signature(own).bind(*arguments, **keywords)
     options = {**given.arguments, **given.arguments.get("kwargs", {})}
     options.pop("kwargs", None)
@@ -78,7 +78,7 @@ def decode(
     synced_gpus=False,
     **model_kwargs,
 ):
-    """The loop that `generate()` calls: arguments and result as those of its own."""
+    """The loop that `generate()` calls, with the arguments and result of its own loops."""
     cache = model_kwargs["past_key_values"]
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

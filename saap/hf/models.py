@@ -1,4 +1,4 @@
-"""Load models and tokenizers, and say what of a model an index has to fit."""
+"""Load models and tokenizers, and describe what an index has to fit of a model."""
 
 import hashlib
 import sys
@@ -44,7 +44,7 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
 
 
 def load_tokenizer(source: str | Path):
-    """The tokenizer of what `load_model` takes."""
+    """The tokenizer of a model; takes what `load_model` takes."""
     source = resolved(source)
     if is_gguf(source):
         from .gguf import load_gguf_tokenizer
@@ -63,7 +63,7 @@ def load_tokenizer(source: str | Path):
 
 
 def resolved(source: str | Path) -> str | Path:
-    """Where the model of a name in PACKAGED lies; everything else as it is."""
+    """The file of a model that is named in PACKAGED; any other source as it is."""
     return find_packaged(source) if isinstance(source, str) and source in PACKAGED else source
 
 

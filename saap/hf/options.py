@@ -1,4 +1,4 @@
-"""Check what `attached` is given against the model: each ValueError names the value."""
+"""Checks the options of `attached` against the model: each ValueError names the value."""
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def check_prefill(
     verify: Verify | None,
     group: Group | None,
 ) -> None:
-    """ValueError for what a prompt cannot be read sparsely with."""
+    """ValueError for options and models that sparse prefill does not work with."""
     if prefill is None:
         return
     if not isinstance(prefill, PrefillBudget):

@@ -1,4 +1,4 @@
-"""How many tokens to draft before a verification: from what has been accepted and what it cost."""
+"""Chooses how many tokens to draft, from how many were accepted and what they cost."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ EXPECTED, WEIGHT = 0.8, 2.0  # share of drafts accepted, before any was seen
 class Verify:
     """Lossless decoding: at most `drafts` tokens are drafted before each verification.
 
-    `adapt`: draft fewer, or none, where that is faster; without it always `drafts`.
+    `adapt`: draft fewer, or none, if that is faster; if False, always draft `drafts`.
     """
 
     drafts: int = 8
@@ -39,7 +39,7 @@ class Tally:
 
     @property
     def accepted_per_verification(self) -> float:
-        """Tokens that one verification gives, the one that it adds itself counted in."""
+        """Tokens that one verification gives, including the one that it adds itself."""
         return 1 + self.accepted / self.verifications if self.verifications else 1.0
 
     @property
@@ -64,13 +64,13 @@ class Recent:
 
 
 class Pace:
-    """Chooses the number of drafts for a cache, and counts what came of them.
+    """Chooses the number of drafts for a cache, and counts how many were accepted.
 
-    With a share `a` of drafts accepted, `n` drafts give `1 + a + ... + a^n` tokens for n draft
-    steps and the verification of n + 1 tokens; the best n is the one with the most tokens a
-    second, 0 being an exact step of one token. Where that is 0, drafts are tried now and then,
-    for at most `MOST_LOSS` of the time. The same bound holds for all drafts that turn out slower
-    than exact steps.
+    If a share `a` of drafts is accepted, `n` drafts give `1 + a + ... + a^n` tokens and cost n
+    draft steps and the verification of n + 1 tokens. The best n gives the most tokens a second;
+    n = 0 is an exact step of one token. If that is best, drafts are still tried now and then, for
+    at most `MOST_LOSS` of the time. The same bound holds for all drafts that turn out slower than
+    exact steps.
     """
 
     def __init__(self, verify: Verify):
@@ -130,7 +130,7 @@ class Pace:
         tally.accepted += kept
 
     def _verification(self, n_tokens: int) -> float:
-        """Between the numbers of tokens that were timed: on a straight line."""
+        """Seconds for that many tokens; on a straight line between the numbers that were timed."""
         known = sorted(self.verifications)
         if n_tokens in self.verifications or len(known) == 1:
             return self.verifications[n_tokens if n_tokens in known else known[0]].usual

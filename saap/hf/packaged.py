@@ -80,7 +80,7 @@ def find_packaged(name: str) -> Path:
 
 
 def check_terms(model: Packaged) -> None:
-    """ValueError unless who runs this has agreed: in the environment, or through make."""
+    """ValueError unless the user has agreed, in the environment or through make."""
     if model.terms is None:
         return
     said = os.environ.get(TERMS_VARIABLE)
@@ -94,7 +94,7 @@ def check_terms(model: Packaged) -> None:
 
 
 def find_part(model: Packaged, package: str, path: str) -> Path:
-    """A file of an installed package, which is not imported: that could need other packages."""
+    """A file of an installed package; the package is not imported, as that may need others."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / path).is_file():
@@ -106,7 +106,7 @@ def find_part(model: Packaged, package: str, path: str) -> Path:
 
 
 def assembled(model: Packaged, parts: list[Path]) -> Path:
-    """The parts as one file in the user's cache: written once, under its name only when whole."""
+    """The parts as one file in the user's cache; written once, and named only when complete."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(cache) / "saap" / f"{model.name}-{model.sha256[:16]}.gguf"
     if target.is_file():
@@ -134,7 +134,7 @@ def assembled(model: Packaged, parts: list[Path]) -> Path:
 
 @functools.cache
 def sha256_of(path: Path, size: int, modified: int) -> str:
-    """Counted once a process and state of the file."""
+    """Computed once for each process and state of the file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

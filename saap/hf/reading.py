@@ -1,4 +1,4 @@
-"""Read a context densely once, and make caches for any method of it without reading it again."""
+"""Read a context densely once, and make caches of it for any method without reading it again."""
 
 import copy
 from collections.abc import Callable
@@ -25,9 +25,9 @@ class ReadContext:
     """The tokens of one sequence as every layer saw them, in time order.
 
     `cache`: the dense cache. `k_derope[layer] [1, Hkv, N, D]`: keys with RoPE taken off.
-    `queries[layer]`: `q_rope, q_derope [n, Hq, D]` of the last n tokens, of layers with full
+    `queries[layer]`: `q_rope, q_derope [n, Hq, D]` of the last n tokens, for layers with full
     attention. `latest[layer] [1, Hq, n, D]`: queries of the last tokens, for selectors that learn
-    from those of the prompt.
+    from a prompt's queries.
     """
 
     cache: SaapCache
@@ -98,7 +98,7 @@ def read_context(
 
 
 def cache_from(saap_model: SaapModel, context: ReadContext, capacity: int = 0) -> SaapCache:
-    """A cache of this block with the tokens of `context`: as if it had read them itself.
+    """A cache of this model with the tokens of `context`, as if it had read them itself.
 
     `capacity`: tokens to make room for.
     """

@@ -72,7 +72,7 @@ def generate_text(
 ) -> Generated:
     """Continue `tokens [N]` greedily by at most `n_tokens`; `write` gets the text as it comes.
 
-    `cache` may hold the first of the tokens already.
+    `cache` may hold some of the first tokens already.
     """
     streamer = _Timed(tokenizer, write)
     given = tokens[None].to(model.device)

@@ -1,8 +1,8 @@
 """The KV store of one layer: `sinks | middle by list | tail in time order`, grown in place.
 
-The bucket-sorted store *is* the cache: keys and values are held once. New tokens go to the tail;
-those that have left the window join the middle, some at a time (Saap, arXiv 2502.08246, section
-3.3). Attention does not care about the order of rows.
+Rows are sorted into lists in the cache itself, so keys and values are held once. This is possible
+because attention does not depend on the order of rows. New tokens go to the tail; those that have
+left the window join the middle, some at a time (Saap, arXiv 2502.08246, section 3.3).
 """
 
 import functools
@@ -45,18 +45,18 @@ class KVStore:
         selector: what chooses rows, made for this store alone; None keeps the layer dense.
         budget: what a step visits. `n_sink`, `window` and `flush_every` also lay out the rows.
         capacity: tokens per sequence to make room for at the first append.
-        kv_dtype: what keys and values are stored as, None for their own dtype: `torch.bfloat16` or
-            `torch.float16` beside a float32 model takes half the bytes, `torch.int8` with a scale
-            for each row little more than a quarter. Attention still computes as wide as queries
-            are.
-        steered: rows join the middle only when `take_in` says so, because this store holds a part
-            of a context, and when they are due depends on the whole (`saap.distributed`).
-        prefill: what tokens visit that come several at a time; None: everything.
+        kv_dtype: dtype that keys and values are stored in, None for their own. With a float32
+            model, `torch.bfloat16` and `torch.float16` take half the bytes, and `torch.int8` with
+            a scale for each row little more than a quarter. Attention computes in the dtype of
+            the queries.
+        steered: rows join the middle only when `take_in` says so: this store holds a part of a
+            context, and when rows are due depends on the whole context (`saap.distributed`).
+        prefill: what a step of several tokens visits; None: everything.
         rows: where keys and values lie; None: new rows in memory. `FileRows` takes one sequence,
             and a selector that leaves rows in time order.
 
-    Raises ValueError for a budget that the selector cannot follow, and for one that orders rows
-    beside rows in a file.
+    Raises ValueError for a budget that the selector cannot follow, and for a selector that orders
+    rows if these lie in a file.
     """
 
     debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
@@ -99,7 +99,7 @@ class KVStore:
 
     @property
     def prefill(self) -> PrefillBudget | None:
-        """What tokens visit that come several at a time; None: everything."""
+        """What a step of several tokens visits; None: everything."""
         return self._chunks.prefill
 
     @prefill.setter
@@ -108,7 +108,7 @@ class KVStore:
 
     @property
     def rows_read(self) -> RowsRead:
-        """By chunks of several tokens."""
+        """Rows that steps of several tokens have read."""
         return self._chunks.rows_read
 
     @property
@@ -127,12 +127,12 @@ class KVStore:
 
     @property
     def middle(self) -> Middle:
-        """These rows."""
+        """The rows that a selector chooses from."""
         return self._lists.seen
 
     @property
     def k(self) -> Shaped[Tensor, "B Hkv capacity width"]:
-        """Keys as they are stored, in `kv_dtype`: D wide, or as `quantize_rows` has them."""
+        """Keys as they are stored, in `kv_dtype`: D wide, or as wide as `quantize_rows` says."""
         return self.rows.vectors["k"]
 
     @property
@@ -141,8 +141,8 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values, numbers of lists and tokens, ranges, pending keys, and what
-        the selector keeps: codes, pages, graphs."""
+        """Bytes held: keys, values, each row's numbers of list and token, ranges, pending keys,
+        and what the selector keeps (codes, pages, graphs)."""
         own = list(self.rows.vectors.values())
         return (
             self.rows.nbytes + self._lists.nbytes + self._ranges.nbytes
@@ -177,11 +177,11 @@ class KVStore:
 
     @property
     def bytes_read(self) -> float:
-        """Bytes that the last step read per sequence: rows, once for each head that reads them,
-        and what choosing reads.
+        """Bytes that the last step read per sequence: rows, counted once for each head that reads
+        them, and what was read to choose rows.
 
-        A budget with `min_weight` looks at sinks and tail twice; they count once, since a
-        processor's cache holds them.
+        With `min_weight` sinks and tail are read twice. They count once, because the second time
+        they come from the processor's cache.
         """
         row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
         choosing = 0 if self.selector is None else self.selector.nbytes
@@ -189,7 +189,7 @@ class KVStore:
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
-        """Make room for n tokens per sequence now. MemoryError leaves everything as it was."""
+        """Make room for n tokens per sequence now. After a MemoryError nothing has changed."""
         if like is None and not self.rows.vectors:
             raise ValueError("reserve needs like=keys before the first append; got none")
         if n > self.rows.capacity:
@@ -205,10 +205,11 @@ class KVStore:
         k_derope: Float[Tensor, "B Hkv T D"],
         mask: Bool[Tensor, "B T"] | None = None,
     ) -> None:
-        """Add T tokens to each sequence, but not those whose `mask` is False: padding on the left.
+        """Add T tokens to each sequence. Where `mask` is False there is padding, on the left,
+        which is not stored.
 
-        Raises ValueError for shapes or a batch that do not fit, MemoryError when it cannot grow;
-        nothing is changed then.
+        Raises ValueError for shapes or a batch that do not fit, and MemoryError when there is no
+        memory to grow. In both cases nothing has changed.
         """
         held = self.k if self.rows.vectors else None
         n_kv = None if self.selector is None else self.selector.n_kv
@@ -260,10 +261,11 @@ class KVStore:
     ) -> OutAndLse:
         """Attention of the T tokens appended last: `out [B, Hq, T, D]`, `lse [B, Hq, T]` float32.
 
-        One token visits what the budget says, sinks and tail in any case; several are exact dense
-        attention. `budget`: another bound of the selection than the store's own. `impl`: as
-        `saap.attend_ranges`, for choosing too. 0 and -inf where there is padding. Raises
-        ValueError when T is not the number appended last.
+        If T is 1, the token visits sinks, tail and the rows that the budget allows. More tokens
+        are exact dense attention, unless the store has a `prefill` budget. `budget`: bounds for
+        this call in place of the store's own. `impl`: as for `saap.attend_ranges`; it holds for
+        choosing rows, too. Where there is padding, `out` is 0 and `lse` is -inf. Raises
+        ValueError when T is not the number of tokens appended last.
         """
         new = self._length_new if self._new else 0
         check_query(q_rope, batch=self.batch, n_new=new)
@@ -297,10 +299,10 @@ class KVStore:
         sm_scale: float | None = None,
         softcap: float | None = None,
     ) -> OutAndLse:
-        """`append` of T tokens for each sequence, and `attend` from them: what a decoder needs.
+        """`append` T tokens to each sequence, and `attend` from them: what a decoder needs.
 
-        For one token it is faster than both where it is like the step before, as most are. Raises
-        as they do.
+        For one token this is faster than the two calls, if the step is like the one before, as
+        most are. Raises what they raise.
         """
         found = None
         if q_rope.shape[2] == 1:
@@ -320,10 +322,10 @@ class KVStore:
         sm_scale: float | None = None,
         softcap: float | None = None,
     ) -> OutAndLse | None:
-        """`append` and `attend` of one token for each sequence, where this step is like the last.
+        """`append` and `attend` of one token for each sequence, if this step is like the last.
 
-        The same result in a fraction of the time around the kernels. None where it is not like
-        it, and then nothing has been done: call both.
+        Gives the same result, and spends only a fraction of the time outside the kernels. Returns
+        None if the step is not like the last; then nothing has been done: call both.
         """
         step = self._next
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
@@ -340,7 +342,7 @@ class KVStore:
         return found
 
     def _terms(self, sm_scale: float, softcap: float | None) -> dict[str, object]:
-        """What two steps that are alike have in common, beside their tensors."""
+        """What two steps must have in common to be alike, besides their tensors."""
         return {
             "sm_scale": sm_scale, "softcap": softcap, "budget": self.budget,
             "resting": self._resting, "debug": self.debug,
@@ -349,7 +351,7 @@ class KVStore:
     def _step_after(
         self, q_rope: Tensor, sm_scale: float, softcap: float | None
     ) -> NextStep | None:
-        """For tokens that come after a step of these queries; None where it has to be general."""
+        """A prepared step for the next tokens; None if the next step cannot be prepared."""
         attend = self._steps.latest
         plain = not self.in_file and self.rows.plain
         if attend is None or not plain or min(self._new) < 1:
@@ -391,9 +393,9 @@ class KVStore:
     ) -> Ranges:
         """`starts, lengths` int32 `[n, H, R]` of all rows that a decode step visits.
 
-        One query for each sequence, which asks as its newest token; or, for a store of one
-        sequence, any number of queries, of the tokens at `positions`. `H` is Hkv, or Hq for
-        `share="head"`.
+        There is one query for each sequence, that of its newest token; or, for a store of one
+        sequence, any number of queries, those of the tokens at `positions`. `H` is Hkv, or Hq
+        for `share="head"`.
         """
         self._next = None  # it relies on ranges that are written over here
         self._flush(at_step=True)
@@ -418,7 +420,7 @@ class KVStore:
         return self.with_local(chosen, budget.dense_below, len(q_rope))
 
     def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
-        """All that a step visits: the chosen ranges with sinks and tail, or everything for None.
+        """All that a step visits: the chosen ranges, sinks and tail; all rows if `chosen` is None.
 
         Sequences of at most `dense_below` tokens are visited whole.
         """
@@ -428,9 +430,10 @@ class KVStore:
 
     @stateful
     def flush(self) -> None:
-        """Put into the middle what is due: after it, where rows lie depends on the tokens alone.
+        """Put the rows that are due into the middle. Afterwards the places of rows depend on the
+        tokens only, not on how they came.
 
-        Ends a chunk of several tokens, which can no longer be attended from.
+        Ends a step of several tokens: `attend` can no longer be called for these.
         """
         if self._length_new > 1:
             self._new = []
@@ -438,12 +441,12 @@ class KVStore:
 
     @stateful
     def chooses(self) -> bool:
-        """Whether a step of one token now would leave out rows; flushes as that step would."""
+        """Whether a step of one token would leave out rows now; flushes as that step would."""
         self._flush(at_step=True)
         return self._chooses(self.budget)
 
     def _let_go(self) -> None:
-        """Of what holds on to rows that will lie elsewhere."""
+        """Forget everything that refers to rows whose place will change."""
         self._next = None
         self._steps.forget()
         self._lists.let_go()
@@ -454,10 +457,10 @@ class KVStore:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """While open, no row moves and the selector learns nothing: what comes is in the tail.
+        """While open, no row moves and the selector learns nothing: new tokens stay in the tail.
 
-        Drafts are forgotten again. A flush that counted them would be undone with them, which
-        moves all rows of the middle.
+        For drafts, which are forgotten again: a flush that counted them would have to be undone
+        with them, and that moves all rows of the middle.
         """
         self.flush()
         self._flush(at_step=True)
@@ -468,7 +471,7 @@ class KVStore:
             self._resting = False
 
     def restore(self, lengths: list[int], middles: list[int], state: dict[str, Tensor]) -> None:
-        """An empty store over rows that are there takes them for its own, as they were saved.
+        """Fill an empty store with the saved rows that `rows` holds already.
 
         `state`: what was saved of the selector.
         """
@@ -479,13 +482,13 @@ class KVStore:
 
     @stateful
     def settle(self) -> None:
-        """As `flush`, and every token has the number of its list: ready to be saved."""
+        """`flush`, and give every token the number of its list, so that the store can be saved."""
         self.flush()
         self._flush(at_step=True)
         self._lists.assign(self.lengths)
 
     def _flush(self, *, at_step: bool) -> None:
-        """`at_step`: a decode step asks; a selector that waits is built then."""
+        """`at_step`: for a decode step, at which a selector that waits is built."""
         if self._resting or self._steered:
             return
         due = self._lists.overdue(self.lengths, at_step=at_step)
@@ -494,21 +497,21 @@ class KVStore:
             self.reindex()
 
     def take_in(self, n_rows: int) -> None:
-        """The middle of a steered store of one sequence holds `n_rows` now; `reindex` follows."""
+        """Let the middle of a steered store of one sequence hold `n_rows`; call `reindex` next."""
         self._lists.insert([max(0, n_rows - self.middles[0])], self.lengths)
 
     def reindex(self) -> None:
-        """Tell the selector that the middle is another, and keep rows in the order it asks for."""
+        """Tell the selector that the middle has changed, and put rows in the order it asks for."""
         self._next = None
         self._ranges.forget()
         self._lists.reindex()
 
     @stateful
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
-        """Forget the last tokens of each sequence; the window before them is whole again.
+        """Forget the last tokens of each sequence; the last ones left are the window then.
 
-        Raises ValueError when sinks would go of a sequence long enough for lists: either all its
-        tokens go, or so few that the sinks are left.
+        Raises ValueError if some sinks would go from a sequence that is long enough to have rows
+        in the middle: of such a sequence forget all tokens, or leave the sinks whole.
         """
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
@@ -529,7 +532,7 @@ class KVStore:
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
-        """Sequence i becomes what `sequences[i]` was: beams, their repetition, fewer sequences."""
+        """Sequence i becomes what `sequences[i]` was: reorders, repeats or drops sequences."""
         chosen = torch.as_tensor(sequences, device="cpu")
         if not self.batch:
             return
@@ -547,7 +550,7 @@ class KVStore:
             self.reindex()
 
     def as_index(self, sequence: int = 0):
-        """One sequence's rows in lists as a FAISS index, which `search` finds top-k keys in.
+        """A FAISS index over the indexed rows of one sequence; its `search` finds top-k keys.
 
         A read-only view (`saap.kv.index_view.StoreIndex`). Raises ValueError for a selector that
         keeps no lists.

@@ -1,4 +1,4 @@
-"""Every way to choose rows, by name."""
+"""Every method (way to choose which rows of the cache are read), by name."""
 
 from saap.names import find_named
 
@@ -47,5 +47,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def find_method(name: str) -> type[Method]:
-    """The class of that name; ValueError lists the known ones and the nearest."""
+    """The class of that name. ValueError for an unknown name, with all names and the nearest."""
     return find_named("method", name, METHODS)

@@ -31,10 +31,10 @@ class Method(ABC):
 
     @abstractmethod
     def selector(self, layer: LayerInfo) -> Selector:
-        """A selector for one layer's store, which is its own."""
+        """A new selector, for the store of one layer."""
 
     def layer_index(self, layer: LayerInfo) -> LayerIndex:
-        """What was trained for that layer. ValueError where nothing was: a sliding window."""
+        """What was trained for that layer. ValueError if nothing was: it has a sliding window."""
         found = self.index.layers[layer.number]
         if found is None:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Training: partitions and routers for every layer and head of a model.
 
-`train` returns an index; `prepare` and `train_file` check first, tell the memory needed, and write
-a file that a killed training goes on to. `options` and `plan` say what is trained on what, `layer`
-is one layer, `hidden` and `work` are what is kept between layers and between runs, `processes` is
-several of them.
+`train` returns an index. `prepare` checks the input and says how much memory is needed;
+`train_file` then writes a file, and goes on where a killed training stopped. Modules: `options`
+and `plan` say what is trained on what; `layer` trains one layer; `hidden` and `work` keep what is
+needed between layers and between runs; `processes` lets several processes share the layers.
 """
 
 from .options import N_SEGMENTS, TRAINABLE, TrainingOptions, default_nlist, default_window

@@ -92,28 +92,28 @@ def train(
     work: str | Path | None = None,
     processes: Processes | None = None,
 ) -> TrainedIndex:
-    """Partitions and routers for every layer of a Hugging Face model, one layer at a time.
+    """Train partitions and routers for every layer of a Hugging Face model, layer by layer.
 
     `token_ids`: a LongTensor `[n, T]` or a list of 1-D ones; one in eight sequences is kept back
-    to measure the recorded recall. `nlist`: buckets per KV head (`default_nlist` of the longest
-    sequence). `router`: the default router of the result, "mlp" (Saap's classifier), "linear" or
-    "centroid" (nothing but k-means is trained). `n_segments`: time segments into which decoding
-    cuts the buckets (`saap.routing`), 1 for whole buckets.
-    `n_sink`, `window`: the tokens that stay dense in use (`default_window`). `hidden`, `steps`:
-    width and optimiser steps of the network. `baselines` adds what is only there to be compared
-    with: the linear router, and centroids of keys with RoPE left on.
-    `progress(what, done, total)` is called as work proceeds. The same seed gives the
-    same index on the same machine and number of threads.
+    to measure the recorded recall. `nlist`: buckets per KV head; if not given, `default_nlist` of
+    the longest sequence. `router`: the default router of the result, "mlp" (Saap's classifier),
+    "linear" or "centroid" (only k-means is trained). `n_segments`: time segments into which
+    decoding cuts the buckets (`saap.routing`), 1 for whole buckets. `n_sink`, `window`: the first
+    and the last tokens, which decoding always visits; if not given, `default_window`. `hidden`,
+    `steps`: width and optimiser steps of the network. `baselines` also trains what serves for
+    comparison only: the linear router, and centroids of keys with RoPE left on.
+    `progress(what, done, total)` is called as work proceeds. The same seed gives the same index
+    on the same machine with the same number of threads.
 
-    `work`: a folder for finished layers and hidden states, which are held in memory without it. A
-    training that was killed goes on from there, with the same result; `train_file` removes it when
-    the index is saved. `processes`: this one among several that share `work`; each trains its
-    layers and all return the whole index.
+    `work`: a folder for finished layers and hidden states; without it they are held in memory. A
+    training that was killed goes on from there, with the same result; `train_file` removes the
+    folder when the index is saved. `processes`: this process among several that share `work`; each
+    trains some layers, and all return the whole index.
 
     Layers with a sliding window are never searched and get no index. Raises ValueError for a model
-    that is not supported, an empty, too short or repetitive corpus, bad
-    options, or a `work` folder of another training; FloatingPointError when a layer's loss is not
-    finite; ProcessLost when another process fails.
+    that is not supported, an empty, too short or repetitive corpus, bad options, or a `work`
+    folder of another training; FloatingPointError if a layer's loss is not finite; ProcessLost if
+    another process fails.
 
     Source: Saap, arXiv 2502.08246.
     """
