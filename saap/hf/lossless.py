@@ -6,6 +6,7 @@ visits; a verification is a forward of several tokens over the same cache, which
 `generate()` prepares everything and calls `decode` in place of its own loop.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -24,6 +25,7 @@ from transformers.generation import (
 
 from .acceptance import accepted_or_drawn, can_guess, drawn, likeliest
 from .cache import SaapCache
+from .few_rows import FewRows, serves
 from .pace import Pace
 
 
@@ -136,6 +138,7 @@ class Decoding:
         self.finished = [False] * len(ids)
         self.keeps_scores = config.return_dict_in_generate and config.output_scores
         self.keeps_logits = config.return_dict_in_generate and config.output_logits
+        self.few_rows = FewRows() if serves(model, ids.device) else contextlib.nullcontext()
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -271,4 +274,5 @@ class Decoding:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = n
-        return self.model(**inputs, return_dict=True).logits[:, -n:].float()
+        with self.few_rows if n > 1 else contextlib.nullcontext():
+            return self.model(**inputs, return_dict=True).logits[:, -n:].float()
