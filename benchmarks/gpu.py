@@ -21,9 +21,12 @@ from .reports import ROOT, report_path, write
 
 LIMIT_S = 300
 TESTS_LIMIT_S = 300
-GPU_TESTS = ["tests/kernels", "tests/test_gpu.py", "tests/test_ivf_gpu.py"]
+GPU_TESTS = [
+    "tests/kernels", "tests/test_gpu.py", "tests/test_ivf_gpu.py", "tests/vllm/test_rows.py",
+]  # fmt: skip
 STEPS = [(1, "171k", 0.044), (1, "32k", 0.05), (1, "128k", 0.05), (8, "128k", 0.05),
          (1, "512k", 0.0125)]  # fmt: skip
+PAGED = [(1, "32k"), (1, "128k"), (8, "32k"), (8, "128k")]
 CHOICES = [(1, "32k"), (1, "128k"), (8, "128k"), (1, "512k")]
 
 
@@ -192,6 +195,7 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
     """
     from . import gpu_peers as peers
     from . import gpu_sections as s
+    from .gpu_pages import paged
     from .gpu_steps import step
     from .gpu_tune import tune as tune_blocks
 
@@ -219,11 +223,16 @@ def plan_sections(tune: bool) -> list[tuple[str, float, Any]]:
             step(bench, batch, context, share, "saap")
         step(bench, 1, "171k", None, "dense")
 
+    def pages(bench: s.Bench) -> None:
+        for batch, context in PAGED if bench.shrink == 1 else PAGED[:1]:
+            paged(bench, batch, context)
+
     return [
         ("dense headline", 40, lambda bench: s.dense(bench, headline, uniform)),
         ("selections", 60, selections),
         ("choice by codes", 30, choices),
         ("steps", 60, steps),
+        ("paged", 30, pages),
         ("ragged", 60, lambda bench: s.ragged(bench, [8, 32], every)),
         ("eight bits", 20, lambda bench: s.eight_bits(bench, "128k")),
         ("host", 10, lambda bench: s.host_time(bench, "128k")),
