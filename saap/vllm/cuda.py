@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from .decode import SparseBuilder, SparseImpl
+from .decode import SparseBuilder, SparseImpl, write_codes
 from .rows import RowPlan, attend_rows
 
 MOST_HEADS = 16
@@ -36,10 +36,28 @@ class RowBuilder(SparseBuilder):
         return RowPlan(len(lens), most, options)
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
-        """A graph serves any length that the model can have."""
+        """A graph serves any length that the model can have.
+
+        Nothing may be made or compiled while it is captured, and vLLM may capture the first step
+        that there is: so memory is taken here, and a step is done.
+        """
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        if metadata.saap is not None:
-            metadata.saap.most = self.vllm_config.model_config.max_model_len
+        plan = metadata.saap
+        if plan is None:
+            return metadata
+        plan.most, n = self.vllm_config.model_config.max_model_len, plan.requests
+        for number, layer in enumerate(self.saap_layers()):
+            impl, cache = layer.impl, layer.kv_cache
+            codes = impl.saap_codes_of(cache)
+            if number == 0:
+                own = {"dtype": cache.dtype, "device": cache.device}
+                query = torch.zeros(n, impl.num_heads, codes.dim, **own)
+                nowhere = torch.full((n,), -1, dtype=torch.int64, device=cache.device)
+                write_codes(query[:, : codes.kv_heads], nowhere, codes)
+                impl.attend_sparsely(
+                    layer, query, cache, codes, plan, metadata.block_table[:n],
+                    metadata.seq_lens[:n], torch.empty_like(query),
+                )  # fmt: skip
         return metadata
 
     def saap_trial_caches(self, pages: int) -> list[Tensor]:

@@ -38,15 +38,18 @@ class SparseBuilder:
         if refusal is not None:
             log.warning("Saap leaves %d layers dense: %s.", len(layer_names), refusal)
             return
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        layer = next((x for x in layers if getattr(x.impl, "saap_serves", False)), None)
-        if layer is not None:
+        for layer in self.saap_layers()[:1]:
             try_kernel(self, layer)
         key_bytes = 2 * kv_cache_spec.head_size * kv_cache_spec.dtype.itemsize
         log.info_once(
             "Saap decodes sparsely: %s. Codes take %.1f %% more than the KV cache's memory.",
             self.saap_options, 100 * (kv_cache_spec.head_size / 2 + 4) / key_bytes,
         )  # fmt: skip
+
+    def saap_layers(self) -> list:
+        """vLLM's layers of this group that decode sparsely."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        return [x for x in layers.values() if getattr(x.impl, "saap_serves", False)]
 
     def saap_refusal(self) -> str | None:
         """Why this backend cannot serve the group, or None."""
@@ -123,12 +126,14 @@ class SparseImpl:
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if not self.saap_serves:
-            return
-        codes = self.saap_codes
-        if codes is None or codes.pages != kv_cache.shape[0]:
-            codes = self.saap_codes = codes_for(kv_cache)
-        write_codes(key, slot_mapping, codes)
+        if self.saap_serves:
+            write_codes(key, slot_mapping, self.saap_codes_of(kv_cache))
+
+    def saap_codes_of(self, kv_cache: Tensor) -> PageCodes:
+        """The codes of the layer's cache, made where there are none for so many pages."""
+        if self.saap_codes is None or self.saap_codes.pages != kv_cache.shape[0]:
+            self.saap_codes = codes_for(kv_cache)
+        return self.saap_codes
 
 
 def codes_for(kv_cache: Tensor) -> PageCodes:

@@ -103,6 +103,45 @@ def test_flash_attention_writes_what_is_attended(monkeypatch):
     torch.testing.assert_close(output[0].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_before_a_step_is_captured_everything_is_made(monkeypatch):
+    """Codes of all layers, and a step of the longest context: nothing is left to the capture."""
+    from saap.vllm.cuda import RowBuilder, RowImpl
+    from saap.vllm.rows import RowPlan
+
+    steps = []
+
+    class Stock:
+        def build_for_cudagraph_capture(self, common):
+            plan = RowPlan(2, 40, Options(visited=0.5, dense_below=0, sinks=1, window=2))
+            table = torch.tensor([[1, 2, 3], [0, 4, 0]]).int()
+            return SimpleNamespace(
+                saap=plan, block_table=table, seq_lens=torch.tensor([48, 20]).int()
+            )
+
+    class Builder(RowBuilder, Stock):
+        def __init__(self, layers):
+            self.layers = layers
+            self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=48))
+
+        def saap_layers(self):
+            return self.layers
+
+    class Impl(RowImpl):
+        def __init__(self):
+            self.saap_codes, self.num_heads, self.scale = None, 6, 0.125
+
+        def attend_sparsely(self, layer, query, cache, codes, plan, *rest):
+            steps.append((layer, plan.most, query.shape))
+            super().attend_sparsely(layer, query, cache, codes, plan, *rest)
+
+    layers = [SimpleNamespace(impl=Impl(), kv_cache=torch.zeros(5, 2, 16, 128)) for _ in range(3)]
+    metadata = Builder(layers).build_for_cudagraph_capture(None)
+    assert metadata.saap.most == 48
+    assert [layer.impl.saap_codes.pages for layer in layers] == [5, 5, 5]
+    assert not layers[0].impl.saap_codes.words.any()
+    assert steps == [(layers[0], 48, (2, 6, 64))]
+
+
 def test_another_device_is_refused(monkeypatch):
     platform(monkeypatch, cuda=False)
     monkeypatch.setenv("SAAP_VLLM", "1")
