@@ -28,9 +28,8 @@ from saap import hf
 from saap.budget import Budget
 from saap.eval.corpus import read_corpus
 from saap.eval.tasks.answering import encode
-from saap.eval.variants import N_SINK
+from saap.eval.variants import N_SINK, window_for
 from saap.hf.text import generate_text
-from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .lossless import BYTES_A_TOKEN, KINDS, QUESTIONS
@@ -42,7 +41,7 @@ SPARE = 64  # tokens of a chat template and a question, at most
 
 def budget_of(share: float, context: int) -> Budget:
     """Sinks and window as `saap eval` has them."""
-    places = {"n_sink": N_SINK, "window": default_window(context)}
+    places = {"n_sink": N_SINK, "window": window_for(context)}
     return Budget.for_selectivity(share, context, **places)
 
 

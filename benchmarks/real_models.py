@@ -43,6 +43,10 @@ OTHERS = (
 """Tasks that ask, beside pass keys."""
 
 
+WIDE = 1 / 40
+"""Windows of at least this share of the context go without saying: the page says it."""
+
+
 def summary(folder: Path) -> dict:
     """What a folder's run was, and the scores of all methods without those of single heads."""
     run, _ = read_run(folder)
@@ -56,6 +60,7 @@ def summary(folder: Path) -> dict:
         "index": run["index"] is not None,
         "environment": run["environment"],
         "config": config,
+        "windows": {c: rows["window"] for c, rows in run.get("attention_rows", {}).items()},
         "scores": scores,
     }
 
@@ -77,10 +82,14 @@ def tables(found: list[dict]) -> str:
             )
         for context, budget in sorted(places - by_weight):
             rows = table_rows(scores, context, budget)
+            share, *options = budget.split()
+            window = run.get("windows", {}).get(str(context), WIDE * context)
+            if "window" not in budget and window < WIDE * context:
+                options.append(f"window={window}")
             if rows:
                 parts.append(
-                    f"**{run['model']}, {context:,} tokens, {float(budget):.0%} of the rows** "
-                    f"({told(scores, context)}):\n\n{rows}"
+                    f"**{run['model']}, {context:,} tokens, {float(share):.0%} of the rows** "
+                    f"({', '.join([told(scores, context), *options])}):\n\n{rows}"
                 )
     return "\n\n".join(parts)
 

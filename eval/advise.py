@@ -15,12 +15,11 @@ import torch
 from saap import hf
 from saap.budget import Budget
 from saap.methods import Method, find_method
-from saap.training import default_window
 
 from .decoding import decoder, whole
 from .tasks import attention
 from .tasks.base import text_tokens
-from .variants import N_SINK, Point, Variant
+from .variants import N_SINK, Point, Variant, window_for
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3)
 N_QUERIES, TURNS, STEPS = 32, 5, 3
@@ -114,7 +113,7 @@ def advise(
 
 
 def possible(context: int) -> tuple[float, ...]:
-    least = 1.5 * (N_SINK + default_window(context)) / context
+    least = 1.5 * (N_SINK + window_for(context)) / context
     found = tuple(share for share in SHARES if share > least)
     if not found:
         raise ValueError(

@@ -14,11 +14,10 @@ from torch import Tensor
 from saap import hf
 from saap.budget import Budget
 from saap.kv.ranges import LOCAL
-from saap.training import default_window
 
 from .tasks.answering import encode
 from .tasks.attention import LayerProblem, layout_of
-from .variants import N_SINK, Variant
+from .variants import N_SINK, Variant, window_for
 
 AROUND = 10
 """Tokens on each side of a passage's heaviest one."""
@@ -69,7 +68,7 @@ def explain(
     """
     tokens = encode(tokenizer, prompt.encode())
     n = len(tokens) - 1
-    budget = Budget.for_selectivity(share, n, n_sink=N_SINK, window=default_window(n))
+    budget = Budget.for_selectivity(share, n, n_sink=N_SINK, window=window_for(n))
     layout = layout_of(budget)
     read = hf.read_context(model, tokens, n_queries=1)
     weights, visited = [], {variant.label: [] for variant in variants}
@@ -166,7 +165,8 @@ def heaviest(total: Tensor, first: int, stop: int, count: int) -> list[tuple[int
         centre = int(left.argmax())
         span = max(first, centre - AROUND), min(stop, centre + AROUND + 1)
         spans.append(span)
-        left[slice(*span)] = 0
+        # Nor may the next one's surroundings reach into this one's.
+        left[max(0, centre - 2 * AROUND) : centre + 2 * AROUND + 1] = 0
     if not spans:
         raise ValueError(
             f"the prompt must be longer than sinks and window; got {len(total)} tokens"

@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from saap import hf
-from saap.budget import Budget
+from saap.budget import Budget, is_integer
 from saap.trained_index import TrainedIndex
-from saap.training import default_window
 
 from .claims import claimed
 from .environment import environment, version
 from .records import RUN, RecordFile, is_begun, read_settings
 from .tasks.base import Bench
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
-from .variants import N_SINK, check_method_entry, make_variants
+from .variants import N_SINK, check_method_entry, make_variants, window_for
 from .workers import Crew, crew_for, results, usable_cores
 
 LEAST = {"n_texts": 1, "n_queries": 1, "n_prompts": 1, "n_distractors": 0, "n_scored": 2}
@@ -29,6 +28,7 @@ class EvalConfig:
     """What is evaluated. `budgets` are shares of the context, sinks and window counted in.
 
     `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.variants`).
+    `window`: the newest tokens that every method visits; None: see `variants.window_for`.
     """
 
     methods: tuple[str | dict, ...]
@@ -36,6 +36,7 @@ class EvalConfig:
     budgets: tuple[float, ...] = (0.05,)
     tasks: tuple[str, ...] = DEFAULT_TASKS
     share: str = "group"
+    window: int | None = None
     n_texts: int = 8
     n_queries: int = 64
     n_prompts: int = 20
@@ -59,6 +60,8 @@ class EvalConfig:
             check_method_entry(entry)
         for task in self.tasks:
             find_task(task)
+        if self.window is not None and not is_integer(self.window, 1):
+            raise ValueError(f"window must be an integer of at least 1; got {self.window!r}")
         if self.share not in ("group", "head"):
             raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
 
@@ -215,7 +218,8 @@ def open_records(
             "version": version(),
             "config": as_plain(bench.config),
             "attention_rows": {
-                str(c): attention_rows(c - bench.config.n_queries) for c in bench.config.contexts
+                str(c): attention_rows(c - bench.config.n_queries, bench.config.window)
+                for c in bench.config.contexts
             },
             "environment": described,
             "index": {k: v for k, v in about.items() if k not in ("model", "recall")} or None,
@@ -224,9 +228,9 @@ def open_records(
     )
 
 
-def attention_rows(n: int) -> dict:
+def attention_rows(n: int, window: int | None) -> dict:
     """The context of the attention task, and what of it every method visits."""
-    layout = Budget(max_tokens=0, n_sink=N_SINK, window=default_window(n))
+    layout = Budget(max_tokens=0, n_sink=N_SINK, window=window_for(n, window))
     return {"context": n, "sinks": N_SINK, "window": n - N_SINK - layout.rows_in_lists(n)}
 
 

@@ -52,7 +52,7 @@ def read_sweep(path: Path) -> dict:
 def check_kind(path: Path, key: str, value, kind) -> None:
     members = value if isinstance(value, tuple) else (value,)
     wanted = {"contexts": int, "budgets": (int, float), "answer_budgets": (int, float),
-              "tasks": str, "methods": (str, dict)}.get(key, kind)  # fmt: skip
+              "tasks": str, "methods": (str, dict), "window": int}.get(key, kind)  # fmt: skip
     for member in members:
         if isinstance(member, bool) or not isinstance(member, wanted):
             names = getattr(wanted, "__name__", None) or " or ".join(w.__name__ for w in wanted)

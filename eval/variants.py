@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from saap.budget import BOUNDS, Budget
 from saap.methods import Method, find_method
 from saap.names import did_you_mean
-from saap.training import default_window
 
 N_SINK = 16
 SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window", "layer_importance")
@@ -39,14 +38,16 @@ class Variant:
     method: Method
     search: tuple[dict, ...] = ({},)
 
-    def points(self, shares: tuple[float, ...], n_context: int, share: str) -> list[Point]:
+    def points(
+        self, shares: tuple[float, ...], n_context: int, share: str, window: int | None = None
+    ) -> list[Point]:
         """Those whose search names a bound, and all others at each share of the context."""
         found = []
         for options in self.search:
             budget = {k: v for k, v in options.items() if k in SEARCH_FIELDS}
             own = {k: v for k, v in options.items() if k not in SEARCH_FIELDS}
             told = " ".join(f"{k}={brief(v)}" for k, v in options.items())
-            places = {"n_sink": N_SINK, "window": default_window(n_context), "share": share}
+            places = {"n_sink": N_SINK, "window": window_for(n_context, window), "share": share}
             places.update({k: v for k, v in budget.items() if k not in BOUNDS})
             bounds = {k: v for k, v in budget.items() if k in BOUNDS}
             if bounds:
@@ -56,6 +57,12 @@ class Variant:
                 at_share = Budget.for_selectivity(part, n_context, **places)
                 found.append(Point(f"{part:g} {told}".strip(), at_share, own))
         return found
+
+
+def window_for(context: int, window: int | None = None) -> int:
+    """How many of the newest tokens every method visits: `window`, or else 1/128 of the context,
+    at least 16. A wide one takes rows from those that are chosen (`benchmarks.window`)."""
+    return max(16, context // 128) if window is None else window
 
 
 def brief(value) -> str:

@@ -30,7 +30,8 @@ def test_layers_that_stand_out_are_named():
 
 
 def test_shares_that_sinks_and_window_fill_are_left_out():
-    assert possible(8192) == (0.05, 0.1, 0.2, 0.3)
+    assert possible(8192) == (0.02, 0.05, 0.1, 0.2, 0.3)
+    assert possible(1024) == (0.05, 0.1, 0.2, 0.3)
     with pytest.raises(ValueError, match=r"context must be so long that 30% of it .* got 64"):
         possible(64)
 

@@ -9,10 +9,11 @@ from saap.eval import records as records_module
 from saap.eval import reference
 from saap.eval.records import RecordFile, read_run
 from saap.eval.report.page import make_report
-from saap.eval.run import EvalConfig, check_contexts, run
+from saap.eval.run import EvalConfig, attention_rows, check_contexts, run
 from saap.eval.scores import score_run
 from saap.eval.tasks import passkey
 from saap.eval.tasks.base import prompt_of_tokens
+from saap.eval.variants import make_variants
 from saap.methods import METHODS
 
 CONFIG = EvalConfig(
@@ -117,6 +118,7 @@ def test_unwritable_folder(tmp_path, monkeypatch):
         ({"methods": ("saap", "kmean")}, "did you mean 'kmeans'"),
         ({"tasks": ("poetry",)}, "task must be one of attention, passkey.*; got 'poetry'"),
         ({"share": "layer"}, "share must be 'group' or 'head'; got 'layer'"),
+        ({"window": 0}, "window must be an integer of at least 1; got 0"),
         ({"n_texts": 0}, "n_texts must be at least 1; got 0"),
         ({"tasks": ("speed", "speed")}, "tasks must hold each value once; got 'speed' twice"),
     ],
@@ -124,6 +126,16 @@ def test_unwritable_folder(tmp_path, monkeypatch):
 def test_bad_configs(options, message):
     with pytest.raises(ValueError, match=message):
         EvalConfig(**{"methods": ("dense",), "contexts": (1024,), **options})
+
+
+def test_the_window_is_what_is_asked_for_or_follows_the_context():
+    (variant,) = make_variants(("dense",), None, 0)
+    windows = [
+        variant.points((0.5,), n, "group", given)[0].budget.window
+        for n, given in ((1024, None), (8192, None), (8192, 5))
+    ]
+    assert windows == [16, 64, 5]
+    assert attention_rows(8192, None)["window"] < attention_rows(8192, 200)["window"]
 
 
 def test_contexts():

@@ -82,6 +82,13 @@ def evaluate(
             help="'group': query heads of a KV head choose rows together; 'head': each its own"
         ),
     ] = "group",
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="newest tokens that every method visits; if not given, 1/128 of the context, "
+            "at least 16"
+        ),
+    ] = None,
     texts: Annotated[
         int, typer.Option(help="texts for each context length, in the attention task")
     ] = 8,
@@ -148,6 +155,7 @@ def evaluate(
         "answer_budgets": numbers(answer_budgets, float, "answer-budgets"),
         "tasks": choose(tasks, tuple(TASKS)),
         "share": share,
+        "window": window,
         "n_texts": texts,
         "n_prompts": prompts,
         "seed": seed,

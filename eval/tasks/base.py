@@ -24,8 +24,8 @@ class Bench:
     def points(
         self, n_context: int, shares: tuple[float, ...]
     ) -> list[tuple[Variant, list[Point]]]:
-        share = self.config.share
-        return [(v, v.points(shares, n_context, share)) for v in self.variants]
+        share, window = self.config.share, self.config.window
+        return [(v, v.points(shares, n_context, share, window)) for v in self.variants]
 
     def rng(self, *place: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *place])
