@@ -123,7 +123,7 @@ def summary(records: list[dict], n_new: int) -> list[dict]:
 
 def table(run: dict) -> str:
     lines = [
-        "| budget | same next token, text | code | first other token, median | none of "
+        "| budget | same next token, text | code | first other token, median | no other in "
         f"{run['tokens']} | answers of the same words | tokens of an answer, dense | sparse |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
