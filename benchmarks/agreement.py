@@ -19,76 +19,67 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from saap import hf
-from saap.budget import Budget
 from saap.eval.corpus import read_corpus
 from saap.eval.tasks.answering import encode
-from saap.eval.variants import N_SINK, window_for
-from saap.hf.text import generate_text
+from saap.eval.variants import usual_budget
 
 from .cpu import cpu_name, environment
-from .lossless import BYTES_A_TOKEN, KINDS, QUESTIONS
+from .lossless import KINDS, QUESTIONS, Prompt, piece
 from .reports import ROOT, put_table, report_path, write
 
 COMMAND = "python -m benchmarks.agreement"
 SPARE = 64  # tokens of a chat template and a question, at most
 
 
-def budget_of(share: float, context: int) -> Budget:
-    """Sinks and window as `saap eval` has them."""
-    places = {"n_sink": N_SINK, "window": window_for(context)}
-    return Budget.for_selectivity(share, context, **places)
-
-
-def continued(model, tokenizer, tokens: Tensor, shares: list[float], n_new: int) -> Iterator[dict]:
+def continued(prompt: Prompt, shares: list[float]) -> Iterator[dict]:
     """Records of text that dense attention continues, one for each budget."""
-    context = hf.read_context(model, tokens[:-1])
-    cache = hf.dynamic_cache_from(model, context)
-    expected = generate_text(model, tokenizer, tokens, n_new, cache=cache).tokens
     for share in shares:
-        budget = budget_of(share, len(tokens))
-        with hf.attached(model, method="saap", budget=budget) as own:
-            same = forced(own, context, tokens, expected)
+        with sparse(prompt, share) as (own, cache):
+            same = forced(own, cache, prompt)
         parts = [i for i, equal in enumerate(same) if not equal]
         yield {"share": share, "tokens": len(same), "same": sum(same),
                "parts_at": parts[0] if parts else len(same)}  # fmt: skip
 
 
 @torch.no_grad()
-def forced(own, context, tokens: Tensor, expected: list[int]) -> list[bool]:
-    """Whether it would say each of the expected tokens, after those before it."""
-    cache = hf.cache_from(own, context, len(tokens) + len(expected) + 1)
-    found, last = [], int(tokens[-1])
-    for token in expected:
+def forced(own, cache, prompt: Prompt) -> list[bool]:
+    """Whether it would say each of the dense tokens, after those before it."""
+    found, last = [], int(prompt.tokens[-1])
+    for token in prompt.transformers.tokens:
         logits = own.model(torch.tensor([[last]]), past_key_values=cache).logits[0, -1]
         found.append(int(logits.argmax()) == token)
         last = token
     return found
 
 
-def answered(model, tokenizer, tokens: Tensor, shares: list[float], n_new: int) -> Iterator[dict]:
+def answered(prompt: Prompt, shares: list[float]) -> Iterator[dict]:
     """Records of answers that the model ends itself, one for each budget."""
-    context = hf.read_context(model, tokens[:-1])
-    cache = hf.dynamic_cache_from(model, context)
-    dense = generate_text(model, tokenizer, tokens, n_new, cache=cache).tokens
+    dense = prompt.transformers.tokens
     for share in shares:
-        budget = budget_of(share, len(tokens))
-        with hf.attached(model, method="saap", budget=budget) as own:
-            cache = hf.cache_from(own, context, len(tokens) + n_new + 1)
-            sparse = generate_text(model, tokenizer, tokens, n_new, cache=cache).tokens
-        yield {"share": share, "dense_length": len(dense), "length": len(sparse),
-               "same": sparse == dense}  # fmt: skip
+        with sparse(prompt, share) as (_, cache):
+            found = prompt.generated(cache).tokens
+        yield {"share": share, "dense_length": len(dense), "length": len(found),
+               "same": found == dense}  # fmt: skip
 
 
-def chat(tokenizer, text: bytes, context: int, number: int, n: int) -> Tensor:
+@contextmanager
+def sparse(prompt: Prompt, share: float) -> Iterator[tuple]:
+    """The model with `saap` at a share of the rows, and a cache that has read the prompt."""
+    n = len(prompt.tokens)
+    with hf.attached(prompt.model, method="saap", budget=usual_budget(share, n)) as own:
+        yield own, hf.cache_from(own, prompt.context, n + prompt.n_new + 1)
+
+
+def chat(tokenizer, text: bytes, number: int, n: int, context: int) -> Tensor:
     """A document of about so many tokens and a question about it, in the chat template."""
-    start = (2 * number + 1) * len(text) // (2 * n)
-    document = encode(tokenizer, text[start : start + BYTES_A_TOKEN * context], special=False)
+    document = encode(tokenizer, piece(text, number, n, context), special=False)
     content = tokenizer.decode(document[: context - SPARE])
     question = QUESTIONS[number % len(QUESTIONS)]
     turns = [{"role": "user", "content": f"{content}\n\n{question}"}]
@@ -156,16 +147,14 @@ def main() -> int:
     path = report_path(cpu_name(), "agreement.json")
     for number in range(options.prompts):
         for kind, corpus in (("answer", "prose2"), ("text", "prose2"), ("code", "code")):
-            text = texts[corpus]
+            place = texts[corpus], number, options.prompts, options.context
             if kind == "answer":
-                tokens = chat(tokenizer, text, options.context, number, options.prompts)
-                model.generation_config.eos_token_id, records = ends, answered
+                tokens, records = chat(tokenizer, *place), answered
             else:
-                start = (2 * number + 1) * len(text) // (2 * options.prompts)
-                own = text[start : start + BYTES_A_TOKEN * options.context]
-                tokens = encode(tokenizer, own)[: options.context]
-                model.generation_config.eos_token_id, records = None, continued
-            for record in records(model, tokenizer, tokens, shares, options.tokens):
+                tokens, records = encode(tokenizer, piece(*place))[: options.context], continued
+            model.generation_config.eos_token_id = ends if kind == "answer" else None
+            prompt = Prompt(model, tokenizer, tokens, options.tokens)
+            for record in records(prompt, shares):
                 run["records"].append({"prompt": number, "kind": kind, **record})
                 print(run["records"][-1], flush=True)
         write(path, run | {"summaries": summary(run["records"], options.tokens)})

@@ -54,15 +54,19 @@ N_SINK, WINDOW = 4, 16  # small, so that 2 % of 2,048 tokens are more than they
 BYTES_A_TOKEN = 8
 
 
+def piece(text: bytes, number: int, n: int, context: int) -> bytes:
+    """Text for so many tokens, from one of `n` places that are spread over the whole."""
+    start = (2 * number + 1) * len(text) // (2 * n)
+    return text[start : start + BYTES_A_TOKEN * context]
+
+
 def prompts(
     tokenizer, texts: dict[str, bytes], context: int, n: int
 ) -> Iterator[tuple[str, Tensor]]:
     """The kind and `tokens [context]` of each prompt, from places spread over the corpora."""
     for number in range(n):
         kind = list(KINDS)[number % len(KINDS)]
-        text = texts[KINDS[kind]]
-        start = (2 * number + 1) * len(text) // (2 * n)
-        tokens = encode(tokenizer, text[start : start + BYTES_A_TOKEN * context])
+        tokens = encode(tokenizer, piece(texts[KINDS[kind]], number, n, context))
         if len(tokens) < context:
             raise ValueError(f"{KINDS[kind]} must have {context} tokens; got {len(tokens)}")
         asked = tokens[:0]

@@ -14,7 +14,7 @@ import torch
 
 from saap import hf
 from saap.budget import Budget
-from saap.eval.by_weight import divergence, logits
+from saap.eval.by_weight import against, logits
 from saap.eval.corpora import read_named
 from saap.eval.decoding import decoder, whole
 from saap.eval.tasks.base import text_tokens
@@ -41,12 +41,10 @@ def measure(model, tokens) -> list[dict]:
             }
             first = budgets[SHARES[0]]
             with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
-                layers = len(own.cache.saap_layers)
                 if dense is None:
-                    dense = logits(own, rest, [whole(first)] * layers)
-                for share, budget in budgets.items():
-                    nats = divergence(dense, logits(own, rest, [budget] * layers))
-                    rows = own.visited.rows / own.visited.steps
+                    dense = logits(own, rest, [whole(first)] * len(own.cache.saap_layers))
+                measured = against(dense, own, rest, list(budgets.values()))
+                for share, (nats, rows) in zip(budgets, measured, strict=True):
                     found.append({"method": name, "window": window, "share": share, "nats": nats,
                                   "rows": rows})  # fmt: skip
     return found

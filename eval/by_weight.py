@@ -111,9 +111,9 @@ def measure(
         with decoding(model, method, budgets[0], text, n_tokens) as (own, rest):
             n_layers = len(own.cache.saap_layers)
             dense = logits(own, rest, [whole(budgets[0])] * n_layers)
-            for i, budget in enumerate(budgets):
-                nats[i] += divergence(dense, logits(own, rest, [budget] * n_layers))
-                rows[i] += own.visited.rows / own.visited.steps
+            for i, found in enumerate(against(dense, own, rest, budgets)):
+                nats[i] += found[0]
+                rows[i] += found[1]
     progress("budgets", len(texts), len(texts))
     means = ((t / len(texts)).tolist() for t in (nats, rows))
     return [Measured(*own) for own in zip(budgets, *means, strict=True)]
@@ -125,6 +125,15 @@ def decoding(model, method, budget, tokens, n_tokens) -> Iterator[tuple[Decoder,
     read = hf.read_context(model, tokens[:-n_tokens])
     with decoder(model, read, method, budget, n_tokens) as own:
         yield own, tokens[-n_tokens:]
+
+
+def against(
+    dense: Tensor, own: Decoder, tokens: Tensor, budgets: list[Budget]
+) -> Iterator[tuple[float, float]]:
+    """For each budget, in all layers: nats from `dense` logits, and rows that a step visits."""
+    for budget in budgets:
+        found = logits(own, tokens, [budget] * len(own.cache.saap_layers))
+        yield divergence(dense, found), own.visited.rows / own.visited.steps
 
 
 def logits(own: Decoder, tokens: Tensor, budgets: list[Budget]) -> Tensor:

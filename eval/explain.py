@@ -17,7 +17,7 @@ from saap.kv.ranges import LOCAL
 
 from .tasks.answering import encode
 from .tasks.attention import LayerProblem, layout_of
-from .variants import N_SINK, Variant, window_for
+from .variants import N_SINK, Variant, usual_budget
 
 AROUND = 10
 """Tokens on each side of a passage's heaviest one."""
@@ -68,7 +68,7 @@ def explain(
     """
     tokens = encode(tokenizer, prompt.encode())
     n = len(tokens) - 1
-    budget = Budget.for_selectivity(share, n, n_sink=N_SINK, window=window_for(n))
+    budget = usual_budget(share, n)
     layout = layout_of(budget)
     read = hf.read_context(model, tokens, n_queries=1)
     weights, visited = [], {variant.label: [] for variant in variants}

@@ -65,6 +65,12 @@ def window_for(context: int, window: int | None = None) -> int:
     return max(16, context // 128) if window is None else window
 
 
+def usual_budget(share: float, context: int) -> Budget:
+    """The budget of so many of a context's rows, sinks and window counted in, as `saap eval` has
+    it."""
+    return Budget.for_selectivity(share, context, n_sink=N_SINK, window=window_for(context))
+
+
 def brief(value) -> str:
     return f"({len(value)} numbers)" if isinstance(value, list) else str(value)
 

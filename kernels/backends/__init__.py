@@ -7,8 +7,11 @@ lies `reference.py`, which needs none. An explicit `impl` never falls back.
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
+
+from torch import Tensor
 
 
 def chosen(
@@ -39,6 +42,12 @@ def chosen(
     if impl is None:
         return _module(operation, "reference")
     raise ValueError(refused)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether a call looks at what its tensors hold; on a GPU, which that would wait for, only
+    under `SAAP_DEBUG=1`."""
+    return tensor.device.type == "cpu" or os.environ.get("SAAP_DEBUG") == "1"
 
 
 @functools.cache

@@ -21,7 +21,8 @@ from saap.kernels.backends.launches import Launch, launch_all
 from . import triton_choice as choice
 from .layout import CODED, Codes
 from .reference import tables
-from .triton_heaviest import (
+from .triton_kernels import score_codes
+from .triton_shared import (
     COUNTED,
     add_weights,
     as_ranges,
@@ -29,8 +30,8 @@ from .triton_heaviest import (
     find_kth,
     heaviest,
     padded,
+    queries_in_bytes,
 )
-from .triton_kernels import query_bytes, score_codes
 
 INTERPRETED = not isinstance(score_codes, triton.JITFunction)
 BLOCKS, WARPS = (256, 128), (2, 4)  # of a program that scores rows by coarse codes, by whole ones
@@ -145,17 +146,10 @@ def launches(
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, device=device)
 
-    packed = ints(2, tasks * group, coordinates // 4)
-    offsets, factors = floats(2, tasks * group), floats(2, tasks * group)
-    yield Launch(
-        query_bytes, (tasks * group,),
-        {
-            "queries": a.float().contiguous(), "tables": _tables(coordinates, device),
-            "packed": packed, "offsets": offsets, "factors": factors, "P": coordinates,
-            "WORDS": triton.next_power_of_2(coordinates // 4),
-        },
-        {"num_warps": 1},
-    )  # fmt: skip
+    in_bytes, queries = queries_in_bytes(
+        a.float().contiguous().view(-1, coordinates), _tables(coordinates, device)
+    )
+    yield in_bytes
     about = {
         "counts": of_sequences, "heads": heads, "by_sequence": int(len(of_sequences) > 1),
         "group": group, **_places(codes),
@@ -166,7 +160,7 @@ def launches(
         return Launch(
             score_codes, (triton.cdiv(room, BLOCKS[code]), tasks, triton.cdiv(group, together)),
             {
-                "packed": packed[code], "offsets": offsets[code], "factors": factors[code],
+                **{name: each[code] for name, each in queries.items()},
                 "listed": n_listed if listed is None else listed, "n_listed": n_listed,
                 "out": out, "room": room, **about, "WHOLE": code == 1,
                 "LISTED": listed is not None, "BLOCK": BLOCKS[code], "HEADS": together,

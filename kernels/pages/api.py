@@ -1,7 +1,6 @@
 """Public choice of pages and of rows by coded keys of a paged cache: validates, chooses a backend,
 never falls back from an explicit one."""
 
-import os
 from types import ModuleType
 from typing import Literal
 
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from saap.kernels.backends import chosen
+from saap.kernels.backends import chosen, values_are_checked
 
 from .layout import PageCodes
 
@@ -49,7 +48,7 @@ def encode_rows(
         raise ValueError(f"slots must be int64 [T]; got {slots.dtype} {list(slots.shape)}")
     if len(slots) == 0:
         return
-    if _looks(slots) and int(slots.max()) >= codes.pages * codes.rows:
+    if values_are_checked(slots) and int(slots.max()) >= codes.pages * codes.rows:
         raise ValueError(f"slots must be below {codes.pages * codes.rows}; got {int(slots.max())}")
     best = "triton" if keys.is_cuda else "numba"
     _backend(ENCODERS, impl, best, keys, codes).encode_rows(keys, slots, codes)
@@ -93,13 +92,8 @@ def select_pages(
         ValueError: an argument that does not fit, naming its value.
     """
     n = _check_queries(q, codes)
-    _check_ints(n, block_table=block_table, seq_lens=seq_lens, keep=keep)
-    shape = n * codes.kv_heads, out.shape[-1]
-    if tuple(out.shape) != shape or out.dtype != torch.int32 or out.stride(-1) != 1:
-        raise ValueError(
-            f"out must be int32 {list(shape)}, contiguous in its last dimension; got {out.dtype} "
-            f"{list(out.shape)}"
-        )
+    _check_requests(n, block_table, seq_lens, keep)
+    _check_int32("out", out, n * codes.kv_heads, out.shape[-1])
     if sink_pages < 0 or window_pages < 1:
         raise ValueError(
             "sink_pages must be at least 0 and window_pages at least 1; got "
@@ -157,14 +151,9 @@ def select_rows(
             case.
     """
     n = _check_queries(q, codes)
-    _check_ints(n, block_table=block_table, seq_lens=seq_lens, keep=keep)
+    _check_requests(n, block_table, seq_lens, keep)
     for name, tensor in zip(("starts", "lengths"), out, strict=True):
-        shape = n, codes.kv_heads, tensor.shape[-1]
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"out's {name} must be int32 {list(shape)}, contiguous in its last dimension; got "
-                f"{tensor.dtype} {list(tensor.shape)}"
-            )
+        _check_int32(f"out's {name}", tensor, n, codes.kv_heads, tensor.shape[-1])
     for name, value, least in (
         ("sinks", sinks, 0), ("window", window, 1), ("page_stride", page_stride, codes.rows),
         ("most", most, 1),
@@ -178,7 +167,7 @@ def select_rows(
         raise ValueError(
             f"pages * page_stride must be below 2**31; got {codes.pages} * {page_stride}"
         )
-    if n and _looks(q):
+    if n and values_are_checked(q):
         _check_rows(codes, block_table, seq_lens, keep, sinks + window, most, out[0].shape[2])
     if n:
         best = "triton" if q.is_cuda else "reference"
@@ -187,11 +176,6 @@ def select_rows(
             q, codes, block_table, seq_lens, keep, sinks, window, page_stride, most, out
         )
     return out
-
-
-def _looks(tensor: Tensor) -> bool:
-    """Whether values are checked: on a GPU that waits for it."""
-    return tensor.device.type == "cpu" or os.environ.get("SAAP_DEBUG") == "1"
 
 
 def _check_queries(q: Tensor, codes: PageCodes) -> int:
@@ -207,16 +191,20 @@ def _check_queries(q: Tensor, codes: PageCodes) -> int:
     return n
 
 
-def _check_ints(n: int, **tensors: Tensor) -> None:
-    """int32 with n entries each, and contiguous in their last dimension."""
-    for name, tensor in tensors.items():
-        shape = (n, tensor.shape[-1]) if name == "block_table" else (n,)
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name} must be int32 {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.numel() > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension; got strides")
+def _check_requests(n: int, block_table: Tensor, seq_lens: Tensor, keep: Tensor) -> None:
+    _check_int32("block_table", block_table, n, block_table.shape[-1])
+    _check_int32("seq_lens", seq_lens, n)
+    _check_int32("keep", keep, n)
+
+
+def _check_int32(name: str, tensor: Tensor, *shape: int) -> None:
+    """Of this shape, and contiguous in its last dimension."""
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.int32:
+        raise ValueError(
+            f"{name} must be int32 {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if tensor.numel() > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension; got strides")
 
 
 def _check_codes(codes: PageCodes) -> None:

@@ -13,13 +13,13 @@ import triton
 from torch import Tensor
 
 from saap.kernels.backends.launches import Launch, launch_all
-from saap.kernels.codes.triton_heaviest import (
+from saap.kernels.codes.triton_shared import (
     add_weights,
     as_ranges,
     digits_of_weights,
     heaviest,
+    queries_in_bytes,
 )
-from saap.kernels.codes.triton_kernels import query_bytes
 
 from . import triton_kernels as kernel
 from .layout import PER_WORD, ZERO, PageCodes
@@ -91,23 +91,15 @@ def launches(
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, device=device)
 
-    packed, offsets, factors = ints(2, heads, dim // 4), floats(2, heads), floats(2, heads)
-    yield Launch(
-        query_bytes, (heads,),
-        {
-            "queries": q.contiguous(), "tables": _tables(dim, device), "packed": packed,
-            "offsets": offsets, "factors": factors, "P": dim,
-            "WORDS": triton.next_power_of_2(dim // 4),
-        },
-        {"num_warps": 1},
-    )  # fmt: skip
+    in_bytes, queries = queries_in_bytes(q.contiguous().view(heads, dim), _tables(dim, device))
+    yield in_bytes
     scores, weights = floats(heads, most), floats(tasks, most)
     together = min(MOST_TOGETHER, triton.next_power_of_2(group))
     yield Launch(
         kernel.score_pages,
         (triton.cdiv(most, BLOCK), tasks, triton.cdiv(group, together)),
         {
-            "packed": packed[0], "offsets": offsets[0], "factors": factors[0],
+            **{name: each[0] for name, each in queries.items()},
             "words": codes.words, "scales": codes.scales, "block_table": block_table,
             "seq_lens": seq_lens, "out": scores, "table_row": block_table.stride(0),
             "kv_heads": kv_heads, "group": group, "room": most, "N_WORDS": words,

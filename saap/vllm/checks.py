@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_interface import CrossAttentionSpec, EncoderOnlyAttentionS
 from .options import Options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def group_refusal(spec, config) -> str | None:
@@ -24,7 +25,7 @@ def group_refusal(spec, config) -> str | None:
     if config.parallel_config.decode_context_parallel_size > 1:
         return "a context that is divided between processes is served densely"
     cache_dtype, dtype = config.cache_config.cache_dtype, config.model_config.dtype
-    if cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if cache_dtype not in CACHE_DTYPES:
         return f"the KV cache must not be quantised; got {cache_dtype}"
     if dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}"
@@ -47,7 +48,7 @@ def layer_refusal(impl) -> str | None:
         return "they have learned sinks"
     if impl.logits_soft_cap:
         return "their scores are capped"
-    if impl.kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if impl.kv_cache_dtype not in CACHE_DTYPES:
         return "their KV cache is quantised"
     if impl.kv_sharing_target_layer_name is not None:
         return "they use another layer's keys"
@@ -86,8 +87,7 @@ def _error(builder, layer, cache: Tensor) -> float:
         torch.randn(n, heads, both // 2, generator=random).to(cache.device, cache.dtype)
         for n, heads in ((3, impl.num_heads), (len(slots), kv_heads), (len(slots), kv_heads))
     )
-    on_device = [t.to(cache.device) for t in (slots, table, lens)]
-    slots, own_table, own_lens = on_device
+    slots, own_table, own_lens = (t.to(cache.device) for t in (slots, table, lens))
     super(SparseImpl, impl).do_kv_cache_update(layer, k, v, cache, slots)
     codes = codes_for(cache)
     write_codes(k, slots, codes)
@@ -95,7 +95,7 @@ def _error(builder, layer, cache: Tensor) -> float:
     found, expected = torch.zeros_like(q), torch.zeros_like(q)
     impl.attend_sparsely(layer, q, cache, codes, plan, own_table, own_lens, found)
     for r, n in enumerate(lens.tolist()):
-        own = table[r].long().to(cache.device)
+        own = own_table[r].long()
         expected[r] = exact(
             q[r], *(x.unflatten(0, (-1, page))[own].flatten(0, 1)[:n] for x in (k, v)), impl.scale
         )

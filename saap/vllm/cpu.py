@@ -17,23 +17,18 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from saap.kernels.pages import PageCodes, select_pages
 
-from .decode import SparseBuilder, SparseImpl
+from .decode import SparseBackend, SparseBuilder, SparseImpl
 from .plan import PAGE, Plan, Shape, make_plan
 from .rotations import rotation_on
 
 
-class SaapCpuBackend(CPUAttentionBackend):
+class SaapCpuBackend(SparseBackend, CPUAttentionBackend):
     """Stands in for CPU_ATTN, under its name."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
         """One size: vLLM's blocks of 128 tokens, say, become four pages of the kernel's."""
         return [PAGE]
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """Keys that a connector loads are written past `do_kv_cache_update`."""
-        return False
 
     @staticmethod
     def get_impl_cls():

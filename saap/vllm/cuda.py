@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from .decode import SparseBuilder, SparseImpl, write_codes
+from .decode import SparseBackend, SparseBuilder, SparseImpl, write_codes
 from .rows import RowPlan, attend_rows
 
 MOST_HEADS = 16
@@ -82,17 +82,12 @@ class RowImpl(SparseImpl):
         )  # fmt: skip
 
 
-class SaapCudaBackend(FlashAttentionBackend):
+class SaapCudaBackend(SparseBackend, FlashAttentionBackend):
     """CUSTOM: FlashAttention, but for decode steps."""
 
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """Keys that a connector loads are written past `do_kv_cache_update`."""
-        return False
 
     @staticmethod
     def get_impl_cls():

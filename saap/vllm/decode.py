@@ -1,7 +1,7 @@
 """What sparse decoding adds to an attention backend of vLLM's, whichever it is.
 
-Two mix-ins, to stand before vLLM's own classes among the bases: one plans a step, the other does
-what is planned in each layer and leaves the rest to vLLM.
+Three mix-ins, to stand before vLLM's own classes among the bases: of the backend, of what plans a
+step, and of what does in each layer what is planned and leaves the rest to vLLM.
 """
 
 from dataclasses import replace
@@ -18,6 +18,15 @@ from .options import Options, required_options
 from .rotations import rotation_on
 
 log = init_logger("vllm.saap")
+
+
+class SparseBackend:
+    """What holds for sparse decoding on any device."""
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Keys that a connector loads are written past `do_kv_cache_update`."""
+        return False
 
 
 class SparseBuilder:

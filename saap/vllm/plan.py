@@ -11,6 +11,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 
 from .options import Options
+from .rows import to_keep
 
 PAGE = 32
 """Tokens of a page: the least that vLLM's CPU kernels take."""
@@ -56,9 +57,7 @@ def pages_at_ends(options: Options, page: int) -> tuple[int, int]:
 def pages_to_keep(lens: Tensor, options: Options, page: int) -> Tensor:
     """How many pages a request of so many tokens visits, int32 `[R]`."""
     pages = (lens.long() + page - 1) // page
-    wanted = (pages * options.visited).ceil().long().clamp(min=sum(pages_at_ends(options, page)))
-    kept = torch.where(lens <= options.dense_below, pages, torch.minimum(wanted, pages))
-    return kept.int()
+    return to_keep(pages, lens, sum(pages_at_ends(options, page)), options)
 
 
 def make_plan(lens: Tensor, options: Options, shape: Shape, page: int = PAGE) -> Plan:

@@ -34,10 +34,15 @@ class RowPlan:
     rest: object | None = None
 
 
+def to_keep(units: Tensor, lens: Tensor, at_ends: int, options: Options) -> Tensor:
+    """How many of `units [R]` rows or pages requests of `lens [R]` tokens visit, int32 `[R]`."""
+    wanted = (units * options.visited).ceil().to(units.dtype).clamp(min=at_ends)
+    return torch.where(lens <= options.dense_below, units, torch.minimum(wanted, units)).int()
+
+
 def rows_to_keep(lens: Tensor, options: Options) -> Tensor:
     """How many rows requests of so many tokens visit, int32 `[R]`."""
-    wanted = (lens * options.visited).ceil().int().clamp(min=options.sinks + options.window)
-    return torch.where(lens <= options.dense_below, lens, torch.minimum(wanted, lens)).int()
+    return to_keep(lens, lens, options.sinks + options.window, options)
 
 
 def room_for_rows(options: Options, most: int) -> int:

@@ -1,4 +1,4 @@
-"""The heaviest of many scored rows on a GPU, as launches of the kernels of `triton_choice`.
+"""What choices of rows on a GPU share, as launches: queries in bytes, and the heaviest rows.
 
 Scores become weights, a softmax for each query head, added up over the heads of a task; then the
 rows with the largest weights are listed in their order. Nothing waits for the GPU, and shapes do
@@ -14,10 +14,28 @@ from torch import Tensor
 from saap.kernels.backends.launches import Launch
 
 from . import triton_choice as choice
+from .triton_kernels import query_bytes
 
 COUNTED = 1024  # rows that a program lists
 DIGITS = 2048  # numbers of which a program counts a digit
 WEIGHTS = 4, 8  # passes over weights, bits of a digit
+
+
+def queries_in_bytes(queries: Tensor, tables: Tensor) -> tuple[Launch, dict[str, Tensor]]:
+    """The launch that writes `packed, offsets, factors`, each for coarse and whole codes, and
+    these; see `query_bytes`. queries: float32 `[heads, P]`, contiguous."""
+    heads, coordinates = queries.shape
+    device = queries.device
+    found = {
+        "packed": torch.empty(2, heads, coordinates // 4, dtype=torch.int32, device=device),
+        "offsets": torch.empty(2, heads, device=device),
+        "factors": torch.empty(2, heads, device=device),
+    }
+    arguments = {
+        "queries": queries, "tables": tables, **found, "P": coordinates,
+        "WORDS": triton.next_power_of_2(coordinates // 4),
+    }  # fmt: skip
+    return Launch(query_bytes, (heads,), arguments, {"num_warps": 1}), found
 
 
 def add_weights(
