@@ -111,6 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
     records = {label: {"read": [], "keys": []} for label, *_ in WAYS}
+    selector = saap_module.SaapSelector  # asked anew at each step, not to repeat its last choice
     records["dense attention"] = {"read": [], "keys": []}
     for seed in range(options.documents):
         tokens, pairs = document_with_keys(tokenizer, CONTEXT - 64, seed)
@@ -120,7 +121,7 @@ def main() -> None:
         )
         for label, groups, choose in WAYS:
             choice = Choice(groups, choose)
-            with mock.patch.object(saap_module.SaapSelector, "choose_rows", choice):
+            with mock.patch.multiple(selector, choose_rows=choice, again=lambda *_: None):
                 keys = ask(model, tokenizer, read, pairs, find_method("saap")())
             records[label]["keys"] += keys
             records[label]["read"] += [sum(choice.read) / len(choice.read)]
