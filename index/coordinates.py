@@ -184,6 +184,8 @@ class Coordinates:
 
     @classmethod
     def stacked(cls, each: "list[Coordinates]") -> "Coordinates":
+        if len(each) == 1:  # no second copy
+            return each[0]
         parts = [own.tensors() for own in each]
         return cls(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
 

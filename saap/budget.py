@@ -41,7 +41,7 @@ class Budget:
     nprobe: int | None = None
     max_tokens: int | None = None
     n_sink: int = 16
-    window: int = 256
+    window: int = 64
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
