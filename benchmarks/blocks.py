@@ -12,18 +12,15 @@ go to `$OUT`, else to `benchmarks/results/<device>/blocks.json`, and then into `
 """
 
 import argparse
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from saap import hf
 from saap.eval.cli.demo_words import MODEL, document_with_keys
-from saap.kernels.codes import layout, reference
 from saap.methods import find_method
-from saap.methods import saap as saap_module
 
-from .candidates import CONTEXT, Choice, ask, of_each_head
+from .candidates import CONTEXT, Choice, ask, chosen_by, kept, of_each_head
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
 
@@ -33,6 +30,8 @@ ROUNDS = 3
 # Rows of a block, share of the rows that each head looks into, standard deviations.
 WAYS = ((32, 0.15, 0.0), (32, 0.15, 4.0), (32, 0.3, 4.0), (16, 0.25, 4.0), (8, 0.15, 2.5))
 EVERY = "every row"
+
+AS_SAAP = 4, of_each_head(512)  # groups of coordinates, candidates
 
 
 def halves(x: Tensor, size: int, rows: Tensor) -> Tensor:
@@ -52,17 +51,16 @@ class Blocks:
     """Of the keys `x [n, P]`; `importance [P]`: what a difference counts in a score."""
 
     def __init__(self, x: Tensor, importance: Tensor, size: int):
-        n, count = len(x), -(-len(x) // size)
+        n, self.count = len(x), -(-len(x) // size)
         order = halves(x * importance.sqrt(), size, torch.arange(n))
         self.of_row = torch.empty(n, dtype=torch.long)
         self.of_row[order] = torch.arange(n) // size
-        sizes = torch.bincount(self.of_row, minlength=count)[:, None]
+        sizes = torch.bincount(self.of_row, minlength=self.count)[:, None]
         self.means = self._sums(x) / sizes
         self.variances = self._sums((x - self.means[self.of_row]).square()) / sizes
 
     def _sums(self, x: Tensor) -> Tensor:
-        count = int(self.of_row.max()) + 1
-        return torch.zeros(count, x.shape[1]).index_add_(0, self.of_row, x)
+        return torch.zeros(self.count, x.shape[1]).index_add_(0, self.of_row, x)
 
     def looked_at(self, q: Tensor, share: float, deviations: float, n: int) -> Tensor:
         """Rows that each of the heads `q [G, P]` looks into, bool `[G, n]`: those that came after
@@ -75,60 +73,23 @@ class Blocks:
         return rows
 
 
-class BlockChoice:
-    """Stands in for the choice of rows of `saap`'s selector, as `candidates.Choice`."""
+class BlockChoice(Choice):
+    """Of blocks that were made once of each layer's codes, the rows that `saap` would choose."""
 
-    def __init__(self, importance, size: int, share: float, deviations: float):
-        self.importance = importance
+    def __init__(self, size: int, share: float, deviations: float):
+        super().__init__(*AS_SAAP)
         self.size, self.share, self.deviations = size, share, deviations
-        self.blocks, self.decoded = {}, {}
-        self.looked_at = []
+        self.blocks: dict[tuple, Blocks] = {}
+        self.looked_at: list[float] = []
 
-    def __call__(
-        self, q, outside, codes, n_rows, *, max_tokens, n_candidates, min_weight, share, first_row,
-        out, scored, impl,
-    ):  # fmt: skip
-        (n,) = n_rows
-        held = self.decoded.get(id(codes))
-        if held is None or held[1] != n:
-            parts = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
-            self.decoded[id(codes)] = held = (codes, n, *parts)
-        fine, coarse = held[2:]
-        if id(codes) not in self.blocks:
-            importance = self.importance(codes)
-            self.blocks[id(codes)] = [
-                Blocks(x, own, self.size) for x, own in zip(fine, importance, strict=True)
-            ]
-        starts, lengths = (t.zero_() for t in out)
-        for h, heads in enumerate(q[0].unflatten(0, (len(fine), -1))):
-            blocks = self.blocks[id(codes)][h]
-            rows = blocks.looked_at(heads, self.share, self.deviations, n)
-            self.looked_at.append(float(rows.any(0).float().mean()))
-            scores = (heads @ coarse[h].T).masked_fill(~rows, -torch.inf)
-            candidates = scores.topk(min(n_candidates, n), -1).indices.unique()
-            weights = (heads @ fine[h, candidates].T).softmax(-1).sum(0)
-            chosen = candidates[reference.best(weights, max_tokens)]
-            begins, counts = reference.as_ranges(chosen)
-            starts[0, h, : len(begins)], lengths[0, h, : len(begins)] = begins + first_row, counts
-            scored[0, h] = len(candidates)
-        return starts, lengths
-
-
-def asked(model, tokenizer, read, pairs, make) -> tuple[list, float]:
-    """What is answered; the share of rows whose coarse code is read."""
-    selector, importance = saap_module.SaapSelector, {}
-    own_select = selector.select
-
-    def select(self, query, middle, budget, room):
-        importance[id(self.codes)] = self.coordinates.importance[0]
-        return own_select(self, query, middle, budget, room)
-
-    choice = make(lambda codes: importance[id(codes)])
-    changes = {"select": select, "choose_rows": choice, "again": lambda *_: None}
-    with mock.patch.multiple(selector, **changes):
-        keys = ask(model, tokenizer, read, pairs, find_method("saap")())
-    shares = getattr(choice, "looked_at", [1.0])
-    return keys, sum(shares) / len(shares)
+    def scores(self, selector, head, q, fine, coarse):
+        place = id(selector.codes), head
+        if place not in self.blocks:
+            importance = selector.coordinates.importance[0, head]
+            self.blocks[place] = Blocks(fine, importance, self.size)
+        rows = self.blocks[place].looked_at(q, self.share, self.deviations, len(fine))
+        self.looked_at.append(float(rows.any(0).float().mean()))
+        return super().scores(selector, head, q, fine, coarse).masked_fill(~rows, -torch.inf)
 
 
 def main() -> None:
@@ -141,17 +102,17 @@ def main() -> None:
         tokens, pairs = document_with_keys(tokenizer, CONTEXT - 64, seed)
         read = hf.read_context(model, tokens, chunk=1024)
         dense += ask(model, tokenizer, read, pairs, find_method("dense")())
-        ways = {EVERY: lambda _: Choice(4, of_each_head(512))}
+        choices = {EVERY: Choice(*AS_SAAP)}
         for size, share, deviations in WAYS:
             label = f"{share:.0%} of the blocks of {size}, {deviations:g} deviations"
-            ways[label] = lambda importance, way=(size, share, deviations): BlockChoice(
-                importance, *way
-            )
-        for label, make in ways.items():
-            keys, looked_at = asked(model, tokenizer, read, pairs, make)
+            choices[label] = BlockChoice(size, share, deviations)
+        for label, choice in choices.items():
+            with chosen_by(choice):
+                keys = ask(model, tokenizer, read, pairs, find_method("saap")())
+            shares = getattr(choice, "looked_at", [1.0])
             own = records.setdefault(label, {"keys": [], "looked_at": []})
             own["keys"] += keys
-            own["looked_at"].append(looked_at)
+            own["looked_at"].append(sum(shares) / len(shares))
             print(f"document {seed}, {label}: {sum(right for right, _ in keys)}", flush=True)
         write(
             report_path(cpu_name(), "blocks.json"),
@@ -162,15 +123,14 @@ def main() -> None:
 
 def table(dense: list, records: dict) -> str:
     """Log-probabilities are of the keys that dense attention answers."""
-    known = [i for i, (right, _) in enumerate(dense) if right]
+    known, *_ = kept(dense, dense)
     lines = [
-        f"| each head looks into | coarse codes read | of {len(known)} keys | log-probability |",
+        f"| each head looks into | coarse codes read | of {known} keys | log-probability |",
         "|---|---:|---:|---:|",
     ]
     for label, own in records.items():
         looked_at = sum(own["looked_at"]) / len(own["looked_at"])
-        right = sum(own["keys"][i][0] for i in known)
-        likely = sum(own["keys"][i][1] for i in known)
+        _, right, likely = kept(dense, own["keys"])
         lines.append(f"| {label} | {looked_at:.0%} | {right} | {likely:.1f} |")
     return "\n".join(lines)
 

@@ -9,7 +9,8 @@ it, in plain PyTorch; the last step is that of `saap`. Figures go to `$OUT`, els
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -65,21 +66,20 @@ WAYS = (
 
 
 class Choice:
-    """Stands in for the choice of rows of `saap`'s selector."""
+    """Stands in for the choice of rows of `saap`'s selector, in plain PyTorch."""
 
     def __init__(self, groups: int, choose: Choose):
         self.groups, self.choose, self.read = groups, choose, []
+        self._decoded = {}  # what was decoded last of each layer's codes
 
     def __call__(
-        self, q, outside, codes, n_rows, *, max_tokens, n_candidates, min_weight, share, first_row,
-        out, scored, impl,
+        self, selector, q, outside, codes, n_rows, *, max_tokens, n_candidates, min_weight, share,
+        first_row, out, scored, impl,
     ):  # fmt: skip
-        (n,) = n_rows
-        fine, coarse = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
-        coarse[..., self.groups * coarse.shape[-1] // 4 :] = 0
+        fine, coarse = self._decode(codes, *n_rows)
         starts, lengths = (t.zero_() for t in out)
         for h, heads in enumerate(q[0].unflatten(0, (len(fine), -1))):
-            candidates = self.choose(heads @ coarse[h].T)
+            candidates = self.choose(self.scores(selector, h, heads, fine[h], coarse[h]))
             weights = (heads @ fine[h, candidates].T).softmax(-1).sum(0)
             rows = candidates[reference.best(weights, max_tokens)]
             begins, counts = reference.as_ranges(rows)
@@ -87,6 +87,27 @@ class Choice:
             scored[0, h] = len(candidates)
             self.read.append(len(candidates))
         return starts, lengths
+
+    def scores(self, selector, head: int, q: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+        """By which candidates are chosen, `[G, n]`, of a KV head's queries `q [G, P]`."""
+        return q @ coarse.T
+
+    def _decode(self, codes, n: int) -> tuple[Tensor, Tensor]:
+        held, of, decoded = self._decoded.get(id(codes), (None, 0, None))
+        if held is not codes or of != n:
+            fine, coarse = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
+            coarse[..., self.groups * coarse.shape[-1] // 4 :] = 0
+            decoded = fine, coarse
+            self._decoded[id(codes)] = codes, n, decoded
+        return decoded
+
+
+@contextmanager
+def chosen_by(choice: Choice) -> Iterator[None]:
+    """`saap` asks this at each step, and does not repeat its last choice."""
+    ways = {"choose_rows": lambda *given, **named: choice(*given, **named)}  # given its selector
+    with mock.patch.multiple(saap_module.SaapSelector, again=lambda *_: None, **ways):
+        yield
 
 
 def ask(model, tokenizer, read, pairs, method) -> list[tuple[bool, float]]:
@@ -111,7 +132,6 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
     records = {label: {"read": [], "keys": []} for label, *_ in WAYS}
-    selector = saap_module.SaapSelector  # asked anew at each step, not to repeat its last choice
     records["dense attention"] = {"read": [], "keys": []}
     for seed in range(options.documents):
         tokens, pairs = document_with_keys(tokenizer, CONTEXT - 64, seed)
@@ -121,7 +141,7 @@ def main() -> None:
         )
         for label, groups, choose in WAYS:
             choice = Choice(groups, choose)
-            with mock.patch.multiple(selector, choose_rows=choice, again=lambda *_: None):
+            with chosen_by(choice):
                 keys = ask(model, tokenizer, read, pairs, find_method("saap")())
             records[label]["keys"] += keys
             records[label]["read"] += [sum(choice.read) / len(choice.read)]
@@ -133,18 +153,23 @@ def main() -> None:
     put_table(ROOT / "docs" / "routing.md", "python -m benchmarks.candidates", table(records))
 
 
+def kept(dense: list, keys: list) -> tuple[int, int, float]:
+    """Keys that dense attention answers: how many there are, are answered, and how likely."""
+    known = [i for i, (right, _) in enumerate(dense) if right]
+    return len(known), sum(keys[i][0] for i in known), sum(keys[i][1] for i in known)
+
+
 def table(records: dict) -> str:
     """Log-probabilities are of the keys that dense attention answers."""
     dense = records["dense attention"]["keys"]
-    known = [i for i, (right, _) in enumerate(dense) if right]
+    known, *_ = kept(dense, dense)
     lines = [
-        f"| candidates | whole codes read | of {len(known)} keys | log-probability of these |",
+        f"| candidates | whole codes read | of {known} keys | log-probability of these |",
         "|---|---|---|---|",
     ]
     for label, own in records.items():
         read = f"{sum(own['read']) / len(own['read']):,.0f}" if own["read"] else "–"
-        right = sum(own["keys"][i][0] for i in known)
-        likely = sum(own["keys"][i][1] for i in known)
+        _, right, likely = kept(dense, own["keys"])
         lines.append(f"| {label} | {read} | {right} | {likely:.1f} |")
     return "\n".join(lines)
 
