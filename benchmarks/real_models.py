@@ -32,7 +32,7 @@ COMMAND = "python -m benchmarks.real_models"
 KEPT = (
     "method", "task", "context", "budget", "selectivity", "bytes_read", "router_bytes",
     "recall_middle", "recall_of_oracle", "output_error", "worst_head", "accuracy", "nll",
-    "to_dense", "prompts", "texts", "queries",
+    "to_dense", "prompts", "questions", "texts", "queries",
 )  # fmt: skip
 
 
@@ -99,8 +99,10 @@ def told(scores: list[dict], context: int) -> str:
     most: dict[str, int] = {}
     for s in scores:
         if s["context"] == context:
-            for name in ("prompts", "texts"):
+            for name in ("prompts", "questions", "texts"):
                 most[name] = max(most.get(name, 0), s.get(name, 0))
+    if most["questions"] <= most["prompts"]:
+        del most["questions"]
     return ", ".join(f"{n} {name}" for name, n in most.items() if n)
 
 

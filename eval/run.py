@@ -19,7 +19,10 @@ from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 from .variants import N_SINK, check_method_entry, make_variants, window_for
 from .workers import Crew, crew_for, results, usable_cores
 
-LEAST = {"n_texts": 1, "n_queries": 1, "n_prompts": 1, "n_distractors": 0, "n_scored": 2}
+LEAST = {
+    "n_texts": 1, "n_queries": 1, "n_prompts": 1, "n_questions": 1, "n_distractors": 0,
+    "n_scored": 2,
+}  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
 
@@ -28,6 +31,7 @@ class EvalConfig:
     """What is evaluated. `budgets` are shares of the context, sinks and window counted in.
 
     `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.variants`).
+    `n_questions`: how many of the keys in a prompt are asked for, each as if it were the only one.
     `window`: the newest tokens that every method visits; None: see `variants.window_for`.
     """
 
@@ -40,6 +44,7 @@ class EvalConfig:
     n_texts: int = 8
     n_queries: int = 64
     n_prompts: int = 20
+    n_questions: int = 1
     n_distractors: int = 8
     n_scored: int = 64
     answer_budgets: tuple[float, ...] = (0.05,)
@@ -56,6 +61,11 @@ class EvalConfig:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.n_questions > self.n_distractors + 1:
+            raise ValueError(
+                f"n_questions must be at most the {self.n_distractors + 1} keys that a prompt "
+                f"has with n_distractors={self.n_distractors}; got {self.n_questions}"
+            )
         for entry in self.methods:
             check_method_entry(entry)
         for task in self.tasks:

@@ -97,7 +97,8 @@ def score_answers(members: list[dict]) -> dict:
     return {
         **NO_ATTENTION,
         "accuracy": float(np.mean([r["accuracy"] for r in members])),
-        "prompts": len(members),
+        "prompts": len({r["unit"] for r in members}),
+        "questions": len(members),
         "by_depth": [[r["depth"], r["accuracy"]] for r in members if r.get("depth") is not None],
     }
 

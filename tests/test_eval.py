@@ -12,7 +12,7 @@ from saap.eval.report.page import make_report
 from saap.eval.run import EvalConfig, attention_rows, check_contexts, run
 from saap.eval.scores import score_run
 from saap.eval.tasks import passkey
-from saap.eval.tasks.base import prompt_of_tokens
+from saap.eval.tasks.base import prompts_of_tokens
 from saap.eval.variants import make_variants
 from saap.methods import METHODS
 
@@ -169,13 +169,14 @@ def test_pass_key_prompts_are_measured_in_tokens(bytes_a_token):
     text = reference.split_held_out()[1]
 
     def make(n_bytes):
-        return passkey.make_prompt(text, n_bytes, np.random.default_rng(1))
+        return passkey.make_prompts(text, n_bytes, np.random.default_rng(1), n_questions=3)
 
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [0] * -(-len(text) // bytes_a_token)}
 
-    prompt = prompt_of_tokens(make, tokenizer, 2000, len(text))
-    assert 0.97 * 2000 <= len(prompt.text) / bytes_a_token <= 2000
+    prompts = prompts_of_tokens(make, tokenizer, 2000, len(text))
+    for prompt in prompts:
+        assert 0.97 * 2000 <= len(prompt.text) / bytes_a_token <= 2000
 
 
 def test_pass_key_limits():

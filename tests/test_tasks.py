@@ -1,5 +1,7 @@
 """Tasks: prompts of the right length that hold their answers; every task runs and is scored."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,20 +10,32 @@ from saap.eval import reference
 from saap.eval.report.tables import answer_rows
 from saap.eval.run import EvalConfig, run
 from saap.eval.scores import score_run
+from saap.eval.tasks.answering import evaluate
 from saap.eval.tasks.copying import Copying
 from saap.eval.tasks.needles import MultiKey, MultiQuery, MultiValue
+from saap.eval.tasks.passkey import make_prompts
 from saap.eval.tasks.prompts import Prompt, share_found
 from saap.eval.tasks.registry import TASKS, find_task
 from saap.eval.tasks.tracking import VariableTracking
 from saap.eval.tasks.words import CommonWords, FrequentWords
+from saap.eval.variants import make_variants
 
 TEXT = reference.split_held_out()[1]
 HIDDEN = [MultiKey, MultiValue, MultiQuery, VariableTracking, Copying]
 PROMPTED = [*HIDDEN, CommonWords, FrequentWords]
 
 
+ONE_METHOD = EvalConfig(methods=("dense",), contexts=(2048,))
+
+
+def make_all(task, n_bytes, seed=0, depth=0.5, n_questions=1):
+    config = dataclasses.replace(ONE_METHOD, n_questions=n_questions)
+    return task().make(TEXT, n_bytes, np.random.default_rng(seed), depth, config)
+
+
 def make(task, n_bytes, seed=0, depth=0.5):
-    return task().make(TEXT, n_bytes, np.random.default_rng(seed), depth, None)
+    (prompt,) = make_all(task, n_bytes, seed, depth)
+    return prompt
 
 
 @pytest.mark.parametrize("task", PROMPTED)
@@ -81,7 +95,43 @@ def test_too_short_a_text():
     with pytest.raises(
         ValueError, match=r"bytes of prompt with 12 lines .* must leave 1 to 9 bytes of"
     ):
-        MultiQuery().make(b"too short", 5000, np.random.default_rng(0), 0.5, None)
+        MultiQuery().make(b"too short", 5000, np.random.default_rng(0), 0.5, ONE_METHOD)
+
+
+def test_further_questions_are_about_the_same_context():
+    one, three = (make_all(MultiKey, 5000, n_questions=n) for n in (1, 3))
+    assert len(three) == 3
+    assert len({p.context for p in three}) == 1
+    assert len({p.questions for p in three}) == 3
+    assert (three[0].questions, three[0].answers) == (one[0].questions, one[0].answers)
+    for prompt in three:
+        asked = prompt.questions[0].decode() + prompt.answers[0][0]
+        assert prompt.context.decode().count(asked) == 1
+        place = prompt.context.decode().index(asked) / len(prompt.context)
+        assert abs(place - prompt.depth) < 0.15
+
+
+def test_each_question_is_asked_as_if_it_were_the_only_one(reference_model, reference_tokenizer):
+    rng = np.random.default_rng(3)
+    prompts = make_prompts(TEXT, 1500, rng, n_distractors=3, n_questions=3)
+    (variant,) = make_variants(("saap",), None, 0)
+    points = [(variant, variant.points((0.2,), len(prompts[0].context), "group"))]
+
+    def answers(prompts):
+        records = evaluate(
+            reference_model, reference_tokenizer, prompts, lambda *_: True, points, 8
+        )
+        return [r["generated"] for r in records]
+
+    together = answers(prompts)
+    assert len(set(together)) == 3  # three names, three keys
+    assert together == [answers([p])[0] for p in prompts]
+
+
+@pytest.mark.parametrize("n_questions", [0, 10])
+def test_no_more_questions_than_keys(n_questions):
+    with pytest.raises(ValueError, match=rf"n_questions must be at .*; got {n_questions}"):
+        dataclasses.replace(ONE_METHOD, n_questions=n_questions)
 
 
 def test_unknown_task_names_the_nearest():
@@ -94,7 +144,7 @@ def scores(reference_model, reference_tokenizer, tmp_path_factory):
     config = EvalConfig(
         methods=("dense", "streaming", {"name": "quest", "search": {"share": ["group", "head"]}}),
         contexts=(900,), budgets=(0.3,), answer_budgets=(0.3,), n_texts=1, n_queries=4,
-        n_prompts=1, n_distractors=2, n_scored=16,
+        n_prompts=1, n_questions=2, n_distractors=2, n_scored=16,
         tasks=tuple(t for t in TASKS if t not in ("multi-value", "variable-tracking", "geometry")),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tasks")
@@ -117,6 +167,8 @@ def test_every_task_is_scored(scores):
     answers = [s for s in scores if s.get("accuracy") is not None]
     assert len(answers) == 4 * 6
     assert all(0 <= s["accuracy"] <= 1 for s in answers)
+    several = {s["task"]: s["questions"] for s in answers if s["questions"] > s["prompts"]}
+    assert several == {"passkey": 2, "multi-key": 2}
     assert all("to_dense" in s for s in answers if s["method"] != "dense")
 
 

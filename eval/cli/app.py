@@ -95,6 +95,13 @@ def evaluate(
     prompts: Annotated[
         int, typer.Option(help="prompts for each context length, in each task with questions")
     ] = 20,
+    questions: Annotated[
+        int,
+        typer.Option(
+            help="keys to ask for in each prompt of passkey and multi-key, one by one; a long "
+            "prompt takes longer to read than to ask about"
+        ),
+    ] = 1,
     sweep: Annotated[
         Path | None, typer.Option(help="YAML file; what it names replaces these options")
     ] = None,
@@ -158,6 +165,7 @@ def evaluate(
         "window": window,
         "n_texts": texts,
         "n_prompts": prompts,
+        "n_questions": questions,
         "seed": seed,
     }
     if sweep is not None:

@@ -63,27 +63,30 @@ def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) ->
 
 
 def ask(bench: Bench, make, room: int, score, n_tokens: int) -> tuple[list[dict], bytes]:
-    """Records of one prompt of at most `room` tokens, and its text; `n_tokens` an answer.
+    """Records of prompts of at most `room` tokens, and their text; `n_tokens` an answer.
 
-    `make(n_bytes)` makes the prompt, `score(prompt, answers)` judges what was generated.
+    `make(n_bytes)` makes prompts that share a context, `score(prompt, answers)` judges what was
+    generated.
     """
-    prompt = prompt_of_tokens(make, bench.tokenizer, room, len(bench.text))
-    n_context = len(encode(bench.tokenizer, prompt.context))
+    prompts = prompts_of_tokens(make, bench.tokenizer, room, len(bench.text))
+    n_context = len(encode(bench.tokenizer, prompts[0].context))
     points = bench.points(n_context, bench.config.answer_budgets)
-    return evaluate(bench.model, bench.tokenizer, prompt, score, points, n_tokens), prompt.text
+    records = evaluate(bench.model, bench.tokenizer, prompts, score, points, n_tokens)
+    return records, prompts[0].context + b"".join(q for p in prompts for q in p.questions)
 
 
-def prompt_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int):
-    """`make(n_bytes)` so long that it has at most `n_tokens` tokens, and nearly as many.
+def prompts_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int) -> list:
+    """`make(n_bytes)` so long that none has more than `n_tokens` tokens, and all nearly as many.
 
     A token is a byte for some tokenizers and several for others; text is not equally dense.
     """
     n_bytes = n_tokens
-    prompt = make(n_bytes)
+    prompts = make(n_bytes)
     for _ in range(6):
-        found = len(encode(tokenizer, prompt.text, special=False))
+        longest = max(prompts, key=lambda p: len(p.text))
+        found = len(encode(tokenizer, longest.text, special=False))
         if 0.98 * n_tokens <= found <= n_tokens or (found < n_tokens and n_bytes == most_bytes):
             break
         n_bytes = min(most_bytes, int(n_bytes * 0.99 * n_tokens / found))
-        prompt = make(n_bytes)
-    return prompt
+        prompts = make(n_bytes)
+    return prompts

@@ -20,7 +20,7 @@ class Copying(PromptTask):
         ask = f"# {line[:N_GIVEN]}".encode()
         hidden = [(depth, f"# {line}\n".encode())]
         context = hide(haystack, hidden, n_bytes - len(ask), rng)
-        return Prompt(context, (ask,), ((line[N_GIVEN:],),), depth)
+        return [Prompt(context, (ask,), ((line[N_GIVEN:],),), depth)]
 
     def score(self, prompt, generated):
         wanted, given = prompt.answers[0][0].encode(), generated[0]

@@ -27,10 +27,15 @@ class MultiKey(PromptTask):
         # Short prompts hold fewer: at most a third of the bytes are keys.
         count = max(2, min(N_MANY_KEYS, n_bytes // 90))
         pairs = [(n, self.wording.random_key(rng)) for n in draw_names(rng, count)]
-        lines = as_lines(self.wording, [depth, *random_depths(rng, count - 1)], pairs)
-        ask = self.wording.question(pairs[0][0]).encode()
-        context = hide(haystack, lines, n_bytes - len(ask), rng)
-        return Prompt(context, (ask,), ((pairs[0][1],),), depth)
+        depths = [depth, *random_depths(rng, count - 1)]
+        asked = list(zip(depths, pairs, strict=True))[: config.n_questions]
+        asks = [self.wording.question(name).encode() for _, (name, _) in asked]
+        lines = as_lines(self.wording, depths, pairs)
+        context = hide(haystack, lines, n_bytes - max(map(len, asks)), rng)
+        return [
+            Prompt(context, (ask,), ((key,),), depth)
+            for ask, (depth, (_, key)) in zip(asks, asked, strict=True)
+        ]
 
 
 class MultiValue(PromptTask):
@@ -46,7 +51,7 @@ class MultiValue(PromptTask):
         lines = as_lines(self.wording, [depth, *random_depths(rng, len(pairs) - 1)], pairs)
         ask = f"# All {N_VALUES} pass keys of {name} above: ".encode()
         context = hide(haystack, lines, n_bytes - len(ask), rng)
-        return Prompt(context, (ask,), (tuple(values),), depth)
+        return [Prompt(context, (ask,), (tuple(values),), depth)]
 
 
 class MultiQuery(PromptTask):
@@ -64,4 +69,4 @@ class MultiQuery(PromptTask):
             for b, (n, _) in zip(breaks, asked, strict=True)
         )
         context = hide(haystack, lines, n_bytes - sum(map(len, asks)), rng)
-        return Prompt(context, asks, tuple((k,) for _, k in asked), depth)
+        return [Prompt(context, asks, tuple((k,) for _, k in asked), depth)]

@@ -110,18 +110,27 @@ def insert_lines(text: bytes, inserts: list[tuple[float, bytes]]) -> bytes:
 
 
 def make_prompt(
+    haystack: bytes, length: int, rng: np.random.Generator, **options
+) -> PassKeyPrompt:
+    """The first of `make_prompts`."""
+    return make_prompts(haystack, length, rng, **options)[0]
+
+
+def make_prompts(
     haystack: bytes,
     length: int,
     rng: np.random.Generator,
     *,
     n_distractors: int = 8,
+    n_questions: int = 1,
     depth: float | None = None,
     wording: Wording = IN_CODE,
-) -> PassKeyPrompt:
-    """A prompt of about `length` bytes (never more) whose context is cut from `haystack`.
+) -> list[PassKeyPrompt]:
+    """Prompts of about `length` bytes (never more) whose one context is cut from `haystack`.
 
-    `depth` is where the asked key stands (0 = beginning); drawn at random when None.
-    Raises ValueError when `haystack` is too short or there are more distractors than names.
+    Each asks another of the keys; the first one's stands at `depth` (0 = beginning), which is
+    drawn at random when None. Raises ValueError when `haystack` is too short or there are more
+    distractors than names.
     """
     if not 0 <= n_distractors < len(NAMES):
         raise ValueError(f"n_distractors must be in 0..{len(NAMES) - 1}; got {n_distractors}")
@@ -130,8 +139,8 @@ def make_prompt(
     depth = float(rng.uniform(0.0, 0.95)) if depth is None else depth
     depths = [depth, *rng.uniform(0.0, 0.95, n_distractors)]
     lines = [wording.statement(n, k).encode() for n, k in zip(names, keys, strict=True)]
-    asked = wording.question(names[0]).encode()
-    room = length - sum(map(len, lines)) - len(asked) - 1 - wording.digits
+    asked = [wording.question(n).encode() for n in names[:n_questions]]
+    room = length - sum(map(len, lines)) - max(map(len, asked)) - 1 - wording.digits
     if room <= 0 or len(haystack) < room:
         raise ValueError(
             f"length={length} with {n_distractors} distractors must leave 1 to {len(haystack)} "
@@ -142,7 +151,10 @@ def make_prompt(
     context = insert_lines(text, list(zip(depths, lines, strict=True)))
     if not context.endswith(b"\n"):
         context += b"\n"
-    return PassKeyPrompt(context, asked, keys[0], depth)
+    return [
+        PassKeyPrompt(context, question, key, at)
+        for question, key, at in zip(asked, keys, depths, strict=False)
+    ]
 
 
 def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
@@ -163,13 +175,14 @@ class PassKey(Task):
         # Depths are spread evenly over the prompts, so that every run covers beginning to end.
         depth = (number + 0.5) / config.n_prompts * 0.95
 
-        def make(n_bytes: int) -> PassKeyPrompt:
+        def make(n_bytes: int) -> list[PassKeyPrompt]:
             rng = bench.rng(context, number)
-            return make_prompt(
+            return make_prompts(
                 bench.text,
                 n_bytes,
                 rng,
                 n_distractors=config.n_distractors,
+                n_questions=config.n_questions,
                 depth=depth,
                 wording=wording,
             )

@@ -54,8 +54,11 @@ class PromptTask(Task):
     @abstractmethod
     def make(
         self, haystack: bytes, n_bytes: int, rng: np.random.Generator, depth: float, config
-    ) -> Prompt:
-        """A prompt of at most `n_bytes` bytes, and nearly as many."""
+    ) -> list[Prompt]:
+        """Prompts of at most `n_bytes` bytes, and nearly as many, that share a context.
+
+        One, or as many as `config.n_questions` where others can be asked about the same context.
+        """
 
     def score(self, prompt: Prompt, generated: list[bytes]) -> float:
         return share_found(prompt, generated)
@@ -70,9 +73,12 @@ class PromptTask(Task):
             rng = bench.rng(context, number, sum(self.name.encode()))
             return self.make(bench.text, n_bytes, rng, depth, bench.config)
 
-        wanted = make(context).answers
+        prompts = make(context)
+        wanted = prompts[0].answers
         lengths = [
-            len(encode(bench.tokenizer, ", ".join(w).encode(), special=False)) for w in wanted
+            len(encode(bench.tokenizer, ", ".join(w).encode(), special=False))
+            for p in prompts
+            for w in p.answers
         ]
         n_tokens = max(lengths) + self.slack
         return ask(bench, make, context - len(wanted) * n_tokens - 8, self.score, n_tokens)

@@ -42,4 +42,4 @@ class VariableTracking(PromptTask):
             f"through others? Answer: the {N_HOPS + 1} variables are "
         ).encode()
         context = hide(haystack, lines, n_bytes - len(ask), rng)
-        return Prompt(context, (ask,), (tuple(chains[0]),), depth)
+        return [Prompt(context, (ask,), (tuple(chains[0]),), depth)]

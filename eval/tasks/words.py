@@ -38,7 +38,7 @@ class CommonWords(PromptTask):
         entries = np.array(common * times + words[N_COMMON : N_COMMON + n_rare] * rare_times)
         rng.shuffle(entries)
         text = " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1))
-        return Prompt(text.encode()[: n_bytes - len(ask)], (ask,), (tuple(common),), None)
+        return [Prompt(text.encode()[: n_bytes - len(ask)], (ask,), (tuple(common),), None)]
 
 
 class FrequentWords(PromptTask):
@@ -55,4 +55,4 @@ class FrequentWords(PromptTask):
         drawn = rng.choice(words, n_words, p=weights / weights.sum())
         counts = {w: int((drawn == w).sum()) for w in words}
         best = sorted(words, key=lambda w: -counts[w])[:N_FREQUENT]
-        return Prompt(" ".join(drawn).encode(), (ask,), (tuple(best),), None)
+        return [Prompt(" ".join(drawn).encode(), (ask,), (tuple(best),), None)]
