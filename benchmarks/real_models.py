@@ -60,6 +60,7 @@ def summary(folder: Path) -> dict:
         "index": run["index"] is not None,
         "environment": run["environment"],
         "config": config,
+        "chat": run["config"].get("chat", False),
         "windows": {c: rows["window"] for c, rows in run.get("attention_rows", {}).items()},
         "scores": scores,
     }
@@ -86,6 +87,8 @@ def tables(found: list[dict]) -> str:
             window = run.get("windows", {}).get(str(context), WIDE * context)
             if "window" not in budget and window < WIDE * context:
                 options.append(f"window={window}")
+            if run.get("chat"):
+                options.append("chat template")
             if rows:
                 parts.append(
                     f"**{run['model']}, {context:,} tokens, {float(share):.0%} of the rows** "

@@ -16,6 +16,7 @@ from .units import METRICS, Metric, Place, by_unit, paired
 # What decides which texts and prompts a unit holds.
 SAME_TEXTS = (
     "seed", "n_texts", "n_queries", "n_prompts", "n_questions", "n_distractors", "n_scored",
+    "chat",
 )  # fmt: skip
 # Differences below rounding are none: another number of threads adds in another order.
 ROUNDING = 1e-6

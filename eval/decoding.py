@@ -69,13 +69,18 @@ class Decoder:
             self._count()
         return torch.stack(found)
 
-    def greedy(self, tokens: list[int] | Tensor, n_tokens: int) -> list[int]:
-        """The `n_tokens` tokens that follow `tokens`; the last one is not decoded."""
+    def greedy(
+        self, tokens: list[int] | Tensor, n_tokens: int, stop: int | None = None
+    ) -> list[int]:
+        """The `n_tokens` tokens that follow `tokens`, or fewer if the last one is `stop`; the
+        last one is not decoded."""
         generated: list[int] = []
         pending = tokens
         for _ in range(n_tokens):
             generated.append(int(self.logits(pending)[-1].argmax()))
             pending = generated[-1:]
+            if pending == [stop]:
+                break
         return generated
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from .claims import claimed
 from .environment import environment, version
 from .records import RUN, RecordFile, is_begun, read_settings
 from .tasks.base import Bench
+from .tasks.chat import ChatTemplate
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
 from .variants import N_SINK, check_method_entry, make_variants, window_for
 from .workers import Crew, crew_for, results, usable_cores
@@ -32,6 +33,7 @@ class EvalConfig:
 
     `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.variants`).
     `n_questions`: how many of the keys in a prompt are asked for, each as if it were the only one.
+    `chat`: ask in the model's chat template.
     `window`: the newest tokens that every method visits; None: see `variants.window_for`.
     """
 
@@ -48,6 +50,7 @@ class EvalConfig:
     n_distractors: int = 8
     n_scored: int = 64
     answer_budgets: tuple[float, ...] = (0.05,)
+    chat: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -199,7 +202,10 @@ def by_crew(source: Source, config: EvalConfig, units: list[Unit], crew: Crew) -
 
 
 def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Bench:
-    """ValueError for budgets that no context can keep, or that a method cannot follow."""
+    """ValueError for budgets that no context can keep, or that a method cannot follow, and for
+    chat without a template."""
+    if config.chat:
+        ChatTemplate.of(tokenizer)
     variants = make_variants(config.methods, index, config.seed)
     bench = Bench(model, tokenizer, text, variants, config)
     searched = [layer.info for layer in hf.model_layers(model) if layer.is_full]

@@ -12,7 +12,7 @@ from saap.eval.report.page import make_report
 from saap.eval.run import EvalConfig, attention_rows, check_contexts, run
 from saap.eval.scores import score_run
 from saap.eval.tasks import passkey
-from saap.eval.tasks.base import prompts_of_tokens
+from saap.eval.tasks.asking import prompts_of_tokens
 from saap.eval.variants import make_variants
 from saap.methods import METHODS
 

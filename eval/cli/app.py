@@ -102,6 +102,7 @@ def evaluate(
             "prompt takes longer to read than to ask about"
         ),
     ] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="ask in the model's chat template")] = False,
     sweep: Annotated[
         Path | None, typer.Option(help="YAML file; what it names replaces these options")
     ] = None,
@@ -166,6 +167,7 @@ def evaluate(
         "n_texts": texts,
         "n_prompts": prompts,
         "n_questions": questions,
+        "chat": chat,
         "seed": seed,
     }
     if sweep is not None:

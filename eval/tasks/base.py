@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..variants import Point, Variant
-from .answering import encode, evaluate
+from .answering import encode
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,30 @@ class Bench:
 
     def rng(self, *place: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *place])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`answers[i]` are the strings that what follows `questions[i]` has to contain."""
+
+    context: bytes
+    questions: tuple[bytes, ...]
+    answers: tuple[tuple[str, ...], ...]
+    depth: float | None
+
+    @property
+    def question(self) -> bytes:
+        """The first one."""
+        return self.questions[0]
+
+    @property
+    def answer(self) -> str:
+        """The first one to the first question."""
+        return self.answers[0][0]
+
+    @property
+    def text(self) -> bytes:
+        return self.context + b"".join(self.questions)
 
 
 class Task(ABC):
@@ -60,33 +84,3 @@ def text_tokens(tokenizer, text: bytes, length: int, number: int, count: int) ->
             f"the text must have at least {length} tokens for this context; got {len(tokens)}"
         )
     return tokens
-
-
-def ask(bench: Bench, make, room: int, score, n_tokens: int) -> tuple[list[dict], bytes]:
-    """Records of prompts of at most `room` tokens, and their text; `n_tokens` an answer.
-
-    `make(n_bytes)` makes prompts that share a context, `score(prompt, answers)` judges what was
-    generated.
-    """
-    prompts = prompts_of_tokens(make, bench.tokenizer, room, len(bench.text))
-    n_context = len(encode(bench.tokenizer, prompts[0].context))
-    points = bench.points(n_context, bench.config.answer_budgets)
-    records = evaluate(bench.model, bench.tokenizer, prompts, score, points, n_tokens)
-    return records, prompts[0].context + b"".join(q for p in prompts for q in p.questions)
-
-
-def prompts_of_tokens(make, tokenizer, n_tokens: int, most_bytes: int) -> list:
-    """`make(n_bytes)` so long that none has more than `n_tokens` tokens, and all nearly as many.
-
-    A token is a byte for some tokenizers and several for others; text is not equally dense.
-    """
-    n_bytes = n_tokens
-    prompts = make(n_bytes)
-    for _ in range(6):
-        longest = max(prompts, key=lambda p: len(p.text))
-        found = len(encode(tokenizer, longest.text, special=False))
-        if 0.98 * n_tokens <= found <= n_tokens or (found < n_tokens and n_bytes == most_bytes):
-            break
-        n_bytes = min(most_bytes, int(n_bytes * 0.99 * n_tokens / found))
-        prompts = make(n_bytes)
-    return prompts

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import Task, ask
+from .asking import ask
+from .base import Prompt, Task
 
 # No two names end in the same two letters: a byte-level model of a few million parameters can tell
 # them apart, and still has to match the name.
@@ -24,12 +25,17 @@ KEY_DIGITS = 7
 
 @dataclass(frozen=True)
 class Wording:
-    """How a pass key is stated and asked for. `answer_tokens`: room for an answer's digits."""
+    """How a pass key is stated and asked for.
+
+    `answer_tokens`: room for an answer's digits. `lead_tokens`: room for words before them; 0
+    where the digits follow the question at once.
+    """
 
     sentence: str
     asked: str
     digits: int
     answer_tokens: int
+    lead_tokens: int = 0
 
     def statement(self, name: str, key: str) -> str:
         return self.sentence.format(name=name, key=key)
@@ -51,12 +57,21 @@ IN_WORDS = Wording(
 )
 """For models of language. The name stands before its key, which even small models match."""
 
+IN_CHAT = Wording(
+    "The pass key of {name} is {key}. Remember it.\n",
+    "What is the pass key of {name}? Answer with the number.",
+    6, 8, lead_tokens=12,
+)  # fmt: skip
+"""For models that were taught to answer in turns of a conversation."""
+
 BYTES_VOCABULARY = 512
 
 
-def wording_of(tokenizer) -> Wording:
+def wording_of(tokenizer, chat: bool = False) -> Wording:
     """What a model with this tokenizer can be asked: one of bytes knows the code's form alone."""
-    return IN_CODE if len(tokenizer) <= BYTES_VOCABULARY else IN_WORDS
+    if len(tokenizer) <= BYTES_VOCABULARY:
+        return IN_CODE
+    return IN_CHAT if chat else IN_WORDS
 
 
 def statement(name: str, key: str) -> str:
@@ -69,24 +84,6 @@ def question(name: str) -> str:
 
 def random_key(rng: np.random.Generator) -> str:
     return IN_CODE.random_key(rng)
-
-
-@dataclass(frozen=True)
-class PassKeyPrompt:
-    """One prompt. `context` ends before the question; `question + answer` follows it."""
-
-    context: bytes
-    question: bytes
-    answer: str
-    depth: float
-
-    @property
-    def questions(self) -> tuple[bytes]:
-        return (self.question,)
-
-    @property
-    def text(self) -> bytes:
-        return self.context + self.question
 
 
 def line_starts(text: bytes) -> np.ndarray:
@@ -109,9 +106,7 @@ def insert_lines(text: bytes, inserts: list[tuple[float, bytes]]) -> bytes:
     return b"".join([*pieces, text[at:]])
 
 
-def make_prompt(
-    haystack: bytes, length: int, rng: np.random.Generator, **options
-) -> PassKeyPrompt:
+def make_prompt(haystack: bytes, length: int, rng: np.random.Generator, **options) -> Prompt:
     """The first of `make_prompts`."""
     return make_prompts(haystack, length, rng, **options)[0]
 
@@ -125,7 +120,7 @@ def make_prompts(
     n_questions: int = 1,
     depth: float | None = None,
     wording: Wording = IN_CODE,
-) -> list[PassKeyPrompt]:
+) -> list[Prompt]:
     """Prompts of about `length` bytes (never more) whose one context is cut from `haystack`.
 
     Each asks another of the keys; the first one's stands at `depth` (0 = beginning), which is
@@ -152,12 +147,12 @@ def make_prompts(
     if not context.endswith(b"\n"):
         context += b"\n"
     return [
-        PassKeyPrompt(context, question, key, at)
+        Prompt(context, (question,), ((key,),), at)
         for question, key, at in zip(asked, keys, depths, strict=False)
     ]
 
 
-def is_right(prompt: PassKeyPrompt, generated: bytes) -> bool:
+def is_right(prompt: Prompt, generated: bytes) -> bool:
     """All digits right, as the first thing after the question."""
     return generated.lstrip().startswith(prompt.answer.encode())
 
@@ -171,11 +166,11 @@ class PassKey(Task):
         return config.n_prompts
 
     def run_unit(self, bench, context, number):
-        config, wording = bench.config, wording_of(bench.tokenizer)
+        config, wording = bench.config, wording_of(bench.tokenizer, bench.config.chat)
         # Depths are spread evenly over the prompts, so that every run covers beginning to end.
         depth = (number + 0.5) / config.n_prompts * 0.95
 
-        def make(n_bytes: int) -> list[PassKeyPrompt]:
+        def make(n_bytes: int) -> list[Prompt]:
             rng = bench.rng(context, number)
             return make_prompts(
                 bench.text,
@@ -187,7 +182,11 @@ class PassKey(Task):
                 wording=wording,
             )
 
-        def score(prompt: PassKeyPrompt, answers: list[bytes]) -> bool:
+        def score(prompt: Prompt, answers: list[bytes]) -> bool:
+            if wording.lead_tokens:
+                return prompt.answer.encode() in answers[0]
             return is_right(prompt, answers[0])
 
-        return ask(bench, make, context - wording.digits - 8, score, wording.answer_tokens)
+        n_tokens = wording.answer_tokens + wording.lead_tokens
+        room = context - max(wording.digits + 8, n_tokens)
+        return ask(bench, make, room, score, n_tokens)

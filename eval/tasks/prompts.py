@@ -6,29 +6,15 @@ and answer are sparse.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import numpy as np
 
 from .answering import encode
-from .base import Bench, Task, ask
+from .asking import ask
+from .base import Bench, Prompt, Task
 from .passkey import IN_CODE, Wording, insert_lines, wording_of
 
 DEEPEST = 0.95
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`answers[i]` are the strings that what follows `questions[i]` has to contain."""
-
-    context: bytes
-    questions: tuple[bytes, ...]
-    answers: tuple[tuple[str, ...], ...]
-    depth: float | None
-
-    @property
-    def text(self) -> bytes:
-        return self.context + b"".join(self.questions)
 
 
 def share_found(prompt: Prompt, generated: list[bytes]) -> float:
@@ -64,7 +50,7 @@ class PromptTask(Task):
         return share_found(prompt, generated)
 
     def run_unit(self, bench: Bench, context, number):
-        self.wording = wording_of(bench.tokenizer)
+        self.wording = wording_of(bench.tokenizer, bench.config.chat)
         # Depths are spread evenly over the prompts, so that every run covers beginning to end.
         depth = (number + 0.5) / bench.config.n_prompts * DEEPEST
 
@@ -80,7 +66,7 @@ class PromptTask(Task):
             for p in prompts
             for w in p.answers
         ]
-        n_tokens = max(lengths) + self.slack
+        n_tokens = max(lengths) + self.slack + self.wording.lead_tokens
         return ask(bench, make, context - len(wanted) * n_tokens - 8, self.score, n_tokens)
 
 
