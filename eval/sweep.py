@@ -82,6 +82,8 @@ def with_parameters(
 
 
 def as_value(text: str):
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -15,7 +15,7 @@ from saap.methods import Method, find_method
 from saap.names import did_you_mean
 
 N_SINK = 16
-SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window", "layer_importance")
+SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window", "layer_importance", "estimate_rest")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def asked(task) -> Make:
     """A task's prompt and its answers as one list, the form that training shows."""
 
     def make(text, length, rng, depth):
-        prompt = task.make(text, length, rng, depth, None)
+        (prompt,) = task.make(text, length, rng, depth)
         return prompt.text, ", ".join(prompt.answers[0]).encode()
 
     return make

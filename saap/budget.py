@@ -34,6 +34,8 @@ class Budget:
     `flush_every`: tokens that leave the window join the indexed rows this many at a time, so a
     step visits up to `flush_every - 1` tokens more than the window; None, the default, takes 8,
     and more for long contexts (1/256 of their length), where a flush moves more rows.
+    `estimate_rest`: what the rows that are not visited would add is estimated from how keys and
+    values are spread (docs/routing.md), by methods that visit the best rows one by one.
     `dense_layers`: numbers of layers that visit everything. `dense_below`: contexts of at most
     this many tokens are visited whole, because choosing costs more than it saves.
     """
@@ -49,6 +51,7 @@ class Budget:
     flush_every: int | None = None
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 0
+    estimate_rest: bool = True
 
     def __post_init__(self):
         if all(getattr(self, name) is None for name in BOUNDS):
@@ -72,6 +75,8 @@ class Budget:
             isinstance(self.min_weight, Real) and 0 < self.min_weight < math.inf
         ):
             raise ValueError(f"min_weight must be a number above 0; got {self.min_weight!r}")
+        if not isinstance(self.estimate_rest, bool):
+            raise ValueError(f"estimate_rest must be true or false; got {self.estimate_rest!r}")
         self._check_importance()
         if self.share not in ("group", "head"):
             raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
@@ -127,7 +132,14 @@ class Budget:
 
     @classmethod
     def for_selectivity(
-        cls, selectivity: float, context: int, *, n_sink: int, window: int, share: str = "group"
+        cls,
+        selectivity: float,
+        context: int,
+        *,
+        n_sink: int,
+        window: int,
+        share: str = "group",
+        estimate_rest: bool = True,
     ) -> "Budget":
         """The budget that visits `selectivity * context` rows, sinks and tail counted in.
 
@@ -137,7 +149,9 @@ class Budget:
         if not 0.0 < selectivity <= 1.0:
             raise ValueError(f"selectivity must be above 0 and at most 1; got {selectivity}")
         rows = round(selectivity * context)
-        places = {"n_sink": n_sink, "window": window, "share": share}
+        places = {
+            "n_sink": n_sink, "window": window, "share": share, "estimate_rest": estimate_rest,
+        }  # fmt: skip
         always = context - cls(max_tokens=0, **places).rows_in_lists(context)
         if rows <= always:
             raise ValueError(

@@ -71,9 +71,9 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
             layout |= {
                 prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")
             }
-            # What a selector saved it checks itself.
-            start = prefix + "selector."
-            own = {name: t for name, t in tensors.items() if name.startswith(start)}
+            # What a selector and the rest of its rows saved they check themselves.
+            starts = prefix + "selector.", prefix + "rest."
+            own = {name: t for name, t in tensors.items() if name.startswith(starts)}
             layout |= {name: (tuple(t.shape), (t.dtype,)) for name, t in own.items()}
     return layout
 

@@ -136,7 +136,8 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         if state.integers("lengths") != [n_tokens] or len(state.integers("middles")) != 1:
             raise state.wrong("lengths", f"the {n_tokens} tokens of one sequence")
         layout[prefix + "digests"] = ((-(-n_tokens // DIGESTED), 32), (torch.uint8,))
-        own = (name for name in tensors if name.startswith(prefix + "selector."))
+        starts = prefix + "selector.", prefix + "rest."
+        own = (name for name in tensors if name.startswith(starts))
         layout |= {name: (tuple(tensors[name].shape), (tensors[name].dtype,)) for name in own}
     return layout
 

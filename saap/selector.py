@@ -151,6 +151,10 @@ class Selector(ABC):
     assigns_by: Literal["derope", "rope"] | None = None
     """Which keys `assign` gets; None: rows have no lists and stay in time order."""
 
+    visits_best: bool = False
+    """Whether it visits the rows with the largest scores, one by one, of rows in time order: only
+    then can be told what the others hold (`saap.kernels.rest`)."""
+
     reads_derope: bool = True
     """Whether it looks at keys or queries with RoPE taken off. Where it does not, it may be given
     them as they are."""

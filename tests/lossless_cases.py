@@ -17,7 +17,8 @@ METHODS = {
     "quest": Budget(max_tokens=8, n_sink=4, window=8, flush_every=4),
     "streaming": Budget(max_tokens=0, n_sink=4, window=8, flush_every=1),
     "kmeans": Budget(max_tokens=8, n_sink=4, window=8, flush_every=4),
-    "saap": Budget(max_tokens=8, n_sink=4, window=8),
+    # Without an estimate, so that some drafts are wrong.
+    "saap": Budget(max_tokens=8, n_sink=4, window=8, estimate_rest=False),
 }
 
 

@@ -18,7 +18,7 @@ from saap.methods import find_method
 from saap.selector import LayerInfo
 
 HEADS, N_KV, DIM = 6, 2, 64
-STORE_BUDGET = Budget(max_tokens=64, n_sink=20, window=48)
+STORE_BUDGET = Budget(max_tokens=64, n_sink=20, window=48, estimate_rest=False)
 
 
 def store_steps(
@@ -26,7 +26,7 @@ def store_steps(
 ):
     """Outputs, lse and chosen tokens of each step of one layer over random vectors."""
     torch.manual_seed(3)
-    budget = Budget(max_tokens=64, n_sink=20, window=48, share=share)
+    budget = Budget(max_tokens=64, n_sink=20, window=48, share=share, estimate_rest=False)
     search = {"least": 128, "width": 2.0}
     selector = _selector(method, search)
     if group is None:

@@ -95,7 +95,7 @@ def test_questions_are_those_of_the_tasks():
         (tracking.VariableTracking(), retrieval.chain, f"the {tracking.N_HOPS + 1} variables"),
         (needles.MultiValue(), retrieval.many_values, f"# All {needles.N_VALUES} pass keys"),
     ):
-        prompt = task.make(haystack, 4000, rng, 0.5, None)
+        (prompt,) = task.make(haystack, 4000, rng, 0.5)
         form = re.sub(rb"\d{5}|of [a-z]+", b"*", prompt.questions[0])
         while True:
             lines = maker(Draw(rng, 4000, chunk))

@@ -29,8 +29,7 @@ ONE_METHOD = EvalConfig(methods=("dense",), contexts=(2048,))
 
 
 def make_all(task, n_bytes, seed=0, depth=0.5, n_questions=1):
-    config = dataclasses.replace(ONE_METHOD, n_questions=n_questions)
-    return task().make(TEXT, n_bytes, np.random.default_rng(seed), depth, config)
+    return task().make(TEXT, n_bytes, np.random.default_rng(seed), depth, n_questions)
 
 
 def make(task, n_bytes, seed=0, depth=0.5):
@@ -95,7 +94,7 @@ def test_too_short_a_text():
     with pytest.raises(
         ValueError, match=r"bytes of prompt with 12 lines .* must leave 1 to 9 bytes of"
     ):
-        MultiQuery().make(b"too short", 5000, np.random.default_rng(0), 0.5, ONE_METHOD)
+        MultiQuery().make(b"too short", 5000, np.random.default_rng(0), 0.5)
 
 
 def test_further_questions_are_about_the_same_context():

@@ -80,15 +80,23 @@ class LayerProblem:
         return self.k_rope, self.v, self.k_derope
 
     def attend(self, store: KVStore, budget: Budget):
-        """`out, lse` of all that is visited, `lse` of the chosen rows, `lengths [n, H, R]`."""
+        """`out` of a step, `lse` of all that it visits and of the chosen rows, `lengths [n, H,
+        R]`."""
         positions = self.n_context + torch.arange(self.n_queries, device=self.k_rope.device)
         starts, lengths = store.select(self.q_rope, self.q_derope, budget, positions=positions)
         if starts.shape[-1] < LOCAL:  # nothing was chosen: everything is visited
             rows = torch.full_like(lengths, self.stop - self.first)
+            self.rest_bytes = 0
             return *self.exact, self.middle[1], rows
+        info = self.info
+        add = store.adds_rest(budget, lengths, info.sm_scale, info.softcap)
         starts, lengths = starts[..., LOCAL:], lengths[..., LOCAL:]
         chosen = self._attend(store.k, store.v, starts, lengths)
-        return *merge_states(*chosen, *self.local), chosen[1], lengths
+        out, lse = merge_states(*chosen, *self.local)
+        self.rest_bytes = 0 if add is None else store.estimated.nbytes
+        if add is not None:
+            out = add(out, lse.clone(), self.q_rope)[0]
+        return out, lse, chosen[1], lengths
 
     @property
     def local_rows(self) -> float:
@@ -117,7 +125,7 @@ class LayerProblem:
             "all_caught": rounded((lse - exact_lse).exp().sum(0)),
             "output_error": float(self.output_errors(out).sum()),
             "selectivity": visited_rows / (self.n_context + (self.n_queries + 1) / 2),
-            "bytes_read": visited_rows * lengths.shape[1] * row_bytes + choosing,
+            "bytes_read": visited_rows * lengths.shape[1] * row_bytes + choosing + self.rest_bytes,
             "router_bytes": choosing,
         }
 

@@ -15,7 +15,7 @@ class Copying(PromptTask):
     name = "copying"
     slack = 0
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         line = "".join(LETTERS[i] for i in rng.integers(0, 26, N_GIVEN + N_ASKED))
         ask = f"# {line[:N_GIVEN]}".encode()
         hidden = [(depth, f"# {line}\n".encode())]

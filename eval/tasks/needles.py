@@ -23,12 +23,12 @@ class MultiKey(PromptTask):
 
     name = "multi-key"
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         # Short prompts hold fewer: at most a third of the bytes are keys.
         count = max(2, min(N_MANY_KEYS, n_bytes // 90))
         pairs = [(n, self.wording.random_key(rng)) for n in draw_names(rng, count)]
         depths = [depth, *random_depths(rng, count - 1)]
-        asked = list(zip(depths, pairs, strict=True))[: config.n_questions]
+        asked = list(zip(depths, pairs, strict=True))[:n_questions]
         asks = [self.wording.question(name).encode() for _, (name, _) in asked]
         lines = as_lines(self.wording, depths, pairs)
         context = hide(haystack, lines, n_bytes - max(map(len, asks)), rng)
@@ -44,7 +44,7 @@ class MultiValue(PromptTask):
     name = "multi-value"
     slack = 16
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         name, *others = draw_names(rng, 1 + N_VALUES)
         values = [self.wording.random_key(rng) for _ in range(N_VALUES)]
         pairs = [(name, v) for v in values] + [(n, self.wording.random_key(rng)) for n in others]
@@ -59,7 +59,7 @@ class MultiQuery(PromptTask):
 
     name = "multi-query"
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         pairs = [(n, self.wording.random_key(rng)) for n in draw_names(rng, 3 * N_QUERIES)]
         lines = as_lines(self.wording, [depth, *random_depths(rng, len(pairs) - 1)], pairs)
         asked = pairs[:N_QUERIES]

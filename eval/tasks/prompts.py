@@ -39,11 +39,16 @@ class PromptTask(Task):
 
     @abstractmethod
     def make(
-        self, haystack: bytes, n_bytes: int, rng: np.random.Generator, depth: float, config
+        self,
+        haystack: bytes,
+        n_bytes: int,
+        rng: np.random.Generator,
+        depth: float,
+        n_questions: int = 1,
     ) -> list[Prompt]:
         """Prompts of at most `n_bytes` bytes, and nearly as many, that share a context.
 
-        One, or as many as `config.n_questions` where others can be asked about the same context.
+        One, or as many as `n_questions` where others can be asked about the same context.
         """
 
     def score(self, prompt: Prompt, generated: list[bytes]) -> float:
@@ -57,7 +62,7 @@ class PromptTask(Task):
         def make(n_bytes):
             # The same draws at every length that is tried.
             rng = bench.rng(context, number, sum(self.name.encode()))
-            return self.make(bench.text, n_bytes, rng, depth, bench.config)
+            return self.make(bench.text, n_bytes, rng, depth, bench.config.n_questions)
 
         prompts = make(context)
         wanted = prompts[0].answers

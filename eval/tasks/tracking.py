@@ -21,7 +21,7 @@ class VariableTracking(PromptTask):
     name = "variable-tracking"
     slack = 12
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         names = draw_variables(rng, N_CHAINS * (N_HOPS + 1))
         values = rng.choice(90_000, N_CHAINS, replace=False) + 10_000
         lines, chains = [], []

@@ -26,7 +26,7 @@ class CommonWords(PromptTask):
     name = "common-words"
     slack = 8
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         ask = f"\nQuestion: which {N_COMMON} words are most common in the list? Answer: ".encode()
         words = draw_words(rng, N_COMMON + n_bytes // 4, 4)
         n_words = (n_bytes - len(ask)) // 16  # "1234. babebibo " takes 12 to 15 bytes
@@ -47,7 +47,7 @@ class FrequentWords(PromptTask):
     name = "frequent-words"
     slack = 8
 
-    def make(self, haystack, n_bytes, rng, depth, config):
+    def make(self, haystack, n_bytes, rng, depth, n_questions=1):
         ask = f"\nQuestion: which {N_FREQUENT} coded words are most frequent? Answer: ".encode()
         words = draw_words(rng, 200, 3)
         n_words = (n_bytes - len(ask)) // 7

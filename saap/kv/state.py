@@ -12,7 +12,7 @@ from .file_rows import FileRows
 from .store import KVStore
 
 SPARE_ROWS = 1024
-OF_SELECTOR = "selector."
+OF_SELECTOR, OF_REST = "selector.", "rest."
 LAYOUT = ("n_sink", "window", "flush_every")
 
 
@@ -31,10 +31,11 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
 
 
 def of_selector(store: KVStore) -> dict[str, Tensor]:
-    """What is saved of the selector of a settled store."""
+    """What is saved of the selector of a settled store, and of its rest."""
     if store.selector is None or not any(store.middles):
         return {}
-    return {OF_SELECTOR + name: t for name, t in store.selector.state().items()}
+    parts = (OF_SELECTOR, store.selector.state()), (OF_REST, store.rest.state(store.middles))
+    return {prefix + name: t for prefix, state in parts for name, t in state.items()}
 
 
 def restored(
@@ -69,7 +70,7 @@ def restored(
         )  # fmt: skip
     rows = BucketRows.over({name: tensors[name] for name in ("k", "v")}, lists, tokens)
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
-    store.restore(lengths, middles, _state_of_selector(tensors))
+    store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors), _state_of(OF_REST, tensors))
     return store
 
 
@@ -96,16 +97,16 @@ def restored_in_file(
     if kv_dtype is not None and rows.file.dtype != kv_dtype:
         raise ValueError(f"k must be of kv_dtype {kv_dtype}; got {rows.file.dtype}")
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
-    store.restore(lengths, middles, _state_of_selector(tensors))
+    store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors), _state_of(OF_REST, tensors))
     rows.n_saved = lengths[0]
     return store
 
 
-def _state_of_selector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _state_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name.removeprefix(OF_SELECTOR): tensor
+        name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith(OF_SELECTOR)
+        if name.startswith(prefix)
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.rows import BucketRows
 from saap.kernels.attention.int8_rows import stored_as
+from saap.kernels.rest import Moments, add_rest
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
@@ -30,9 +31,13 @@ from .file_rows import FileRows
 from .memory import held_bytes
 from .middle_rows import MiddleRows
 from .next_step import NextStep, steps_left
-from .ranges import AllRanges, StepRanges
+from .ranges import LOCAL, AllRanges, StepRanges
+from .rest import RestOfRows
 from .sparse_chunks import RowsRead
 from .steps import StepAttention
+
+AddRest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`out, lse` of all rows, from those of visited ones and the queries."""
 
 
 class KVStore:
@@ -92,6 +97,9 @@ class KVStore:
         self._length_new = 0
         self._ranges = StepRanges(budget.n_sink)
         self._steps = StepAttention(self._ranges)
+        self.rest = RestOfRows(self.rows, budget.n_sink)
+        self.estimated: Moments | None = None
+        """What the last step estimated the rows from that it left out; None if it did not."""
         self._next: NextStep | None = None
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
@@ -145,7 +153,7 @@ class KVStore:
         and what the selector keeps (codes, pages, graphs)."""
         own = list(self.rows.vectors.values())
         return (
-            self.rows.nbytes + self._lists.nbytes + self._ranges.nbytes
+            self.rows.nbytes + self._lists.nbytes + self._ranges.nbytes + self.rest.nbytes
             + held_bytes(self.selector, besides=own)
         )  # fmt: skip
 
@@ -178,14 +186,16 @@ class KVStore:
     @property
     def bytes_read(self) -> float:
         """Bytes that the last step read per sequence: rows, counted once for each head that reads
-        them, and what was read to choose rows.
+        them, and what was read to choose rows and to estimate the others.
 
         With `min_weight` sinks and tail are read twice. They count once, because the second time
         they come from the processor's cache.
         """
         row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
         choosing = 0 if self.selector is None else self.selector.nbytes
-        return self._ranges.rows_read(self.lengths, self.k.shape[1]) * row_bytes + choosing
+        rest = 0 if self.estimated is None else self.estimated.nbytes
+        rows = self._ranges.rows_read(self.lengths, self.k.shape[1])
+        return rows * row_bytes + choosing + rest
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -284,8 +294,11 @@ class KVStore:
         out, lse = self._steps.attend(
             self.rows, q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl
         )
+        add = self.adds_rest(budget or self.budget, chosen[1], sm_scale, softcap)
+        if add is not None:
+            out, lse = add(out, lse, q)
         if impl is None and (budget is None or budget is self.budget):
-            self._next = self._step_after(q_rope, sm_scale, softcap)
+            self._next = self._step_after(q_rope, sm_scale, softcap, add)
         return out.unsqueeze(2), lse.unsqueeze(2)
 
     def step(
@@ -349,10 +362,12 @@ class KVStore:
         }  # fmt: skip
 
     def _step_after(
-        self, q_rope: Tensor, sm_scale: float, softcap: float | None
+        self, q_rope: Tensor, sm_scale: float, softcap: float | None, add: AddRest | None
     ) -> NextStep | None:
         """A prepared step for the next tokens; None if the next step cannot be prepared."""
-        attend = self._steps.latest
+        attend = prepared = self._steps.latest
+        if add is not None and prepared is not None:
+            attend = lambda q: add(*prepared(q), q)  # noqa: E731
         plain = not self.in_file and self.rows.plain
         if attend is None or not plain or min(self._new) < 1:
             return None
@@ -376,6 +391,29 @@ class KVStore:
             (self.k, self.v), self._as_stored, self._new_dtype, self._ranges.growing(local),
             choose, attend, q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
         )  # fmt: skip
+
+    def adds_rest(
+        self, budget: Budget, lengths: Tensor, sm_scale: float, softcap: float | None
+    ) -> AddRest | None:
+        """Adds the estimated rest to attention over ranges of these `lengths [n, H, R]`; None if
+        nothing is estimated. The first `LOCAL` ranges are sinks and tail."""
+        self.estimated = None
+        if not (budget.estimate_rest and self._chooses(budget) and softcap is None):
+            return None
+        if self.selector is None or not self.selector.visits_best:
+            return None
+        left_out = [n > budget.dense_below for n in self.lengths]
+        self.estimated = self.rest.moments(self.middles, left_out)
+        lengths, moments = lengths[..., LOCAL:], self.estimated
+        if len(lengths) != self.batch:
+            moments = moments.expand(len(lengths))
+        bounds = {
+            "max_tokens": budget.max_tokens,
+            "min_weight": budget.least_weight(self.selector.layer.number),
+        }
+        return lambda out, lse, q: add_rest(
+            out, lse, q, moments, lengths, sm_scale=sm_scale, **bounds
+        )
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:
         middle = self.middle
@@ -470,15 +508,22 @@ class KVStore:
         finally:
             self._resting = False
 
-    def restore(self, lengths: list[int], middles: list[int], state: dict[str, Tensor]) -> None:
+    def restore(
+        self,
+        lengths: list[int],
+        middles: list[int],
+        state: dict[str, Tensor],
+        rest: dict[str, Tensor],
+    ) -> None:
         """Fill an empty store with the saved rows that `rows` holds already.
 
-        `state`: what was saved of the selector.
+        `state`, `rest`: what was saved of the selector and of `RestOfRows`.
         """
         self.lengths = lengths
         self._lists.restore(middles)
         if any(middles):
             self.selector.restore(state, self.middle)
+            self.rest.restore(rest, middles)
 
     @stateful
     def settle(self) -> None:
@@ -526,6 +571,7 @@ class KVStore:
             return
         self._next = None
         moved = self._lists.truncate(self.lengths, left)
+        self.rest.truncate(self.middles)
         self.lengths, self._new = left, []
         if moved:
             self.reindex()
@@ -546,6 +592,7 @@ class KVStore:
             held = getattr(self, name)
             setattr(self, name, [held[i] for i in chosen.tolist()] if held else [])
         self._lists.select_sequences(chosen)
+        self.rest.select_sequences(chosen.tolist())
         if any(self.middles):
             self.reindex()
 

@@ -76,6 +76,7 @@ class SaapSelector(Selector):
 
     bounds = ("max_tokens", "min_weight")
     reads_derope = False
+    visits_best = True
 
     least_rows = 512  # to learn coordinates from
 

@@ -58,6 +58,7 @@ class SnapshotMethod(Method):
 
     needs_index = False
     follows: ClassVar[bool] = True
+    visits_best: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, keys: LayerKeys) -> RowChooser: ...
@@ -73,6 +74,7 @@ class Snapshot(Selector):
         self.method, self.layer = method, layer
         self.follows = method.follows
         self.waits = not method.follows
+        self.visits_best = method.visits_best
         self.choosers: list[RowChooser | None] = []
 
     @property

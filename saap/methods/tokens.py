@@ -74,3 +74,4 @@ class TokenMethod(SnapshotMethod):
     """A method that ranks single rows: it has no buckets, so its bound is `max_tokens` alone."""
 
     bounds = ("max_tokens",)
+    visits_best = True

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = "triton", "triton_contract", "codes_triton", "page_rows"
+NAMES = "triton", "triton_contract", "codes_triton", "page_rows", "rest"
 FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 

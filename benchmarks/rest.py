@@ -1,0 +1,102 @@
+"""What an estimate of the rows that are left out is worth (`Budget.estimate_rest`).
+
+    python -m benchmarks.rest [--texts 6] [--context 4096]     # needs SmolLM2: `make models`
+
+At the same number of rows, how far are next-token distributions from those of dense attention (KL
+divergence, the mean over the last 64 tokens of each text of Python's documentation), with the
+estimate and without, for rows that `saap` chooses and for those of the largest true weights?
+Figures go to `$OUT`, else to `benchmarks/results/<device>/rest.json`, and then into
+`docs/routing.md`, after each text.
+"""
+
+import argparse
+
+import torch
+
+from saap import hf
+from saap.budget import Budget
+from saap.eval.by_weight import against, logits
+from saap.eval.corpora import read_named
+from saap.eval.decoding import decoder, whole
+from saap.eval.tasks.base import text_tokens
+from saap.eval.variants import N_SINK, window_for
+from saap.methods import find_method
+
+from .cpu import cpu_name, environment
+from .reports import ROOT, put_table, report_path, write
+
+MODEL, JUDGED, N_TOKENS = "smollm2", "prose2", 64
+SHARES = (0.02, 0.03, 0.05, 0.1)
+METHODS = {"saap": (False, True), "oracle-tokens": (False, True)}
+COMMAND = "python -m benchmarks.rest"
+
+
+def budget_of(share: float, context: int, estimate: bool) -> Budget:
+    places = {"n_sink": N_SINK, "window": window_for(context)}
+    return Budget.for_selectivity(share, context, **places, estimate_rest=estimate)
+
+
+def measure(model, tokens, context: int) -> list[dict]:
+    """Records of one text: nats and bytes for each method and share, with an estimate or not."""
+    read, rest = hf.read_context(model, tokens[:-N_TOKENS]), tokens[-N_TOKENS:]
+    found, dense = [], None
+    for name, estimates in METHODS.items():
+        first = budget_of(SHARES[0], context, True)
+        with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
+            layers = own.cache.saap_layers
+            if dense is None:
+                dense = logits(own, rest, [whole(first)] * len(layers))
+            for share in SHARES:
+                for estimate in estimates:
+                    budget = budget_of(share, context, estimate)
+                    ((nats, rows),) = against(dense, own, rest, [budget])
+                    read_bytes = sum(layer.store.bytes_read for layer in layers) / len(layers)
+                    found.append({"method": name, "share": share, "estimate": estimate,
+                                  "nats": nats, "rows": rows, "bytes": read_bytes})  # fmt: skip
+    return found
+
+
+def table(records: list[dict], context: int) -> str:
+    """Means over texts."""
+    lines = [
+        f"| of {context:,} tokens | rows of | nats, left out | nats, estimated | kB, left out "
+        "| kB, estimated |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for share in SHARES:
+        for name in METHODS:
+            cells = [f"{share:.0%}", f"`{name}`"]
+            for key, form, factor in (("nats", "{:.4f}", 1), ("bytes", "{:,.0f}", 1e-3)):
+                for estimate in (False, True):
+                    own = [
+                        r[key] for r in records
+                        if (r["method"], r["share"], r["estimate"]) == (name, share, estimate)
+                    ]  # fmt: skip
+                    cells.append(form.format(factor * sum(own) / len(own)))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=int, default=6)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--threads", type=int, help="torch's number of threads")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
+    text, records = b"\n".join(read_named(JUDGED)), []
+    for number in range(options.texts):
+        tokens = text_tokens(tokenizer, text, options.context, number, options.texts)
+        records += [{"text": number, **r} for r in measure(model, tokens, options.context)]
+        report = {"environment": environment(), "model": MODEL, "context": options.context,
+                  "judged": JUDGED, "records": records}  # fmt: skip
+        write(report_path(cpu_name(), "rest.json"), report)
+        put_table(ROOT / "docs" / "routing.md", COMMAND, table(records, options.context))
+        print(table(records, options.context), flush=True)
+
+
+if __name__ == "__main__":
+    main()

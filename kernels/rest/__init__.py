@@ -1,0 +1,5 @@
+"""An estimate of the rows that a step leaves out, added to attention over those that it visits."""
+
+from .api import Moments, add_rest
+
+__all__ = ["Moments", "add_rest"]

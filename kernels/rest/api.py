@@ -1,0 +1,123 @@
+"""Attention over the rows with the largest scores, and an estimate of all others.
+
+Of the rows that a step does not visit it knows how many there are, and how keys and values of all
+rows are spread: their means, the covariance of the keys and that of keys with values. If keys were
+normally distributed, the scores of a query would be, too, those that are left out being the lower
+ones of them; their attention in all and their mean value then follow in closed form. Scores are
+not quite normal, but what is added up here are thousands of rows with little weight each.
+
+For a query q (scaled), `s = q.k` has mean `m = q.E[k]` and variance `v = q.Cov(k, k) q`. Of n rows
+the k largest are visited, so the others lie below `t = m + sqrt(v) z`, z the normal quantile of
+`1 - k / n`. Besides, none of them weighs more than the least of the visited ones, which is at most
+the k-th part of all: where scores are far from normal, this bounds t. With Phi, phi the normal
+distribution and density, and `x = (t - m) / sqrt(v) - sqrt(v)`:
+
+    log-sum-exp of the rest   log n + m + v / 2 + log Phi(x)
+    mean score in it          m + c v,  c = 1 - phi(x) / (Phi(x) sqrt(v))
+    mean value in it          E[v] + c Cov(v, k) q
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saap.kernels import backends
+
+Impl = Literal["reference", "numba", "triton"]
+BACKENDS = ("reference", "numba", "triton")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How the rows that a query may leave out are spread, for B sequences.
+
+    `packed [B, Hkv, D + 1, 2 D]` float32: row i holds the covariance of dimension i of a key with
+    all dimensions of the key, then with those of the value; the last row holds the mean key, then
+    the mean value. `n_rows [B]` int32: how many rows there are; where there are 0 nothing is
+    estimated.
+    """
+
+    packed: Float[Tensor, "B Hkv D_plus_1 twice_D"]
+    n_rows: Int[Tensor, " B"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a step reads for each sequence."""
+        return self.packed[0].nbytes
+
+    def expand(self, n: int) -> "Moments":
+        """Those of one sequence, for n queries."""
+        return Moments(self.packed.expand(n, -1, -1, -1), self.n_rows.expand(n))
+
+
+def add_rest(
+    out: Float[Tensor, "B Hq D"],
+    lse: Float[Tensor, "B Hq"],
+    q: Float[Tensor, "B Hq D"],
+    moments: Moments,
+    lengths: Int[Tensor, "B H R"],
+    *,
+    sm_scale: float,
+    max_tokens: int | None = None,
+    min_weight: float | None = None,
+    impl: Impl | None = None,
+) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
+    """Add the estimated rest to attention over what was visited.
+
+    Args:
+        out, lse: attention over the visited rows, `lse` float32. May be written over.
+        q: queries as attention sees them, RoPE included.
+        lengths: int32, how many of the `n_rows` were visited, in ranges; their sum counts. H is
+            Hkv, or Hq where each query head has its own.
+        sm_scale: factor of the scores.
+        max_tokens, min_weight: where fewer than `max_tokens` rows were visited, no other row has
+            so large a share of the attention as `min_weight`, added over the heads that chose
+            together. Either may be None.
+        impl: `"reference"`, `"numba"` (CPU), `"triton"` (CUDA), or None, the best that can do it.
+
+    Returns:
+        `out` and `lse` of all rows. A query that is not finite, or whose rows were all visited,
+        keeps what it had.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, and an `impl` that cannot do it.
+    """
+    _check(out, lse, q, moments, lengths)
+    best = "triton" if q.is_cuda else "numba"
+    backend = backends.chosen(__package__, BACKENDS, impl, best, lambda m: m.refusal(out, q))
+    bounds = 2**31 - 1 if max_tokens is None else max_tokens, min_weight or 0.0
+    return backend.add_rest(out, lse, q, moments, lengths, sm_scale, *bounds)
+
+
+def _check(out: Tensor, lse: Tensor, q: Tensor, moments: Moments, lengths: Tensor) -> None:
+    batch, heads, dim = q.shape
+    packed = moments.packed
+    n_kv = packed.shape[1]
+    if out.shape != q.shape or lse.shape != q.shape[:2]:
+        raise ValueError(
+            f"out and lse must be {tuple(q.shape)} and {(batch, heads)}; got {tuple(out.shape)} "
+            f"and {tuple(lse.shape)}"
+        )
+    if packed.shape != (batch, n_kv, dim + 1, 2 * dim) or heads % max(1, n_kv):
+        raise ValueError(
+            f"moments must be [{batch}, Hkv, {dim + 1}, {2 * dim}], {heads} query heads a "
+            f"multiple of Hkv; got {tuple(packed.shape)}"
+        )
+    if len(moments.n_rows) != batch:
+        raise ValueError(f"n_rows must be [{batch}]; got {tuple(moments.n_rows.shape)}")
+    if len(lengths) != batch or lengths.shape[1] not in (n_kv, heads):
+        raise ValueError(
+            f"lengths must be [{batch}, {n_kv} or {heads}, R]; got {tuple(lengths.shape)}"
+        )
+    if packed.dtype != torch.float32 or lse.dtype != torch.float32:
+        raise ValueError(f"moments and lse must be float32; got {packed.dtype} and {lse.dtype}")
+    if lengths.dtype != torch.int32 or moments.n_rows.dtype != torch.int32:
+        raise ValueError(
+            f"lengths and n_rows must be int32; got {lengths.dtype} and {moments.n_rows.dtype}"
+        )
+    devices = {t.device for t in (out, lse, q, packed, moments.n_rows, lengths)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device; got {sorted(map(str, devices))}")

@@ -1,0 +1,151 @@
+"""`add_rest` on a GPU: one program for each query head, which reads its KV head's moments."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saap.kernels.backends.launches import Launch, launch_all
+
+from . import normal
+
+A0, A1, A2 = (tl.constexpr(c) for c in normal.QUANTILE_TOP)
+B0, B1, B2 = (tl.constexpr(c) for c in normal.QUANTILE_BOTTOM)
+E0, E1, E2, E3, E4, E5, E6, E7, E8, E9 = (tl.constexpr(c) for c in normal.ERFC)
+LOG_ROOT_2_PI, LOG_2 = tl.constexpr(normal.LOG_ROOT_2_PI), tl.constexpr(normal.LOG_2)
+LEAST_VISITED, TINY = tl.constexpr(normal.LEAST_VISITED), tl.constexpr(normal.TINY)
+ROOT_2 = tl.constexpr(1.4142135623730951)
+
+
+def refusal(out: Tensor, q: Tensor) -> str | None:
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"impl 'triton' needs float32, float16 or bfloat16; got {out.dtype}"
+    return None
+
+
+def add_rest(
+    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+) -> tuple[Tensor, Tensor]:
+    out, lse, q = (t if t.is_contiguous() else t.contiguous() for t in (out, lse, q))
+    launch_all([launch(out, lse, q, moments, lengths, sm_scale, max_tokens, min_weight)], q)
+    return out, lse
+
+
+def launch(
+    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+) -> Launch:
+    batch, heads, dim = q.shape
+    packed = moments.packed
+    n_kv, (_, own, ranges) = packed.shape[1], lengths.shape
+    packed = packed if packed[0].is_contiguous() else packed.contiguous()
+    arguments = {
+        "out": out, "lse": lse, "q": q, "packed": packed, "n_rows": moments.n_rows,
+        "lengths": lengths, "packed_batch": packed.stride(0),
+        "rows_batch": moments.n_rows.stride(0), "length_batch": lengths.stride(0),
+        "length_head": lengths.stride(1), "length_range": lengths.stride(2), "heads": heads,
+        "group": heads // n_kv, "heads_of_a_list": heads // own, "ranges": ranges,
+        "sm_scale": sm_scale, "max_tokens": max_tokens, "min_weight": min_weight,
+        "DIM": dim, "DIM_BLOCK": triton.next_power_of_2(dim), "ROWS": 16, "RANGES_BLOCK": 256,
+    }  # fmt: skip
+    return Launch(_add, (batch * heads,), arguments, {"num_warps": 4})
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sm_scale",
+        "min_weight",
+        "max_tokens",
+        "ranges",
+        "packed_batch",
+        "rows_batch",
+    ]
+)
+def _add(
+    out,
+    lse,
+    q,
+    packed,
+    n_rows,
+    lengths,
+    packed_batch,
+    rows_batch,
+    length_batch,
+    length_head,
+    length_range,
+    heads,
+    group,
+    heads_of_a_list,
+    ranges,
+    sm_scale,
+    max_tokens,
+    min_weight,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANGES_BLOCK: tl.constexpr,
+):
+    """Grid: (B * Hq,)."""
+    query = tl.program_id(0)
+    b = query // heads
+    head = query % heads
+    n = tl.load(n_rows + b * rows_batch)
+    counts = lengths + b * length_batch + head // heads_of_a_list * length_head
+    visited = 0
+    for first in range(0, ranges, RANGES_BLOCK):
+        place = first + tl.arange(0, RANGES_BLOCK)
+        own = tl.load(counts + place * length_range, mask=place < ranges, other=0)
+        visited += tl.sum(own, 0)
+    if visited < n:
+        dims = tl.arange(0, DIM_BLOCK)
+        used = dims < DIM
+        moments = packed + b.to(tl.int64) * packed_batch
+        moments += (head // group).to(tl.int64) * (2 * DIM * (DIM + 1))
+        q += query.to(tl.int64) * DIM
+        out += query.to(tl.int64) * DIM
+        turned = tl.zeros([DIM_BLOCK], tl.float32)
+        tilt = tl.zeros([DIM_BLOCK], tl.float32)
+        for first in range(0, DIM, ROWS):
+            row = first + tl.arange(0, ROWS)
+            factor = sm_scale * tl.load(q + row, mask=row < DIM, other=0.0).to(tl.float32)
+            place = moments + row[:, None] * (2 * DIM) + dims[None, :]
+            some = (row < DIM)[:, None] & used[None, :]
+            of_keys = tl.load(place, mask=some, other=0.0)
+            of_values = tl.load(place + DIM, mask=some, other=0.0)
+            turned += tl.sum(factor[:, None] * of_keys, 0)
+            tilt += tl.sum(factor[:, None] * of_values, 0)
+        scaled = sm_scale * tl.load(q + dims, mask=used, other=0.0).to(tl.float32)
+        means = moments + 2 * DIM * DIM + dims
+        mean = tl.sum(scaled * tl.load(means, mask=used, other=0.0), 0)
+        variance = tl.maximum(tl.sum(scaled * turned, 0), TINY)
+        deviation = tl.sqrt(variance)
+        counted = tl.maximum(visited.to(tl.float32), LEAST_VISITED)
+        above = counted / n
+        small = tl.maximum(tl.minimum(above, 1 - above), 1e-30)
+        s = tl.sqrt(-2 * tl.log(small))
+        z = s - (A0 + s * (A1 + s * A2)) / (1 + s * (B0 + s * (B1 + s * B2)))
+        z = tl.where(above > 0.5, -z, z)
+        most = heads_of_a_list / counted
+        most = tl.where((min_weight > 0) & (visited < max_tokens), min_weight, most)
+        before_lse = tl.load(lse + query)
+        bound = (before_lse + tl.log(most) - mean) / deviation
+        x = tl.where(before_lse > float("-inf"), tl.minimum(z, bound), z) - deviation
+        size = tl.abs(x) / ROOT_2
+        t = 1 / (1 + size / 2)
+        series = E6 + t * (E7 + t * (E8 + t * E9))
+        series = E0 + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * series)))))
+        log_tail = tl.log(t) + series - size * size - LOG_2
+        log_below = tl.where(x > 0, tl.log(1 - tl.exp(tl.minimum(log_tail, -LOG_2))), log_tail)
+        log_rest = tl.log(n.to(tl.float32)) + mean + variance / 2 + log_below
+        share = 1 - tl.exp(-x * x / 2 - LOG_ROOT_2_PI - log_below) / deviation
+        value = tl.load(means + DIM, mask=used, other=0.0) + share * tilt
+        check = log_rest + share + tl.sum(value, 0)
+        if tl.abs(check) < float("inf"):
+            top = tl.maximum(before_lse, log_rest)
+            before = tl.exp(before_lse - top)
+            added = tl.exp(log_rest - top)
+            total = before + added
+            known = tl.load(out + dims, mask=used, other=0.0).to(tl.float32)
+            known = tl.where(before > 0, known * before, 0.0)
+            found = (known + added * value) / total
+            tl.store(out + dims, found.to(out.dtype.element_ty), mask=used)
+            tl.store(lse + query, top + tl.log(total))

@@ -1,0 +1,238 @@
+"""The estimate of the rest: implementations agree, and what they say of normal rows is true."""
+
+import dataclasses
+import math
+import os
+
+import pytest
+import torch
+
+from saap.kernels.rest import Moments, add_rest
+from saap.kernels.rest.reference import log_cdf, quantile, rest_of
+
+SCALE = 0.3
+CAN_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+NO_TRITON = pytest.mark.skipif(not CAN_TRITON, reason="test_triton_interpreter runs it")
+IMPLS = ["numba", pytest.param("triton", marks=NO_TRITON)]
+
+
+@dataclasses.dataclass
+class Case:
+    out: torch.Tensor
+    lse: torch.Tensor
+    q: torch.Tensor
+    moments: Moments
+    lengths: torch.Tensor
+    bounds: dict = dataclasses.field(default_factory=dict)
+
+    def run(self, impl, dtype=None, **changed):
+        own = dataclasses.replace(self, **changed)
+        out, q = (t if dtype is None else t.to(dtype) for t in (own.out, own.q))
+        device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+        out, lse, q, lengths, packed, n_rows = (
+            t.to(device, copy=True)
+            for t in (out, own.lse, q, own.lengths, own.moments.packed, own.moments.n_rows)
+        )
+        if len(packed) == 1 < len(q):
+            packed, n_rows = packed.expand(len(q), -1, -1, -1), n_rows.expand(len(q))
+        moments = Moments(packed, n_rows)
+        found = add_rest(out, lse, q, moments, lengths, sm_scale=SCALE, impl=impl, **own.bounds)
+        return tuple(t.cpu() for t in found)
+
+
+def moments_of(k, v):
+    """Of keys and values `[B, Hkv, n, D]`."""
+    batch, _, n, dim = k.shape
+    rows = torch.cat([k, v], -1).double()
+    mean = rows.mean(2, keepdim=True)
+    spread = (rows - mean)[..., :dim].mT @ (rows - mean) / n
+    packed = torch.cat([spread, mean], 2).float()
+    return Moments(packed, torch.full((batch,), n, dtype=torch.int32))
+
+
+def case(batch=2, n_kv=2, group=3, dim=16, n=500, heads=None, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng)
+
+    size = (16 / dim) ** 0.5  # scores are as far apart whatever the dimensions
+    k = draw(batch, n_kv, n, dim) @ draw(dim, dim) * 0.3 * size + draw(dim) * size
+    v = draw(batch, n_kv, n, dim) + k @ draw(dim, dim) * 0.2
+    lengths = torch.randint(0, 3, (batch, heads or n_kv, 40), generator=rng, dtype=torch.int32)
+    q = draw(batch, n_kv * group, dim)
+    lse = draw(batch, n_kv * group) + math.log(n)
+    return Case(draw(*q.shape), lse, q, moments_of(k, v), lengths)
+
+
+def close(found, expected):
+    """Sums of D + 1 products in float32, and exponentials of their result."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("dim", [1, 8, 64, 80])
+@pytest.mark.parametrize("heads", [None, 6])
+def test_implementations_agree(impl, dim, heads):
+    own = case(dim=dim, heads=heads)
+    exact = own.run("reference", torch.float64)
+    close(own.run(impl), exact)
+    assert not torch.allclose(exact[0], own.out.double())  # something was added
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_a_sequence_is_the_same_alone(impl):
+    own = case(batch=3)
+    out, lse = own.run(impl)
+    for b in range(3):
+        moments = Moments(own.moments.packed[b : b + 1], own.moments.n_rows[b : b + 1])
+        parts = {n: getattr(own, n)[b : b + 1] for n in ("out", "lse", "q", "lengths")}
+        alone = Case(moments=moments, **parts).run(impl)
+        torch.testing.assert_close(alone[0][0], out[b], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone[1][0], lse[b], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_many_queries_of_one_sequence(impl):
+    own = case(batch=1)
+    many = Case(
+        *(t.expand(5, *t.shape[1:]).contiguous() for t in (own.out, own.lse, own.q)),
+        own.moments,
+        own.lengths.expand(5, -1, -1).contiguous(),
+    )
+    close([t[3:4] for t in many.run(impl)], own.run(impl))
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_what_is_left_alone(impl):
+    own = case(batch=4)
+    lengths, q = own.lengths.clone(), own.q.clone()
+    n_rows = own.moments.n_rows.clone()
+    lengths[0] = 0
+    lengths[0, :, 0] = n_rows[0]  # visited whole
+    n_rows[1] = 0  # nothing to choose from
+    q[2, 1, 3] = torch.nan
+    q[2, 2, 3] = torch.inf
+    moments = Moments(own.moments.packed, n_rows)
+    out, lse = own.run(impl, lengths=lengths, q=q, moments=moments)
+    for place in [0, 1, (2, 1), (2, 2)]:
+        assert torch.equal(out[place], own.out[place])
+        assert torch.equal(lse[place], own.lse[place])
+    assert not torch.equal(out[2, 0], own.out[2, 0])
+    assert not torch.equal(out[3], own.out[3])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_where_nothing_was_visited(impl):
+    """All is estimated then; and of nothing else, whatever `out` holds."""
+    own = case()
+    out, lse = own.run(
+        impl, lse=torch.full_like(own.lse, -torch.inf), out=torch.full_like(own.out, torch.nan)
+    )
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 30.0, 1e3])
+def test_flat_and_peaked_queries(impl, size):
+    """Scores that are all alike, and such that are far apart."""
+    own = case()
+    exact = own.run("reference", torch.float64, q=own.q.double() * size)
+    found = own.run(impl, q=own.q * size)
+    torch.testing.assert_close(found[1].double(), exact[1].double(), rtol=1e-3, atol=1e-3)
+    assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("heads", [None, 6])
+@pytest.mark.parametrize("max_tokens", [5, 50, None])
+def test_bounds_of_what_is_left_out(impl, heads, max_tokens):
+    """Where scores are far apart, what a row that is left out may weigh says more than how many
+    there are."""
+    own = case(heads=heads)
+    own.bounds = {"min_weight": 1e-3, "max_tokens": max_tokens}
+    q = own.q * 5
+    exact = own.run("reference", torch.float64, q=q.double())
+    close(own.run(impl, q=q), exact)
+    free = dataclasses.replace(own, bounds={}).run("reference", torch.float64, q=q.double())
+    assert (free[1] >= exact[1] - 1e-3).all()
+    if max_tokens != 5:
+        assert (free[1] > exact[1] + 1e-3).any()
+
+
+def test_functions_of_the_normal_distribution():
+    x = torch.linspace(-60, 8, 999, dtype=torch.float64)
+    assert (log_cdf(x) - torch.special.log_ndtr(x)).abs().max() < 2e-7
+    above = torch.linspace(1e-4, 1 - 1e-4, 999, dtype=torch.float64)
+    exact = torch.special.ndtri(1 - above)
+    assert (quantile(above) - exact).abs().max() < 4.6e-4
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("visited", [0.01, 0.05, 0.3])
+def test_the_lower_of_normal_scores(spread, visited):
+    n = 200_000
+    scores = 0.7 + spread * torch.special.ndtri((torch.arange(n).double() + 0.5) / n)
+    lower = scores[: n - round(visited * n)]
+    log_rest, share = rest_of(
+        *(torch.tensor(x).double() for x in (n, round(visited * n), 0.7, spread**2, torch.inf))
+    )
+    weights = lower.softmax(0)
+    assert float(log_rest) == pytest.approx(float(lower.logsumexp(0)), abs=2e-3)
+    mean = float((weights * lower).sum())
+    assert 0.7 + float(share) * spread**2 == pytest.approx(mean, abs=2e-3 * spread)
+
+
+def test_normal_rows_are_found_as_dense_attention_finds_them():
+    """Where keys and values are normal, visiting 5 % and an estimate are nearly all."""
+    torch.manual_seed(0)
+    n, dim = 20_000, 16
+    k = torch.randn(1, 1, n, dim) @ torch.randn(dim, dim) * 0.4
+    v = torch.randn(1, 1, n, dim) + k @ torch.randn(dim, dim) * 0.3
+    q = torch.randn(1, 4, dim) * 2
+    for head in range(4):
+        scores = SCALE * (k[0, 0] @ q[0, head])
+        best = scores.topk(n // 20).indices
+        exact, exact_lse = scores.softmax(0) @ v[0, 0], float(scores.logsumexp(0))
+        out, lse = scores[best].softmax(0) @ v[0, 0, best], scores[best].logsumexp(0)
+        visited = torch.tensor([[[len(best)]]], dtype=torch.int32)
+        found, found_lse = add_rest(
+            out[None, None].clone(), lse[None, None].clone(), q[:, head : head + 1],
+            moments_of(k, v), visited, sm_scale=SCALE,
+        )  # fmt: skip
+        error = (found[0, 0] - exact).norm()
+        assert error < 0.1 * (out - exact).norm()
+        assert error < 0.03 * exact.norm()
+        assert float(found_lse) == pytest.approx(exact_lse, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lse": torch.zeros(2, 5)}, "out and lse must be"),
+        ({"lse": torch.zeros(2, 6, dtype=torch.float64)}, "must be float32; got .*float64"),
+        (
+            {"lengths": torch.zeros(2, 4, 3, dtype=torch.int32)},
+            r"lengths must be \[2, 2 or 6, R\]",
+        ),
+        ({"lengths": torch.zeros(2, 2, 3)}, "must be int32; got torch.float32"),
+        ({"out": torch.zeros(2, 6, 8)}, "out and lse must be"),
+    ],
+)
+@pytest.mark.bad_input
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        case().run(None, **change)
+
+
+@pytest.mark.bad_input
+def test_moments_that_do_not_fit():
+    own = case()
+    with pytest.raises(ValueError, match=r"moments must be \[2, Hkv, 17, 32\]"):
+        own.run(None, moments=Moments(own.moments.packed[:, :, 1:], own.moments.n_rows))
+    with pytest.raises(
+        ValueError, match=r"impl 'numba' needs float32 on the CPU; got torch\.f.*64"
+    ):
+        own.run("numba", torch.float64)

@@ -1,0 +1,282 @@
+"""What a store knows of the rows that steps leave out, whatever way it came to them."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import saap
+from saap.budget import Budget
+from saap.kv import KVStore
+from saap.methods import find_method
+from saap.selector import LayerInfo
+from tests.conftest import random_model
+
+HKV, HQ, DIM = 2, 4, 16
+LAYER = LayerInfo(sm_scale=DIM**-0.5)
+BUDGET = Budget(max_tokens=40, n_sink=4, window=16, flush_every=8)
+WITHOUT = dataclasses.replace(BUDGET, estimate_rest=False)
+METHODS = ("saap", "oracle-tokens", "flat", "pq")
+
+
+def drawn(n, batch=1, seed=0):
+    """Keys, values and queries `[batch, H, n, DIM]`, values correlated with keys."""
+    rng = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, batch, HKV, n, DIM, generator=rng)
+    q = torch.randn(batch, HQ, n, DIM, generator=rng)
+    mix = torch.randn(DIM, DIM, generator=rng)
+    return k + 0.3, v + 0.3 * k @ mix, 1.5 * q
+
+
+def store_of(method="saap", budget=BUDGET, **options):
+    return KVStore(find_method(method)().selector(LAYER), budget, **options)
+
+
+def read(store, tensors, cuts, start=0):
+    k, v, q = tensors
+    for stop in cuts:
+        part = slice(start, stop)
+        store.append(k[:, :, part], v[:, :, part], k[:, :, part])
+        found = store.attend(q[:, :, part], q[:, :, part])
+        start = stop
+    return found
+
+
+def exact(tensors, n):
+    k, v, q = (t.double() for t in tensors)
+    own = q[:, :, n - 1].unflatten(1, (HKV, -1))
+    scores = torch.einsum("bhgd,bhnd->bhgn", own, k[:, :, :n]) * LAYER.sm_scale
+    out = torch.einsum("bhgn,bhnd->bhgd", scores.softmax(-1), v[:, :, :n])
+    return out.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2)
+
+
+def error(found, tensors, n):
+    true = exact(tensors, n)[0]
+    return float((found[0][:, :, 0] - true).norm() / true.norm())
+
+
+def moments_of(store, b=0):
+    """Directly, in float64, from the rows of the middle."""
+    n = store.middles[b]
+    rows = torch.cat([t[b, :, 4 : 4 + n] for t in (store.k, store.v)], -1).double()
+    mean = rows.mean(1, keepdim=True)
+    return torch.cat([(rows - mean)[..., :DIM].mT @ (rows - mean) / n, mean], 1)
+
+
+def assert_counted(store, b=0):
+    found = store.estimated.packed[b].double()
+    torch.testing.assert_close(found, moments_of(store, b), rtol=1e-5, atol=1e-6)
+    assert int(store.estimated.n_rows[b]) == store.middles[b]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_brings_attention_nearer(method):
+    tensors = drawn(1200)
+    found = {b: read(store_of(method, b), tensors, [1199, 1200]) for b in (BUDGET, WITHOUT)}
+    with_rest, without = (error(found[b], tensors, 1200) for b in (BUDGET, WITHOUT))
+    assert with_rest < 0.6 * without
+    true = exact(tensors, 1200)[1]
+    far = [float((found[b][1][:, :, 0] - true).abs().max()) for b in (BUDGET, WITHOUT)]
+    assert far[0] < 0.5 * far[1]
+
+
+@pytest.mark.parametrize("cuts", [[900], [899, 900], [300, 301, 700, 900]])
+def test_moments_are_those_of_the_rows(cuts):
+    tensors = drawn(1000)
+    store = store_of()
+    read(store, tensors, [*cuts, *range(901, 960)])
+    assert_counted(store)
+    alone = store_of()
+    read(alone, tensors, [959, 960] if cuts == [900] else [958, 959, 960])
+    assert_counted(alone)
+
+
+def test_steps_like_the_one_before_are_the_same():
+    tensors = drawn(1000)
+    k, v, q = tensors
+    store, twin = store_of(), store_of()
+    for own in (store, twin):
+        read(own, tensors, [900, 901, 902])
+    for n in range(902, 960):
+        new = slice(n, n + 1)
+        given = k[:, :, new], v[:, :, new], k[:, :, new], q[:, :, new], q[:, :, new]
+        found = store.step(*given)
+        twin.append(*given[:3])
+        for a, b in zip(found, twin.attend(*given[3:]), strict=True):
+            assert torch.equal(a, b)
+    assert_counted(store)
+
+
+def test_a_sequence_is_the_same_in_a_batch():
+    tensors = drawn(700, batch=3)
+    together = read(store_of(), tensors, [699, 700])
+    for b in range(3):
+        alone = read(store_of(), tuple(t[b : b + 1] for t in tensors), [699, 700])
+        for a, t in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], t[b], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [690, 500, 300])
+def test_truncated_rows_are_forgotten(left):
+    tensors, other = drawn(900), drawn(900, seed=5)
+    store = store_of()
+    read(store, tensors, [700, 701])
+    store.truncate(701 - left)
+    mixed = tuple(torch.cat([t[:, :, :left], o[:, :, left:]], 2)
+                  for t, o in zip(tensors, other, strict=True))  # fmt: skip
+    read(store, mixed, range(left + 1, 760), start=left)
+    assert_counted(store)
+
+
+def test_sequences_change_places():
+    tensors = drawn(720, batch=2)
+    store = store_of()
+    read(store, tensors, [700, 701])
+    store.select_sequences([1, 0, 1])
+    order = tuple(t[[1, 0, 1]] for t in tensors)
+    read(store, order, [702, 710, 711], start=701)
+    for b in range(3):
+        assert_counted(store, b)
+
+
+def test_nothing_is_added_where_all_is_visited():
+    tensors = drawn(800)
+    every = dataclasses.replace(BUDGET, max_tokens=10_000)
+    below = dataclasses.replace(BUDGET, dense_below=5000)
+    for budget in (every, below):
+        found = read(store_of(budget=budget), tensors, [799, 800])
+        true = exact(tensors, 800)
+        assert error(found, tensors, 800) < 1e-5
+        assert (found[1][:, :, 0] - true[1]).abs().max() < 1e-5
+
+
+def test_a_short_sequence_beside_a_long_one_is_visited_whole():
+    tensors = drawn(900, batch=2)
+    k, v, q = tensors
+    mask = torch.ones(2, 899, dtype=torch.bool)
+    mask[1, :300] = False  # 599 tokens
+    store = store_of(budget=dataclasses.replace(BUDGET, dense_below=700))
+    first = slice(0, 899)
+    store.append(k[:, :, first], v[:, :, first], k[:, :, first], mask)
+    store.attend(q[:, :, first], q[:, :, first])
+    last = slice(899, 900)
+    store.append(k[:, :, last], v[:, :, last], k[:, :, last])
+    found = store.attend(q[:, :, last], q[:, :, last])
+    assert store.estimated.n_rows.tolist() == [store.middles[0], 0]
+    short = tuple(t[1:, :, 300:] for t in tensors)
+    torch.testing.assert_close(
+        found[0][1:, :, 0].double(), exact(short, 600)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["streaming", "quest", "kmeans-online"])
+def test_only_methods_that_visit_the_best_rows(method):
+    budget = BUDGET
+    if method == "streaming":
+        budget = dataclasses.replace(BUDGET)
+    store = store_of(method, budget)
+    read(store, drawn(800), [799, 800])
+    assert store.estimated is None
+
+
+def test_capped_scores_are_not_estimated():
+    store, tensors = store_of(), drawn(800)
+    read(store, tensors, [799])
+    k, v, q = (t[:, :, 799:] for t in tensors)
+    store.append(k, v, k)
+    store.attend(q, q, softcap=20.0)
+    assert store.estimated is None
+
+
+def test_by_weight():
+    tensors = drawn(1200)
+    by_weight = dataclasses.replace(BUDGET, max_tokens=400, min_weight=0.01)
+    found = {}
+    for estimate in (True, False):
+        budget = dataclasses.replace(by_weight, estimate_rest=estimate)
+        found[estimate] = error(
+            read(store_of(budget=budget), tensors, [1198, 1199, 1200]), tensors, 1200
+        )
+    assert found[True] < 0.6 * found[False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_rows_of_few_bits(dtype):
+    tensors = drawn(900)
+    found = read(store_of(kv_dtype=dtype), tensors, [899, 900])
+    without = read(store_of(budget=WITHOUT, kv_dtype=dtype), tensors, [899, 900])
+    assert error(found, tensors, 900) < 0.7 * error(without, tensors, 900)
+
+
+def test_bytes_are_told():
+    tensors = drawn(800)
+    store, without = store_of(), store_of(budget=WITHOUT)
+    for own in (store, without):
+        read(own, tensors, [799, 800])
+    moments = HKV * (DIM + 1) * 2 * DIM * 4
+    assert store.bytes_read - without.bytes_read == moments
+    sums = HKV * 8 * (DIM * 2 * DIM + 2 * DIM) + HKV * 4 * 2 * DIM
+    assert store.nbytes - without.nbytes == moments + sums
+
+
+def test_a_copy_goes_its_own_way():
+    tensors = drawn(800)
+    store = store_of()
+    read(store, tensors, [700, 701])
+    twin = copy.deepcopy(store)
+    read(store, tensors, range(702, 760), start=701)
+    assert_counted(store)
+    read(twin, drawn(800, seed=3), range(702, 790), start=701)
+    assert_counted(twin)
+    assert_counted(store)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_saved_and_opened(tmp_path, in_file):
+    model, budget = random_model("llama"), dataclasses.replace(BUDGET, max_tokens=64)
+    tokens = torch.randint(1, 96, (1, 760), generator=torch.Generator().manual_seed(7))
+    with saap.attached(model, budget=budget) as attached, torch.no_grad():
+        cache = attached.cache(directory=tmp_path / "rows" if in_file else None)
+        for part in (tokens[:, :700], tokens[:, 700:701]):
+            model(part, past_key_values=cache)
+        path = tmp_path / ("rows" if in_file else "context.safetensors")
+        attached.save_context(cache, tokens[0, :701], path)
+        if in_file:
+            cache.close()
+        opened, _ = attached.open_context(path)
+        other = attached.cache()
+        for part in (tokens[:, :700], tokens[:, 700:701]):
+            model(part, past_key_values=other)
+        for own in (opened, other):
+            own.logits = [
+                model(t, past_key_values=own).logits for t in tokens[:, 701:].split(1, 1)
+            ]
+        for a, b in zip(opened.logits, other.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert opened.saap_layers[0].store.estimated is not None
+
+
+@pytest.mark.bad_input
+def test_a_saved_rest_that_does_not_fit():
+    store = store_of()
+    read(store, drawn(800), [799, 800])
+    store.settle()
+    state, middles = store.rest.state(store.middles), store.middles
+    fresh = store_of().rest
+    fresh._rows = store.rows
+    fresh.restore(state, middles)
+    for name in state:
+        wrong = {**state, name: state[name][..., :-1]}
+        with pytest.raises(ValueError, match=f"{name} of the rest must be"):
+            fresh.restore(wrong, middles)
+        holed = {**state, name: torch.full_like(state[name], torch.nan)}
+        with pytest.raises(ValueError, match=f"{name} of the rest must be finite"):
+            fresh.restore(holed, middles)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_an_option_that_is_no_truth_value(value):
+    with pytest.raises(ValueError, match=f"estimate_rest must be true or false; got {value!r}"):
+        Budget(max_tokens=10, estimate_rest=value)
