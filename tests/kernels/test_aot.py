@@ -25,6 +25,8 @@ from saap.kernels.codes import Codes  # noqa: E402
 from saap.kernels.codes import triton as codes_backend  # noqa: E402
 from saap.kernels.pages import PageCodes  # noqa: E402
 from saap.kernels.pages import triton as pages_backend  # noqa: E402
+from saap.kernels.rest import Moments  # noqa: E402
+from saap.kernels.rest import triton as rest_backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="the interpreter replaces the compiler"
@@ -126,12 +128,13 @@ def few_cases() -> list[Case]:
 ALL, FEW = all_cases(), few_cases()
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def launches_of(case: Case) -> tuple[Plan, list[backend.Launch]]:
     """What the launcher would launch for Llama-3-8B's heads, on tensors without storage."""
     batch, q_heads, kv_heads, rows = 4, 32, 8, case.rows
-
-    def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     q = meta(batch, q_heads, case.head_dim, dtype=case.q_dtype)
     k = meta(batch, kv_heads, rows, case.head_dim, dtype=case.k_dtype)
@@ -220,9 +223,6 @@ def test_every_configuration_fits_the_chip(case, tmp_path):
 def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candidates, tmp_path):
     n, words = 131072, coordinates // 64
 
-    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     codes = Codes(
         meta(1, 8, 2 * words, n), meta(1, 8, n, 4 * words), meta(1, 8, n, dtype=torch.uint8)
     )
@@ -243,9 +243,6 @@ def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candi
     [(80, 64, 3, 16), (90, 128, 4, 16), (90, 256, 8, 32), (100, 80, 16, 128)],
 )
 def test_the_choice_of_a_paged_cache_fits_the_chip(capability, dim, group, rows, tmp_path):
-    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     codes = PageCodes.empty(512, 8, rows, dim, device="meta")
     encoding = pages_backend.encoding(
         meta(7, 8, dim, dtype=torch.float32), meta(7, dtype=torch.int64), codes
@@ -259,6 +256,21 @@ def test_the_choice_of_a_paged_cache_fits_the_chip(capability, dim, group, rows,
         usage = usage_of(launch, capability, tmp_path)
         assert usage.stack == 0, usage
         assert usage.per_sm * launch.options["num_warps"] >= 8, usage
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_estimate_of_the_rest(capability, dim, dtype, tmp_path):
+    q = meta(4, 32, dim, dtype=dtype)
+    moments = Moments(meta(4, 8, dim + 1, 2 * dim, dtype=torch.float32), meta(4))
+    launch = rest_backend.launch(
+        meta(4, 32, dim, dtype=dtype), meta(4, 32, dtype=torch.float32), q, moments,
+        meta(4, 8, 1024), dim**-0.5, 1024, 0.0,
+    )  # fmt: skip
+    usage = usage_of(launch, capability, tmp_path)
+    assert usage.stack == 0, usage
+    assert usage.per_sm * launch.options["num_warps"] >= 8, usage
 
 
 @pytest.mark.parametrize("n_ranges", [1, 8])
