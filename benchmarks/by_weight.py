@@ -69,7 +69,9 @@ def measure(model, tokenizer, n_texts: int) -> dict:
     records = {}
     for share in SHARES:
         window = default_window(CONTEXT)
-        budget = Budget.for_selectivity(share, CONTEXT, n_sink=N_SINK, window=window)
+        budget = Budget.for_selectivity(
+            share, CONTEXT, n_sink=N_SINK, window=window, estimate_rest=False
+        )
         plain, best = by_weight.learn(model, saap, texts[LEARNED_FROM], budget, **options)
         tried = [budget, plain, best, fewer(best, 1.5), fewer(best, 2)]
         found = by_weight.measure(model, saap, texts[JUDGED], tried, **options)

@@ -113,7 +113,9 @@ def chosen_by(choice: Choice) -> Iterator[None]:
 def ask(model, tokenizer, read, pairs, method) -> list[tuple[bool, float]]:
     """Of each key: whether every token of it was the likeliest, and its log-probability."""
     window = default_window(read.length)
-    budget = Budget.for_selectivity(SHARE, read.length, n_sink=N_SINK, window=window)
+    budget = Budget.for_selectivity(
+        SHARE, read.length, n_sink=N_SINK, window=window, estimate_rest=False
+    )
     found = []
     with decoder(model, read, method, budget, 64) as own:
         for name, key in pairs:

@@ -87,7 +87,11 @@ class Question:
         n_context = read.length - len(read.queries[info.number][0])
         self.budgets = {
             share: Budget.for_selectivity(
-                share, n_context, n_sink=N_SINK, window=default_window(n_context)
+                share,
+                n_context,
+                n_sink=N_SINK,
+                window=default_window(n_context),
+                estimate_rest=False,
             )
             for share in shares
         }

@@ -170,12 +170,35 @@ def test_a_short_sequence_beside_a_long_one_is_visited_whole():
     )
 
 
+def test_single_keys_far_from_all_others_do_not_count():
+    """They would make the scores' variance many times what it is for the rest."""
+    k, v, q = drawn(1200)
+    k[:, :, [300, 700, 1000]] *= 40
+    tensors = k, v, q
+    store = store_of()
+    found = read(store, tensors, [1199, 1200])
+    without = read(store_of(budget=WITHOUT), tensors, [1199, 1200])
+    near = torch.tensor([n not in (300, 700, 1000) for n in range(4, 4 + store.middles[0])])
+    rows = torch.cat([k, v], -1)[0, :, 4 : 4 + store.middles[0]][:, near].double()
+    mean = rows.mean(1, keepdim=True)
+    spread = (rows - mean)[..., :DIM].mT @ (rows - mean) / rows.shape[1]
+    direct = torch.cat([spread, mean], 1)
+    torch.testing.assert_close(store.estimated.packed[0].double(), direct, rtol=1e-4, atol=1e-5)
+    assert error(found, tensors, 1200) < 1.05 * error(without, tensors, 1200)
+
+
+def test_keys_that_are_all_alike():
+    k, v, q = drawn(800)
+    k[:] = 0.5
+    tensors = k, v, q
+    found = read(store_of(), tensors, [799, 800])
+    without = read(store_of(budget=WITHOUT), tensors, [799, 800])
+    assert error(found, tensors, 800) < 0.3 * error(without, tensors, 800)
+
+
 @pytest.mark.parametrize("method", ["streaming", "quest", "kmeans-online"])
 def test_only_methods_that_visit_the_best_rows(method):
-    budget = BUDGET
-    if method == "streaming":
-        budget = dataclasses.replace(BUDGET)
-    store = store_of(method, budget)
+    store = store_of(method)
     read(store, drawn(800), [799, 800])
     assert store.estimated is None
 
@@ -216,7 +239,7 @@ def test_bytes_are_told():
         read(own, tensors, [799, 800])
     moments = HKV * (DIM + 1) * 2 * DIM * 4
     assert store.bytes_read - without.bytes_read == moments
-    sums = HKV * 8 * (DIM * 2 * DIM + 2 * DIM) + HKV * 4 * 2 * DIM
+    sums = HKV * 8 * (DIM * 2 * DIM + 2 * DIM + 1) + HKV * 4 * (2 * DIM + 1)
     assert store.nbytes - without.nbytes == moments + sums
 
 
@@ -271,7 +294,7 @@ def test_a_saved_rest_that_does_not_fit():
         with pytest.raises(ValueError, match=f"{name} of the rest must be"):
             fresh.restore(wrong, middles)
         holed = {**state, name: torch.full_like(state[name], torch.nan)}
-        with pytest.raises(ValueError, match=f"{name} of the rest must be finite"):
+        with pytest.raises(ValueError, match=f"{name} of the rest must be numbers; got NaN"):
             fresh.restore(holed, middles)
 
 

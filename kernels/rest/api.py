@@ -15,6 +15,9 @@ distribution and density, and `x = (t - m) / sqrt(v) - sqrt(v)`:
     log-sum-exp of the rest   log n + m + v / 2 + log Phi(x)
     mean score in it          m + c v,  c = 1 - phi(x) / (Phi(x) sqrt(v))
     mean value in it          E[v] + c Cov(v, k) q
+
+Scatterbrain (Chen et al., arXiv 2110.15343) adds a sparse and a low-rank part of attention, too;
+RetroInfer (arXiv 2505.02922) estimates far clusters from their means.
 """
 
 from dataclasses import dataclass

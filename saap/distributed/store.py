@@ -31,7 +31,8 @@ class SplitStore:
 
     Rank r holds the tokens from `begins[r]` to `begins[r + 1]`, the last rank all that follow.
     Sinks, middle and tail are those of the whole context, and a step's selection is the one that a
-    single process makes. `Budget.estimate_rest` has no effect. Other methods than `saap` and `dense` are refused.
+    single process makes. `Budget.estimate_rest` has no effect. Other methods than `saap` and
+    `dense` are refused.
 
     Args:
         selector: of this layer, made for this store alone; None attends densely.

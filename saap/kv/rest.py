@@ -89,9 +89,7 @@ class RestOfRows:
             return {}
         self._take_in(middles)
         return {
-            "origin": torch.stack([s.origin for s in self._sums]),
-            "sum": torch.stack([s.sum for s in self._sums]),
-            "products": torch.stack([s.products for s in self._sums]),
+            name: torch.stack([s.tensors()[name] for s in self._sums]) for name in RowSums.NAMES
         }
 
     def restore(self, state: dict[str, Tensor], middles: list[int]) -> None:
@@ -102,7 +100,8 @@ class RestOfRows:
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
         expected = {
-            "origin": (batch, n_kv, 1, 2 * dim), "sum": (batch, n_kv, 1, 2 * dim),
+            "origin": (batch, n_kv, 1, 2 * dim), "limit": (batch, n_kv, 1),
+            "kept": (batch, n_kv, 1, 1), "sum": (batch, n_kv, 1, 2 * dim),
             "products": (batch, n_kv, dim, 2 * dim),
         }  # fmt: skip
         for name, shape in expected.items():
@@ -110,50 +109,68 @@ class RestOfRows:
             if own is None or own.shape != shape or not own.is_floating_point():
                 found = None if own is None else (tuple(own.shape), own.dtype)
                 raise ValueError(f"{name} of the rest must be {shape}, floats; got {found}")
-            if not own.isfinite().all():
-                raise ValueError(f"{name} of the rest must be finite; got NaN or inf")
+            if own.isnan().any():
+                raise ValueError(f"{name} of the rest must be numbers; got NaN")
         self._sums = [
-            RowSums(n, *(state[name][b].clone() for name in expected))
+            RowSums(n, {name: state[name][b].clone() for name in expected})
             for b, n in enumerate(middles)
         ]
 
 
 class RowSums:
     """Sums over n rows `[Hkv, n, 2 D]`, key beside value: of what they differ by from the mean of
-    the first ones, and of its products with that of the key; float64."""
+    the first ones, and of its products with that of the key; float64.
 
-    def __init__(
-        self,
-        n: int = 0,
-        origin: Tensor | None = None,
-        sum_: Tensor | None = None,
-        products: Tensor | None = None,
-    ):
-        self.n, self.origin, self.sum, self.products = n, origin, sum_, products
+    Keys that are very far from the others are not counted. A query that meets one either visits
+    its row or hardly looks at it, while a single one can make the variance of all scores many
+    times what it is for the others (some models have such keys at separators).
+    """
+
+    NAMES = ("origin", "limit", "kept", "sum", "products")
+    FAR = 4.0
+    """Times the median distance of keys from their mean."""
+
+    def __init__(self, n: int = 0, held: dict[str, Tensor] | None = None):
+        self.n, self._held = n, held or {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`origin, sum [Hkv, 1, 2 D]`, `limit [Hkv, 1]`, `kept [Hkv, 1, 1]`, `products [Hkv, D,
+        2 D]`."""
+        return self._held
 
     @property
     def nbytes(self) -> int:
-        held = (self.origin, self.sum, self.products)
-        return sum(t.nbytes for t in held if t is not None)
+        return sum(t.nbytes for t in self._held.values())
 
     def copy(self) -> "RowSums":
-        held = (self.origin, self.sum, self.products)
-        return RowSums(self.n, *(None if t is None else t.clone() for t in held))
+        return RowSums(self.n, {name: t.clone() for name, t in self._held.items()})
 
     def add(self, rows: Float[Tensor, "Hkv n twice_D"]) -> None:
         dim = rows.shape[2] // 2
         if self.n == 0:
-            self.origin = rows.double().mean(1, keepdim=True).float().nan_to_num(0, 0, 0)
-            self.sum = torch.zeros_like(self.origin, dtype=torch.float64)
-            self.products = self.sum.repeat(1, dim, 1)
-        own = rows - self.origin
+            origin = rows.double().mean(1, keepdim=True).float()
+            distance = (rows - origin)[..., :dim].norm(dim=2).median(1, keepdim=True).values
+            zero = torch.zeros_like(origin, dtype=torch.float64)
+            self._held = {
+                "origin": origin,
+                "limit": torch.where(distance > 0, self.FAR * distance, torch.inf),
+                "kept": zero[..., :1].clone(),
+                "sum": zero,
+                "products": zero.repeat(1, dim, 1),
+            }
+        held = self._held
+        own = rows - held["origin"]
+        near = own[..., :dim].norm(dim=2) <= held["limit"]
+        own = torch.where(near[..., None], own, 0.0)
         self.n += rows.shape[1]
-        self.sum += own.sum(1, keepdim=True, dtype=torch.float64)
-        self.products += own[..., :dim].mT @ own
+        held["kept"] += near.sum(1, dtype=torch.float64)[:, None, None]
+        held["sum"] += own.sum(1, keepdim=True, dtype=torch.float64)
+        held["products"] += own[..., :dim].mT @ own
 
     def packed(self) -> Float[Tensor, "Hkv D_plus_1 twice_D"]:
         """A part of `Moments.packed`."""
-        dim = self.products.shape[1]
-        mean = self.sum / self.n
-        spread = self.products / self.n - mean[..., :dim].mT * mean
-        return torch.cat([spread, self.origin + mean], 1).float()
+        held = self._held
+        dim, kept = held["products"].shape[1], held["kept"].clamp(min=1)
+        mean = held["sum"] / kept
+        spread = held["products"] / kept - mean[..., :dim].mT * mean
+        return torch.cat([spread, held["origin"] + mean], 1).float()
