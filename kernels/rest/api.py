@@ -37,23 +37,26 @@ BACKENDS = ("reference", "numba", "triton")
 class Moments:
     """How the rows that a query may leave out are spread, for B sequences.
 
-    `packed [B, Hkv, D + 1, 2 D]` float32: row i holds the covariance of dimension i of a key with
-    all dimensions of the key, then with those of the value; the last row holds the mean key, then
-    the mean value. `n_rows [B]` int32: how many rows there are; where there are 0 nothing is
-    estimated.
+    `spread [B, Hkv, D, 2 D]` bfloat16: row i holds the covariance of dimension i of a key with all
+    dimensions of the key, then with those of the value. `means [B, Hkv, 2 D]` float32: the mean
+    key, then the mean value. `n_rows [B]` int32: how many rows there are; where there are 0
+    nothing is estimated.
     """
 
-    packed: Float[Tensor, "B Hkv D_plus_1 twice_D"]
+    spread: Float[Tensor, "B Hkv D twice_D"]
+    means: Float[Tensor, "B Hkv twice_D"]
     n_rows: Int[Tensor, " B"]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a step reads for each sequence."""
-        return self.packed[0].nbytes
+        return self.spread[0].nbytes + self.means[0].nbytes
 
     def expand(self, n: int) -> "Moments":
         """Those of one sequence, for n queries."""
-        return Moments(self.packed.expand(n, -1, -1, -1), self.n_rows.expand(n))
+        return Moments(
+            self.spread.expand(n, -1, -1, -1), self.means.expand(n, -1, -1), self.n_rows.expand(n)
+        )
 
 
 def add_rest(
@@ -97,30 +100,34 @@ def add_rest(
 
 def _check(out: Tensor, lse: Tensor, q: Tensor, moments: Moments, lengths: Tensor) -> None:
     batch, heads, dim = q.shape
-    packed = moments.packed
-    n_kv = packed.shape[1]
+    spread, means = moments.spread, moments.means
+    n_kv = spread.shape[1]
     if out.shape != q.shape or lse.shape != q.shape[:2]:
         raise ValueError(
             f"out and lse must be {tuple(q.shape)} and {(batch, heads)}; got {tuple(out.shape)} "
             f"and {tuple(lse.shape)}"
         )
-    if packed.shape != (batch, n_kv, dim + 1, 2 * dim) or heads % max(1, n_kv):
+    if spread.shape != (batch, n_kv, dim, 2 * dim) or heads % max(1, n_kv):
         raise ValueError(
-            f"moments must be [{batch}, Hkv, {dim + 1}, {2 * dim}], {heads} query heads a "
-            f"multiple of Hkv; got {tuple(packed.shape)}"
+            f"spread must be [{batch}, Hkv, {dim}, {2 * dim}], {heads} query heads a multiple of "
+            f"Hkv; got {tuple(spread.shape)}"
         )
+    if means.shape != (batch, n_kv, 2 * dim):
+        raise ValueError(f"means must be {(batch, n_kv, 2 * dim)}; got {tuple(means.shape)}")
     if len(moments.n_rows) != batch:
         raise ValueError(f"n_rows must be [{batch}]; got {tuple(moments.n_rows.shape)}")
     if len(lengths) != batch or lengths.shape[1] not in (n_kv, heads):
         raise ValueError(
             f"lengths must be [{batch}, {n_kv} or {heads}, R]; got {tuple(lengths.shape)}"
         )
-    if packed.dtype != torch.float32 or lse.dtype != torch.float32:
-        raise ValueError(f"moments and lse must be float32; got {packed.dtype} and {lse.dtype}")
+    if means.dtype != torch.float32 or lse.dtype != torch.float32:
+        raise ValueError(f"means and lse must be float32; got {means.dtype} and {lse.dtype}")
+    if spread.dtype != torch.bfloat16:
+        raise ValueError(f"spread must be bfloat16; got {spread.dtype}")
     if lengths.dtype != torch.int32 or moments.n_rows.dtype != torch.int32:
         raise ValueError(
             f"lengths and n_rows must be int32; got {lengths.dtype} and {moments.n_rows.dtype}"
         )
-    devices = {t.device for t in (out, lse, q, packed, moments.n_rows, lengths)}
+    devices = {t.device for t in (out, lse, q, spread, means, moments.n_rows, lengths)}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device; got {sorted(map(str, devices))}")

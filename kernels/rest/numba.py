@@ -19,9 +19,9 @@ from saap.kernels.cpu.memory import fetch_increment, float32_pointer, int32_poin
 from . import normal
 
 _FIELDS = (
-    "out lse q packed n_rows lengths "  # addresses
+    "out lse q spread means n_rows lengths "  # addresses
     "max_tokens tasks n_kv group dim heads ranges "
-    "length_batch length_head packed_batch rows_batch next_task"
+    "length_batch length_head spread_batch means_batch rows_batch next_task"
 ).split()
 _NEXT_TASK = offset_of(_FIELDS, "next_task")
 _Job, _SIGNATURE = job_type(_FIELDS, ("sm_scale", "min_weight"))
@@ -46,19 +46,23 @@ def add_rest(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, dim = q.shape
-    q, packed = q.contiguous(), moments.packed
+    q, spread, means = q.contiguous(), moments.spread, moments.means
     out, lse = (t if t.is_contiguous() else t.contiguous() for t in (out, lse))
-    n_kv = packed.shape[1]
-    if packed.stride()[1:] != ((dim + 1) * 2 * dim, 2 * dim, 1):
-        packed = packed.contiguous()
+    n_kv = means.shape[1]
+    if spread.stride()[1:] != (2 * dim * dim, 2 * dim, 1):
+        spread = spread.contiguous()
+    if means.stride()[1:] != (2 * dim, 1):
+        means = means.contiguous()
     if lengths.shape[2] > 1 and lengths.stride(2) != 1:
         lengths = lengths.contiguous()
     job = _Job(
-        out=out.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(), packed=packed.data_ptr(),
-        n_rows=moments.n_rows.data_ptr(), lengths=lengths.data_ptr(), tasks=batch * n_kv,
-        n_kv=n_kv, group=heads // n_kv, dim=dim, heads=lengths.shape[1], ranges=lengths.shape[2],
+        out=out.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(),
+        spread=spread.data_ptr(), means=means.data_ptr(), n_rows=moments.n_rows.data_ptr(),
+        lengths=lengths.data_ptr(), tasks=batch * n_kv, n_kv=n_kv, group=heads // n_kv,
+        dim=dim, heads=lengths.shape[1], ranges=lengths.shape[2],
         length_batch=4 * lengths.stride(0), length_head=4 * lengths.stride(1),
-        packed_batch=4 * packed.stride(0), rows_batch=4 * moments.n_rows.stride(0),
+        spread_batch=2 * spread.stride(0), means_batch=4 * means.stride(0),
+        rows_batch=4 * moments.n_rows.stride(0),
         max_tokens=max_tokens, sm_scale=sm_scale, min_weight=min_weight,
     )  # fmt: skip
     products = 2 * dim * dim * heads * batch
@@ -81,6 +85,7 @@ def _entry(stamp):
 def _work(jobs):
     job = jobs[0]
     counters = jobs.ctypes.data
+    even, odd = np.empty(job.dim, np.float32), np.empty(job.dim, np.float32)
     both = np.empty(2 * job.dim, np.float32)
     while True:
         task = fetch_increment(counters + _NEXT_TASK)
@@ -90,9 +95,10 @@ def _work(jobs):
         n = carray(int32_pointer(job.n_rows + b * job.rows_batch), 1)[0]
         if n <= 0:
             continue
-        size = 8 * job.dim * (job.dim + 1)
-        place = job.packed + b * job.packed_batch + kv_head * size
-        moments = carray(float32_pointer(place), (job.dim + 1, 2 * job.dim))
+        place = job.spread + b * job.spread_batch + kv_head * 4 * job.dim * job.dim
+        spread = carray(int32_pointer(place), (job.dim, job.dim))
+        place = job.means + b * job.means_batch + kv_head * 8 * job.dim
+        means = carray(float32_pointer(place), 2 * job.dim)
         visited = np.int64(-1)
         for g in range(job.group):
             head = kv_head * job.group + g
@@ -101,7 +107,8 @@ def _work(jobs):
                 visited = _sum(job.lengths + b * job.length_batch + own * job.length_head,
                                job.ranges)  # fmt: skip
             if visited < n:
-                _add(job, (b * job.n_kv * job.group + head), n, visited, moments, both)
+                _turn(job, b * job.n_kv * job.group + head, spread, even, odd, both)
+                _add(job, b * job.n_kv * job.group + head, n, visited, means, both)
 
 
 @_njit
@@ -114,19 +121,29 @@ def _sum(place, n):
 
 
 @_njit
-def _add(job, query, n, visited, moments, both):
+def _turn(job, query, spread, even, odd, both):
+    """A query's products with the columns of `spread`, two numbers of bfloat16 in a word."""
+    dim = job.dim
+    q = carray(float32_pointer(job.q + 4 * query * dim), dim)
+    scale = np.float32(job.sm_scale)
+    for j in range(dim):
+        even[j] = odd[j] = np.float32(0.0)
+    for i in range(dim):
+        factor = scale * q[i]
+        row = spread[i]
+        for j in range(dim):
+            even[j] += factor * np.int32(row[j] << 16).view(np.float32)
+            odd[j] += factor * np.int32(row[j] & -65536).view(np.float32)
+    for j in range(dim):
+        both[2 * j], both[2 * j + 1] = even[j], odd[j]
+
+
+@_njit
+def _add(job, query, n, visited, means, both):
     """The rest of one query head, added to its output."""
     dim = job.dim
     q = carray(float32_pointer(job.q + 4 * query * dim), dim)
     scale = np.float32(job.sm_scale)
-    for j in range(2 * dim):
-        both[j] = np.float32(0.0)
-    for i in range(dim):
-        factor = scale * q[i]
-        row = moments[i]
-        for j in range(2 * dim):
-            both[j] += factor * row[j]
-    means = moments[dim]
     mean, variance = 0.0, 0.0
     for i in range(dim):
         factor = scale * q[i]

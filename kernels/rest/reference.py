@@ -10,12 +10,11 @@ def add_rest(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, dim = q.shape
-    packed = moments.packed
-    n_kv = packed.shape[1]
+    n_kv = moments.means.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     scaled = (sm_scale * q.to(dtype)).unflatten(1, (n_kv, -1))  # [B, Hkv, G, D]
-    means = packed[:, :, dim].to(dtype)
-    both = (scaled @ packed[:, :, :dim].to(dtype)).flatten(1, 2)
+    means = moments.means.to(dtype)
+    both = (scaled @ moments.spread.to(dtype)).flatten(1, 2)
     turned, tilt = both[..., :dim], both[..., dim:]
     mean = (scaled @ means[..., :dim, None]).flatten(1, 3)
     variance = (turned * scaled.flatten(1, 2)).sum(-1).clamp(min=normal.TINY)

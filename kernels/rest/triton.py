@@ -35,12 +35,14 @@ def launch(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> Launch:
     batch, heads, dim = q.shape
-    packed = moments.packed
-    n_kv, (_, own, ranges) = packed.shape[1], lengths.shape
-    packed = packed if packed[0].is_contiguous() else packed.contiguous()
+    spread, means = (
+        t if t[0].is_contiguous() else t.contiguous() for t in (moments.spread, moments.means)
+    )
+    n_kv, (_, own, ranges) = means.shape[1], lengths.shape
     arguments = {
-        "out": out, "lse": lse, "q": q, "packed": packed, "n_rows": moments.n_rows,
-        "lengths": lengths, "packed_batch": packed.stride(0),
+        "out": out, "lse": lse, "q": q, "spread": spread, "means": means,
+        "n_rows": moments.n_rows, "lengths": lengths,
+        "spread_batch": spread.stride(0), "means_batch": means.stride(0),
         "rows_batch": moments.n_rows.stride(0), "length_batch": lengths.stride(0),
         "length_head": lengths.stride(1), "length_range": lengths.stride(2), "heads": heads,
         "group": heads // n_kv, "heads_of_a_list": heads // own, "ranges": ranges,
@@ -56,7 +58,8 @@ def launch(
         "min_weight",
         "max_tokens",
         "ranges",
-        "packed_batch",
+        "spread_batch",
+        "means_batch",
         "rows_batch",
     ]
 )
@@ -64,10 +67,12 @@ def _add(
     out,
     lse,
     q,
-    packed,
+    spread,
+    means,
     n_rows,
     lengths,
-    packed_batch,
+    spread_batch,
+    means_batch,
     rows_batch,
     length_batch,
     length_head,
@@ -98,8 +103,9 @@ def _add(
     if visited < n:
         dims = tl.arange(0, DIM_BLOCK)
         used = dims < DIM
-        moments = packed + b.to(tl.int64) * packed_batch
-        moments += (head // group).to(tl.int64) * (2 * DIM * (DIM + 1))
+        kv_head = (head // group).to(tl.int64)
+        spread += b.to(tl.int64) * spread_batch + kv_head * (2 * DIM * DIM)
+        own_means = means + b.to(tl.int64) * means_batch + kv_head * (2 * DIM) + dims
         q += query.to(tl.int64) * DIM
         out += query.to(tl.int64) * DIM
         turned = tl.zeros([DIM_BLOCK], tl.float32)
@@ -107,15 +113,14 @@ def _add(
         for first in range(0, DIM, ROWS):
             row = first + tl.arange(0, ROWS)
             factor = sm_scale * tl.load(q + row, mask=row < DIM, other=0.0).to(tl.float32)
-            place = moments + row[:, None] * (2 * DIM) + dims[None, :]
+            place = spread + row[:, None] * (2 * DIM) + dims[None, :]
             some = (row < DIM)[:, None] & used[None, :]
-            of_keys = tl.load(place, mask=some, other=0.0)
-            of_values = tl.load(place + DIM, mask=some, other=0.0)
+            of_keys = tl.load(place, mask=some, other=0.0).to(tl.float32)
+            of_values = tl.load(place + DIM, mask=some, other=0.0).to(tl.float32)
             turned += tl.sum(factor[:, None] * of_keys, 0)
             tilt += tl.sum(factor[:, None] * of_values, 0)
         scaled = sm_scale * tl.load(q + dims, mask=used, other=0.0).to(tl.float32)
-        means = moments + 2 * DIM * DIM + dims
-        mean = tl.sum(scaled * tl.load(means, mask=used, other=0.0), 0)
+        mean = tl.sum(scaled * tl.load(own_means, mask=used, other=0.0), 0)
         variance = tl.maximum(tl.sum(scaled * turned, 0), TINY)
         deviation = tl.sqrt(variance)
         counted = tl.maximum(visited.to(tl.float32), LEAST_VISITED)
@@ -137,7 +142,7 @@ def _add(
         log_below = tl.where(x > 0, tl.log(1 - tl.exp(tl.minimum(log_tail, -LOG_2))), log_tail)
         log_rest = tl.log(n.to(tl.float32)) + mean + variance / 2 + log_below
         share = 1 - tl.exp(-x * x / 2 - LOG_ROOT_2_PI - log_below) / deviation
-        value = tl.load(means + DIM, mask=used, other=0.0) + share * tilt
+        value = tl.load(own_means + DIM, mask=used, other=0.0) + share * tilt
         check = log_rest + share + tl.sum(value, 0)
         if tl.abs(check) < float("inf"):
             top = tl.maximum(before_lse, log_rest)

@@ -24,36 +24,40 @@ class RestOfRows:
     def __init__(self, rows: BucketRows | FileRows, n_sink: int):
         self._rows, self._n_sink = rows, n_sink
         self._sums: list[RowSums] = []  # of each sequence
-        self._packed: Tensor | None = None
-        self._counted: Tensor | None = None  # rows that `_packed` is about, by sequence
+        self._moments: Moments | None = None
         self._held: tuple[list[int], list[bool]] | None = None
 
     @property
     def nbytes(self) -> int:
-        held = 0 if self._packed is None else self._packed.nbytes
+        own = self._moments
+        held = 0 if own is None else own.spread.nbytes + own.means.nbytes
         return held + sum(s.nbytes for s in self._sums)
 
     def moments(self, middles: list[int], left_out: list[bool]) -> Moments:
         """`left_out`: whether a step leaves out rows of that sequence at all."""
         if self._held == (middles, left_out):
-            return Moments(self._packed, self._counted)
+            return self._moments
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
         if len(self._sums) != batch:
             self._sums = [RowSums() for _ in range(batch)]
-        if self._packed is None or len(self._packed) != batch:
-            self._packed = torch.zeros(batch, n_kv, dim + 1, 2 * dim, device=k.device)
-            self._counted = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        if self._moments is None or len(self._moments.means) != batch:
+            self._moments = Moments(
+                torch.zeros(batch, n_kv, dim, 2 * dim, dtype=torch.bfloat16, device=k.device),
+                torch.zeros(batch, n_kv, 2 * dim, device=k.device),
+                torch.zeros(batch, dtype=torch.int32, device=k.device),
+            )
             self._held = None
+        found = self._moments
         before = [sums.n for sums in self._sums]
         self._take_in(middles)
         for b, n in enumerate(middles):
             if n and (n != before[b] or self._held is None):
-                self._packed[b] = self._sums[b].packed()
+                found.spread[b], found.means[b] = self._sums[b].moments()
         self._held = list(middles), list(left_out)
         counted = [n * left for n, left in zip(middles, left_out, strict=True)]
-        self._counted.copy_(torch.tensor(counted, dtype=torch.int32))
-        return Moments(self._packed, self._counted)
+        found.n_rows.copy_(torch.tensor(counted, dtype=torch.int32))
+        return found
 
     def _take_in(self, middles: list[int]) -> None:
         for b, n in enumerate(middles):
@@ -81,7 +85,7 @@ class RestOfRows:
     def select_sequences(self, chosen: list[int]) -> None:
         if self._sums:
             self._sums = [self._sums[b].copy() for b in chosen]
-        self._packed = self._held = None
+        self._moments = self._held = None
 
     def state(self, middles: list[int]) -> dict[str, Tensor]:
         """What is saved of a store that has estimated its rest."""
@@ -167,10 +171,10 @@ class RowSums:
         held["sum"] += own.sum(1, keepdim=True, dtype=torch.float64)
         held["products"] += own[..., :dim].mT @ own
 
-    def packed(self) -> Float[Tensor, "Hkv D_plus_1 twice_D"]:
-        """A part of `Moments.packed`."""
+    def moments(self) -> tuple[Float[Tensor, "Hkv D twice_D"], Float[Tensor, "Hkv twice_D"]]:
+        """`spread` and `means` of `Moments`."""
         held = self._held
         dim, kept = held["products"].shape[1], held["kept"].clamp(min=1)
         mean = held["sum"] / kept
         spread = held["products"] / kept - mean[..., :dim].mT * mean
-        return torch.cat([spread, held["origin"] + mean], 1).float()
+        return spread, (held["origin"] + mean)[:, 0]
