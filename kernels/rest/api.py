@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saap.kernels import backends
+from saap.kernels.backends.prepared import Preparation
 
 Impl = Literal["reference", "numba", "triton"]
 BACKENDS = ("reference", "numba", "triton")
@@ -94,8 +95,42 @@ def add_rest(
     _check(out, lse, q, moments, lengths)
     best = "triton" if q.is_cuda else "numba"
     backend = backends.chosen(__package__, BACKENDS, impl, best, lambda m: m.refusal(out, q))
-    bounds = 2**31 - 1 if max_tokens is None else max_tokens, min_weight or 0.0
+    bounds = _bounds(max_tokens, min_weight)
     return backend.add_rest(out, lse, q, moments, lengths, sm_scale, *bounds)
+
+
+class PreparedRest(Preparation):
+    """`add_rest`, whose arguments but for the first three are the same from call to call.
+
+    What `moments` and `lengths` hold may change. Raises what `add_rest` raises.
+    """
+
+    def __init__(self, moments: Moments, lengths: Tensor, **options):
+        self._given, self._options = (moments, lengths), options
+        self._prepared = None
+
+    def __call__(self, out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """`out, lse` of all rows; those that are given may be written over."""
+        prepared = self._prepared
+        if prepared is not None and prepared.fits(out, lse, q):
+            return prepared(out, lse, q)
+        found = add_rest(out, lse, q, *self._given, **self._options)
+        if q.device.type == "cpu" and backends.installed("numba"):
+            from .numba import Prepared, refusal
+
+            if refusal(out, q) is None:
+                options = dict(self._options)
+                self._prepared = Prepared(
+                    q, *self._given, options["sm_scale"], *_bounds(**options)
+                )
+        return found
+
+
+def _bounds(
+    max_tokens: int | None = None, min_weight: float | None = None, **_: object
+) -> tuple[int, float]:
+    """As the implementations take them."""
+    return 2**31 - 1 if max_tokens is None else max_tokens, min_weight or 0.0
 
 
 def _check(out: Tensor, lse: Tensor, q: Tensor, moments: Moments, lengths: Tensor) -> None:

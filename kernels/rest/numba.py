@@ -12,6 +12,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from saap.kernels.backends.prepared import Preparation
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import fetch_increment, float32_pointer, int32_pointer
@@ -45,9 +46,39 @@ def refusal(out: Tensor, q: Tensor) -> str | None:
 def add_rest(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
+    out, lse, q = (t if t.is_contiguous() else t.contiguous() for t in (out, lse, q))
+    return Prepared(q, moments, lengths, sm_scale, max_tokens, min_weight)(out, lse, q)
+
+
+class Prepared(Preparation):
+    """`add_rest` for queries like `like`, again and again over the same tensors."""
+
+    def __init__(
+        self, like, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+    ):
+        self._like = like.shape
+        self._job, self._threads, self._held = _job_of(
+            like, moments, lengths, sm_scale, max_tokens, min_weight
+        )
+
+    def fits(self, out: Tensor, lse: Tensor, q: Tensor) -> bool:
+        return (
+            q.shape == self._like and q.is_contiguous() and out.is_contiguous()
+            and lse.is_contiguous() and refusal(out, q) is None
+        )  # fmt: skip
+
+    def __call__(self, out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        job = self._job
+        job.out, job.lse, job.q = out.data_ptr(), lse.data_ptr(), q.data_ptr()
+        job.next_task = 0
+        run(_function(), ctypes.addressof(job), min(self._threads, torch.get_num_threads()))
+        return out, lse
+
+
+def _job_of(q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float):
+    """A job without its outputs and queries, threads that are worth it, and what it points to."""
     batch, heads, dim = q.shape
-    q, spread, means = q.contiguous(), moments.spread, moments.means
-    out, lse = (t if t.is_contiguous() else t.contiguous() for t in (out, lse))
+    spread, means = moments.spread, moments.means
     n_kv = means.shape[1]
     if spread.stride()[1:] != (2 * dim * dim, 2 * dim, 1):
         spread = spread.contiguous()
@@ -56,7 +87,6 @@ def add_rest(
     if lengths.shape[2] > 1 and lengths.stride(2) != 1:
         lengths = lengths.contiguous()
     job = _Job(
-        out=out.data_ptr(), lse=lse.data_ptr(), q=q.data_ptr(),
         spread=spread.data_ptr(), means=means.data_ptr(), n_rows=moments.n_rows.data_ptr(),
         lengths=lengths.data_ptr(), tasks=batch * n_kv, n_kv=n_kv, group=heads // n_kv,
         dim=dim, heads=lengths.shape[1], ranges=lengths.shape[2],
@@ -66,9 +96,8 @@ def add_rest(
         max_tokens=max_tokens, sm_scale=sm_scale, min_weight=min_weight,
     )  # fmt: skip
     products = 2 * dim * dim * heads * batch
-    threads = min(torch.get_num_threads(), batch * n_kv, 1 + products // _PER_THREAD)
-    run(_function(), ctypes.addressof(job), threads)
-    return out, lse
+    threads = min(batch * n_kv, 1 + products // _PER_THREAD)
+    return job, threads, (spread, means, moments.n_rows, lengths)
 
 
 def _entry(stamp):

@@ -18,7 +18,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.rows import BucketRows
 from saap.kernels.attention.int8_rows import stored_as
-from saap.kernels.rest import Moments, add_rest
+from saap.kernels.rest import Moments, PreparedRest
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Query, Ranges, Selector
@@ -35,9 +35,6 @@ from .ranges import LOCAL, AllRanges, StepRanges
 from .rest import RestOfRows
 from .sparse_chunks import RowsRead
 from .steps import StepAttention
-
-AddRest = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`out, lse` of all rows, from those of visited ones and the queries."""
 
 
 class KVStore:
@@ -362,7 +359,7 @@ class KVStore:
         }  # fmt: skip
 
     def _step_after(
-        self, q_rope: Tensor, sm_scale: float, softcap: float | None, add: AddRest | None
+        self, q_rope: Tensor, sm_scale: float, softcap: float | None, add: PreparedRest | None
     ) -> NextStep | None:
         """A prepared step for the next tokens; None if the next step cannot be prepared."""
         attend = prepared = self._steps.latest
@@ -394,7 +391,7 @@ class KVStore:
 
     def adds_rest(
         self, budget: Budget, lengths: Tensor, sm_scale: float, softcap: float | None
-    ) -> AddRest | None:
+    ) -> PreparedRest | None:
         """Adds the estimated rest to attention over ranges of these `lengths [n, H, R]`; None if
         nothing is estimated. The first `LOCAL` ranges are sinks and tail."""
         self.estimated = None
@@ -411,9 +408,7 @@ class KVStore:
             "max_tokens": budget.max_tokens,
             "min_weight": budget.least_weight(self.selector.layer.number),
         }
-        return lambda out, lse, q: add_rest(
-            out, lse, q, moments, lengths, sm_scale=sm_scale, **bounds
-        )
+        return PreparedRest(moments, lengths, sm_scale=sm_scale, **bounds)
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:
         middle = self.middle

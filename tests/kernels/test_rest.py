@@ -1,5 +1,6 @@
 """The estimate of the rest: implementations agree, and what they say of normal rows is true."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -7,7 +8,7 @@ import os
 import pytest
 import torch
 
-from saap.kernels.rest import Moments, add_rest
+from saap.kernels.rest import Moments, PreparedRest, add_rest
 from saap.kernels.rest.reference import log_cdf, quantile, rest_of
 
 SCALE = 0.3
@@ -157,6 +158,30 @@ def test_bounds_of_what_is_left_out(impl, heads, max_tokens):
     assert (free[1] >= exact[1] - 1e-3).all()
     if max_tokens != 5:
         assert (free[1] > exact[1] + 1e-3).any()
+
+
+@pytest.mark.parametrize("heads", [None, 6])
+def test_prepared(heads):
+    """The same to the bit, for queries, lengths and moments that change, and for others."""
+    own = case(heads=heads)
+    prepared = PreparedRest(own.moments, own.lengths, sm_scale=SCALE, max_tokens=9)
+    for seed in range(4):
+        other = case(heads=heads, seed=seed)
+        own.lengths.copy_(other.lengths)
+        own.moments.spread.copy_(other.moments.spread)
+        own.moments.n_rows.fill_(400 + seed)
+        found = prepared(other.out.clone(), other.lse.clone(), other.q)
+        expected = dataclasses.replace(other, moments=own.moments, bounds={"max_tokens": 9}).run(
+            None
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+    wide = own.q.repeat(1, 1, 2)[..., ::2]  # not contiguous
+    assert torch.equal(
+        prepared(own.out.clone(), own.lse.clone(), wide)[0],
+        prepared(own.out.clone(), own.lse.clone(), wide.contiguous())[0],
+    )
+    assert copy.deepcopy(prepared) is None
 
 
 def test_functions_of_the_normal_distribution():
