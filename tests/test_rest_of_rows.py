@@ -283,6 +283,16 @@ def test_saved_and_opened(tmp_path, in_file):
         assert opened.saap_layers[0].store.estimated is not None
 
 
+def test_steps_after_saving_know_the_rows_that_joined_before_it():
+    tensors = drawn(900)
+    store = store_of()
+    read(store, tensors, [700, 701, 740])
+    store.settle()
+    assert store.rest.state(store.middles)["kept"][0, 0] > store.estimated.n_rows[0]
+    read(store, tensors, [741], start=740)
+    assert_counted(store)
+
+
 @pytest.mark.bad_input
 def test_a_saved_rest_that_does_not_fit():
     store = store_of()

@@ -49,10 +49,9 @@ class RestOfRows:
             )
             self._held = None
         found = self._moments
-        before = [sums.n for sums in self._sums]
         self._take_in(middles)
         for b, n in enumerate(middles):
-            if n and (n != before[b] or self._held is None):
+            if n and (self._held is None or self._held[0][b] != n):
                 found.spread[b], found.means[b] = self._sums[b].moments()
         self._held = list(middles), list(left_out)
         counted = [n * left for n, left in zip(middles, left_out, strict=True)]
