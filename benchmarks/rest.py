@@ -11,23 +11,19 @@ Figures go to `$OUT`, else to `benchmarks/results/<device>/rest.json`, and then 
 
 import argparse
 
-import torch
-
 from saap import hf
 from saap.budget import Budget
 from saap.eval.by_weight import against, logits
-from saap.eval.corpora import read_named
 from saap.eval.decoding import decoder, whole
-from saap.eval.tasks.base import text_tokens
 from saap.eval.variants import N_SINK, window_for
 from saap.methods import find_method
 
-from .cpu import cpu_name, environment
-from .reports import ROOT, put_table, report_path, write
+from .by_text import options_of, over_texts
+from .reports import ROOT
 
 MODEL, JUDGED, N_TOKENS = "smollm2", "prose2", 64
 SHARES = (0.02, 0.03, 0.05, 0.1)
-METHODS = {"saap": (False, True), "oracle-tokens": (False, True)}
+METHODS, ESTIMATES = ("saap", "oracle-tokens"), (False, True)
 COMMAND = "python -m benchmarks.rest"
 
 
@@ -40,14 +36,14 @@ def measure(model, tokens, context: int) -> list[dict]:
     """Records of one text: nats and bytes for each method and share, with an estimate or not."""
     read, rest = hf.read_context(model, tokens[:-N_TOKENS]), tokens[-N_TOKENS:]
     found, dense = [], None
-    for name, estimates in METHODS.items():
+    for name in METHODS:
         first = budget_of(SHARES[0], context, True)
         with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
             layers = own.cache.saap_layers
             if dense is None:
                 dense = logits(own, rest, [whole(first)] * len(layers))
             for share in SHARES:
-                for estimate in estimates:
+                for estimate in ESTIMATES:
                     budget = budget_of(share, context, estimate)
                     ((nats, rows),) = against(dense, own, rest, [budget])
                     read_bytes = sum(layer.store.bytes_read for layer in layers) / len(layers)
@@ -67,7 +63,7 @@ def table(records: list[dict], context: int) -> str:
         for name in METHODS:
             cells = [f"{share:.0%}", f"`{name}`"]
             for key, form, factor in (("nats", "{:.4f}", 1), ("bytes", "{:,.0f}", 1e-3)):
-                for estimate in (False, True):
+                for estimate in ESTIMATES:
                     own = [
                         r[key] for r in records
                         if (r["method"], r["share"], r["estimate"]) == (name, share, estimate)
@@ -77,25 +73,17 @@ def table(records: list[dict], context: int) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=6)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--threads", type=int, help="torch's number of threads")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
-    text, records = b"\n".join(read_named(JUDGED)), []
-    for number in range(options.texts):
-        tokens = text_tokens(tokenizer, text, options.context, number, options.texts)
-        records += [{"text": number, **r} for r in measure(model, tokens, options.context)]
-        report = {"environment": environment(), "model": MODEL, "context": options.context,
-                  "judged": JUDGED, "records": records}  # fmt: skip
-        write(report_path(cpu_name(), "rest.json"), report)
-        put_table(ROOT / "docs" / "routing.md", COMMAND, table(records, options.context))
-        print(table(records, options.context), flush=True)
+    options = options_of(parser)
+    context = options.context
+    over_texts(
+        lambda model, tokens: measure(model, tokens, context),
+        lambda records: table(records, context),
+        model=MODEL, judged=JUDGED, context=context, n_texts=options.texts,
+        file="rest.json", page=ROOT / "docs" / "routing.md", command=COMMAND,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ Figures go to `$OUT`, else to `benchmarks/results/<device>/window.json`, and the
 
 import argparse
 
-import torch
-
 from saap import hf
 from saap.budget import Budget
 from saap.eval.by_weight import against, logits
-from saap.eval.corpora import read_named
 from saap.eval.decoding import decoder, whole
-from saap.eval.tasks.base import text_tokens
 from saap.eval.variants import N_SINK
 from saap.methods import find_method
 
-from .cpu import cpu_name, environment
-from .reports import ROOT, put_table, report_path, write
+from .by_text import options_of, over_texts
+from .reports import ROOT
 
 MODEL, JUDGED, CONTEXT, N_TOKENS = "smollm2", "prose2", 4096, 64
 SHARES, WINDOWS = (0.04, 0.05, 0.1), (128, 64, 32, 16)
@@ -71,24 +67,12 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=6)
-    parser.add_argument("--threads", type=int, help="torch's number of threads")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model, tokenizer = hf.load_model(MODEL), hf.load_tokenizer(MODEL)
-    text, records = b"\n".join(read_named(JUDGED)), []
-    for number in range(options.texts):
-        tokens = text_tokens(tokenizer, text, CONTEXT, number, options.texts)
-        records += [{"text": number, **r} for r in measure(model, tokens)]
-        report = {"environment": environment(), "model": MODEL, "context": CONTEXT,
-                  "judged": JUDGED, "records": records}  # fmt: skip
-        write(report_path(cpu_name(), "window.json"), report)
-        put_table(ROOT / "docs" / "budget.md", COMMAND, table(records))
-        print(table(records), flush=True)
+    options = options_of(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    over_texts(
+        measure, table, model=MODEL, judged=JUDGED, context=CONTEXT, n_texts=options.texts,
+        file="window.json", page=ROOT / "docs" / "budget.md", command=COMMAND,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

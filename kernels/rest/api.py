@@ -20,6 +20,7 @@ Scatterbrain (Chen et al., arXiv 2110.15343) adds a sparse and a low-rank part o
 RetroInfer (arXiv 2505.02922) estimates far clusters from their means.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,15 +116,21 @@ class PreparedRest(Preparation):
         if prepared is not None and prepared.fits(out, lse, q):
             return prepared(out, lse, q)
         found = add_rest(out, lse, q, *self._given, **self._options)
-        if q.device.type == "cpu" and backends.installed("numba"):
+        options = self._options
+        if options.get("impl") in (None, "numba") and backends.installed("numba"):
             from .numba import Prepared, refusal
 
             if refusal(out, q) is None:
-                options = dict(self._options)
                 self._prepared = Prepared(
                     q, *self._given, options["sm_scale"], *_bounds(**options)
                 )
         return found
+
+    def after(
+        self, attend: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Attention of queries over what they visit, the rest added."""
+        return lambda q: self(*attend(q), q)
 
 
 def _bounds(

@@ -362,9 +362,9 @@ class KVStore:
         self, q_rope: Tensor, sm_scale: float, softcap: float | None, add: PreparedRest | None
     ) -> NextStep | None:
         """A prepared step for the next tokens; None if the next step cannot be prepared."""
-        attend = prepared = self._steps.latest
-        if add is not None and prepared is not None:
-            attend = lambda q: add(*prepared(q), q)  # noqa: E731
+        attend = self._steps.latest
+        if add is not None and attend is not None:
+            attend = add.after(attend)
         plain = not self.in_file and self.rows.plain
         if attend is None or not plain or min(self._new) < 1:
             return None
