@@ -19,7 +19,7 @@ from saap import hf
 from saap.budget import Budget
 from saap.methods import Method
 
-from .decoding import Decoder, decoder, whole
+from .decoding import Decoder, decoder, divergence, whole
 from .tasks.base import text_tokens
 
 Progress = Callable[[str, int, int], None]
@@ -142,12 +142,6 @@ def logits(own: Decoder, tokens: Tensor, budgets: list[Budget]) -> Tensor:
     for layer, budget in zip(own.cache.saap_layers, budgets, strict=True):
         layer.store.budget = budget
     return own.logits(tokens)
-
-
-def divergence(dense: Tensor, other: Tensor) -> float:
-    """KL divergence of next-token distributions, the mean in nats."""
-    p, q = (t.double().log_softmax(-1) for t in (dense, other))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def importance(sums: Tensor, searched: list[int]) -> tuple[float, ...]:

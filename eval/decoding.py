@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -130,6 +130,38 @@ def decoders(
                 point.prepare(variant.method)
                 own.restart(point.budget)
                 yield point, own
+
+
+def each_point(
+    model, context: hf.ReadContext, asked: list[tuple[Variant, list[Point]]], spare: int,
+    measure: Callable[[Variant, Point, Decoder], list[dict]],
+) -> list[dict]:  # fmt: skip
+    """Records of all points, those of a variant together; `method` and `budget` are added to what
+    `measure` gives.
+
+    Exact variants are measured first, so that others can be held against them, and once for all
+    their budgets.
+    """
+    found: dict[int, list[dict]] = {}
+    for n, (variant, points) in sorted(
+        enumerate(asked), key=lambda a: not a[1][0].method.is_exact
+    ):
+        exact, found[n] = variant.method.is_exact, []
+        for point, own in decoders(
+            model, context, variant, points[:1] if exact else points, spare
+        ):
+            measured = measure(variant, point, own)
+            for label in [p.label for p in points] if exact else [point.label]:
+                place = {"method": variant.label, "budget": label}
+                found[n] += [{**place, **record} for record in measured]
+    return [record for n in range(len(asked)) for record in found[n]]
+
+
+def divergence(dense: Float[Tensor, "T vocab"], other: Float[Tensor, "T vocab"]) -> float:
+    """KL divergence of next-token distributions from those of dense attention, in nats, the mean
+    over T tokens; arguments are logits."""
+    p, q = (t.double().log_softmax(-1) for t in (dense, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def layout(point: Point) -> tuple:

@@ -20,6 +20,7 @@ PARTNERS = {
     "middle_caught": "middle_mass",
     "output_error": "queries",
     "nll": "tokens",
+    "divergence": "tokens",
     "accepted": "verifications",
 }
 OF_A_HEAD = ("layer", "head", "middle_mass_share", "explained", "keys", "queries")  # no method's
@@ -63,8 +64,8 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
     **dict.fromkeys(
-        (*COSTS, "output_error", "nll", "accuracy", "build_ms", "load", "middle_mass_share",
-         "explained"),
+        (*COSTS, "output_error", "nll", "divergence", "accuracy", "build_ms", "load",
+         "middle_mass_share", "explained"),
         (is_number, "a number"),
     ),
     "depth": (lambda value: value is None or is_number(value), "a number or none"),

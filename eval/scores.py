@@ -104,12 +104,16 @@ def score_answers(members: list[dict]) -> dict:
 
 
 def score_text(members: list[dict]) -> dict:
-    return {
+    n_tokens = sum(r["tokens"] for r in members)
+    score = {
         **NO_ATTENTION,
         "accuracy": None,
-        "nll": sum(r["nll"] for r in members) / sum(r["tokens"] for r in members),
+        "nll": sum(r["nll"] for r in members) / n_tokens,
         "texts": len(members),
     }
+    if all("divergence" in r for r in members):  # dense was among the methods
+        score["divergence"] = sum(r["divergence"] for r in members) / n_tokens
+    return score
 
 
 def score_drafting(members: list[dict]) -> dict:
@@ -202,6 +206,7 @@ class Scores(list):
         ("output_error", "output error", "{:.3f}"),
         ("accuracy", "answers", "{:.0%}"),
         ("nll", "nats", "{:.3f}"),
+        ("divergence", "nats from dense", "{:.4f}"),
     )
 
     def _repr_html_(self) -> str:

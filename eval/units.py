@@ -29,6 +29,7 @@ METRICS = {
         Metric("output_error", "output error", "{:.4f}", -1),
         Metric("accuracy", "accuracy", "{:.1%}", 1),
         Metric("nll", "nats per token", "{:.4f}", -1),
+        Metric("divergence", "nats from dense", "{:.4f}", -1),
         Metric("accepted_per_verification", "tokens per verification", "{:.2f}", 1),
         Metric("selectivity", "visited", "{:.1%}", -1),
         Metric("bytes_read", "bytes per layer and step", "{:,.0f}", -1),
@@ -44,8 +45,8 @@ def contribution(metric: str, record: dict) -> tuple[float, float] | None:
         return sum(record["middle_caught"]), sum(record["middle_mass"])
     if metric == "output_error" and "output_error" in record:
         return record["output_error"], record["queries"]
-    if metric == "nll" and "nll" in record:
-        return record["nll"], record["tokens"]
+    if metric in ("nll", "divergence") and metric in record:
+        return record[metric], record["tokens"]
     if metric == "accepted_per_verification" and "verifications" in record:
         return record["accepted"] + record["verifications"], record["verifications"]
     if metric in ("accuracy", "selectivity", "bytes_read", "build_ms") and metric in record:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from saap import hf
 from saap.eval import reference
+from saap.eval.decoding import each_point
 from saap.eval.report.tables import answer_rows
 from saap.eval.run import EvalConfig, run
 from saap.eval.scores import score_run
@@ -181,6 +183,45 @@ def test_perplexity_is_that_of_the_model(scores, reference_model, reference_toke
     own = {s["method"]: s["nll"] for s in scores if s["task"] == "perplexity"}
     assert own["dense"] == pytest.approx(true, rel=1e-4)
     assert own["streaming"] != own["dense"]
+
+
+def test_distributions_are_held_against_those_of_dense_attention(scores):
+    own = {s["method"]: s["divergence"] for s in scores if s["task"] == "perplexity"}
+    assert own["dense"] == 0.0
+    assert own["streaming"] > 1e-3
+    rows = {(row[0], row[1]): row for row in answer_rows(scores)[900]}
+    assert rows["streaming", "perplexity"][4] == f"{own['streaming']:.4f}"
+    assert rows["streaming", "passkey"][4] == "–"
+
+
+def test_dense_attention_is_measured_first_and_once(tiny_model, tiny_tokens):
+    variants = make_variants(("streaming", "dense"), None, 0)
+    asked = [(v, v.points((0.3, 0.5), 300, "group")) for v in variants]
+    read = hf.read_context(tiny_model, tiny_tokens[0])
+    order = []
+
+    def measure(variant, point, decoder):
+        order.append((variant.label, point.label))
+        return [{"visited": decoder.logits([5]).shape[0]}]
+
+    found = each_point(tiny_model, read, asked, 2, measure)
+    assert order == [("dense", "0.3"), ("streaming", "0.3"), ("streaming", "0.5")]
+    assert [(r["method"], r["budget"]) for r in found] == [
+        ("streaming", "0.3"), ("streaming", "0.5"), ("dense", "0.3"), ("dense", "0.5"),
+    ]  # fmt: skip
+
+
+def test_without_dense_attention_there_is_no_distance_from_it(
+    tmp_path, reference_model, reference_tokenizer
+):
+    config = EvalConfig(
+        methods=("streaming",), contexts=(600,), tasks=("perplexity",), n_texts=1, n_scored=4,
+        answer_budgets=(0.3,),
+    )  # fmt: skip
+    run(reference_model, reference_tokenizer, None, TEXT, config, tmp_path, model_name="tiny")
+    (score,) = score_run(tmp_path)
+    assert score["nll"] > 0
+    assert "divergence" not in score
 
 
 def test_drafting_counts_tokens_per_verification(scores):

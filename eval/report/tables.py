@@ -42,7 +42,9 @@ def with_bounds(score: dict, form: str) -> str:
     return f"{text} [{form.format(low)}, {form.format(high)}]{star}"
 
 
-ANSWER_HEAD = ("method", "task", "score", "minus dense", "visited", "budget")
+ANSWER_HEAD = (
+    "method", "task", "score", "minus dense", "nats from dense", "visited", "budget",
+)  # fmt: skip
 # What a task is judged by, and the forms of it and of its difference to dense.
 JUDGED = (
     ("accuracy", "{:.0%}", "{:+.0%}"),
@@ -72,8 +74,11 @@ def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
         for s in own:
             name, form, change = next(j for j in JUDGED if s.get(j[0]) is not None)
             score, difference = form.format(s[name]), with_bounds(s, change)
-            visited = f"{s['selectivity']:.1%}"
-            rows[context].append([named(s), s["task"], score, difference, visited, budget_cell(s)])
+            far = "–" if s.get("divergence") is None else f"{s['divergence']:.4f}"
+            rows[context].append(
+                [named(s), s["task"], score, difference, far, f"{s['selectivity']:.1%}",
+                 budget_cell(s)]
+            )  # fmt: skip
     return rows
 
 
@@ -101,7 +106,8 @@ def answer_section(scores: list[dict]) -> str:
             f"Against dense attention, {context:,} tokens",
             "The context is dense, question and answer are sparse. drafting: tokens that one "
             "dense verification gives where the method drafts 8. Difference with a 95 % "
-            "interval of a paired bootstrap over prompts or texts; * excludes 0.",
+            "interval of a paired bootstrap over prompts or texts; * excludes 0. Nats from dense: "
+            "KL divergence of the next token's distribution from that of dense attention.",
             ANSWER_HEAD,
             rows,
         )

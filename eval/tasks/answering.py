@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saap import hf
 
-from ..decoding import Decoder, decoders
+from ..decoding import Decoder, each_point
 
 
 def evaluate(
@@ -21,23 +21,23 @@ def evaluate(
     read = hf.read_context(model, encode(tokenizer, prompts[0].context))
     asked = [[encode(tokenizer, q, special=False) for q in p.questions] for p in prompts]
     spare = max(sum(map(len, q)) + len(q) * (n_tokens + 8) for q in asked)
-    records = []
-    for variant, points in variants_points:
-        for point, decoder in decoders(model, read, variant, points, spare):
-            for prompt, questions in zip(prompts, asked, strict=True):
-                decoder.restart(point.budget)
-                answers = ask_in_turn(tokenizer, decoder, questions, n_tokens, stop)
-                records.append(
-                    {
-                        "method": variant.label,
-                        "budget": point.label,
-                        "accuracy": float(score(prompt, answers)),
-                        **decoder.visited.as_record(),
-                        "depth": None if prompt.depth is None else round(prompt.depth, 3),
-                        "generated": "\n".join(a.decode(errors="replace") for a in answers),
-                    }
-                )
-    return records
+
+    def measure(variant, point, decoder) -> list[dict]:
+        records = []
+        for prompt, questions in zip(prompts, asked, strict=True):
+            decoder.restart(point.budget)
+            answers = ask_in_turn(tokenizer, decoder, questions, n_tokens, stop)
+            records.append(
+                {
+                    "accuracy": float(score(prompt, answers)),
+                    **decoder.visited.as_record(),
+                    "depth": None if prompt.depth is None else round(prompt.depth, 3),
+                    "generated": "\n".join(a.decode(errors="replace") for a in answers),
+                }
+            )
+        return records
+
+    return each_point(model, read, variants_points, spare, measure)
 
 
 def ask_in_turn(

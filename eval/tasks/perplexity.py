@@ -1,14 +1,16 @@
 """Perplexity of the end of a held-out text whose long beginning was prefilled densely.
 
 The last `n_scored` tokens go through the method one at a time; how much worse they are predicted
-than with dense attention is judged by a paired bootstrap over texts.
+than with dense attention is judged by a paired bootstrap over texts. Where dense attention is
+among the methods, so is how far the predicted distributions are from its (KL divergence): texts
+are few, and a method that is wrong about the next token is sometimes lucky.
 """
 
 import torch
 
 from saap import hf
 
-from ..decoding import decoders
+from ..decoding import divergence, each_point
 from .base import Task, text_tokens
 
 
@@ -25,19 +27,19 @@ class Perplexity(Task):
         n_context = context - config.n_scored
         read = hf.read_context(bench.model, tokens[:n_context])
         inputs, targets = tokens[n_context:-1], tokens[n_context + 1 :]
-        records = []
-        for variant, points in bench.points(n_context, config.answer_budgets):
-            for point, decoder in decoders(bench.model, read, variant, points, len(inputs)):
-                losses = torch.nn.functional.cross_entropy(
-                    decoder.logits(inputs), targets, reduction="sum"
-                )
-                records.append(
-                    {
-                        "method": variant.label,
-                        "budget": point.label,
-                        "nll": float(losses),
-                        "tokens": len(targets),
-                        **decoder.visited.as_record(),
-                    }
-                )
+        dense = None
+
+        def measure(variant, point, decoder) -> list[dict]:
+            nonlocal dense
+            logits = decoder.logits(inputs)
+            if variant.method.is_exact:
+                dense = logits
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            record = {"nll": float(losses), "tokens": len(targets)}
+            if dense is not None:
+                record["divergence"] = len(targets) * divergence(dense, logits)
+            return [{**record, **decoder.visited.as_record()}]
+
+        points = bench.points(n_context, config.answer_budgets)
+        records = each_point(bench.model, read, points, len(inputs), measure)
         return records, bytes(tokens.to(torch.int32).numpy())

@@ -20,6 +20,8 @@ class Method(ABC):
     bounds: ClassVar[tuple[str, ...]] = ("nprobe", "max_tokens", "top_p")
     saves_itself: ClassVar[bool] = False
     """Whether a saved context holds all that its selectors learned, so that no index is needed."""
+    is_exact: ClassVar[bool] = False
+    """Whether everything is visited, whatever the budget."""
 
     def __init__(self, index: TrainedIndex | None = None, *, seed: int = 0):
         if self.needs_index and index is None:

@@ -32,6 +32,7 @@ class Dense(Method):
     name = "dense"
     needs_index = False
     saves_itself = True
+    is_exact = True
     bounds = BOUNDS
 
     def selector(self, layer):
