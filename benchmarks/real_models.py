@@ -1,18 +1,19 @@
 """Pretrained models judged end to end: `docs/real_models.md` from results of `saap eval`.
 
     make models
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention,passkey,perplexity \\
-        --methods dense,oracle-tokens,saap,pq,blend,quest --budgets 0.05,0.1 \\
-        --answer-budgets 0.05,0.1 --texts 2 --prompts 10 --out runs/smollm2-4k
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey,perplexity \\
-        --methods dense,saap --search saap.min_weight=0.0022,0.0005 --search saap.max_tokens=600 \\
-        --answer-budgets 0.05 --texts 16 --prompts 50 --out runs/by-weight
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks multi-key,multi-query,multi-value \\
-        --methods dense,oracle-tokens,saap --answer-budgets 0.05,0.1 --prompts 10 --out runs/keys
-    python -m benchmarks.real_models [--add] runs/smollm2-4k ...
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey --prompts 12 --questions 4 \\
+        --methods dense,oracle-tokens,saap,pq,quest --answer-budgets 0.02,0.05 --out runs/keys
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks perplexity --texts 16 \\
+        --methods dense,oracle-tokens,saap,pq,quest --answer-budgets 0.02,0.05 --out runs/text
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention --texts 4 \\
+        --methods dense,oracle-tokens,saap,pq,quest --budgets 0.02,0.05 --out runs/recall
+    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey,perplexity --methods saap \\
+        --search saap.min_weight=0.002,0.001 --search saap.max_tokens=600 --out runs/by-weight
+    python -m benchmarks.real_models [--add] runs/keys runs/text ...
 
 Scores of all folders, with `--add` beside those that are there, go to
-`benchmarks/results/<device>/real_models.json`, raw records stay where they are. The text that is
+`benchmarks/results/<device>/real_models.json`, raw records stay where they are. Runs of a model at
+one context make one table; of what two of them measured, the later one counts. The text that is
 judged is another than any that a method learned from.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from saap.eval.records import read_run
 from saap.eval.scores import score_run
+from saap.eval.units import share_of, told_search
 
 from . import reports
 from .cpu import cpu_name
@@ -32,19 +34,18 @@ COMMAND = "python -m benchmarks.real_models"
 KEPT = (
     "method", "task", "context", "budget", "selectivity", "bytes_read", "router_bytes",
     "recall_middle", "recall_of_oracle", "output_error", "worst_head", "accuracy", "nll",
-    "to_dense", "prompts", "questions", "texts", "queries",
+    "divergence", "to_dense", "prompts", "questions", "texts", "queries",
 )  # fmt: skip
+ASKED = {
+    "passkey": "pass keys",
+    **{name: name for name in (
+        "multi-key", "multi-query", "multi-value", "variable-tracking", "common-words",
+        "frequent-words", "copying",
+    )},
+}  # fmt: skip
+"""Tasks that ask, and what their columns are called."""
 
-
-OTHERS = (
-    "multi-key", "multi-query", "multi-value", "variable-tracking", "common-words",
-    "frequent-words", "copying",
-)  # fmt: skip
-"""Tasks that ask, beside pass keys."""
-
-
-WIDE = 1 / 40
-"""Windows of at least this share of the context go without saying: the page says it."""
+Row = tuple[str, str]  # budget, method
 
 
 def summary(folder: Path) -> dict:
@@ -61,124 +62,102 @@ def summary(folder: Path) -> dict:
         "environment": run["environment"],
         "config": config,
         "chat": run["config"].get("chat", False),
-        "windows": {c: rows["window"] for c, rows in run.get("attention_rows", {}).items()},
         "scores": scores,
     }
 
 
 def tables(found: list[dict]) -> str:
-    """One table for each run, context and budget; runs of a model by their contexts."""
+    """One table for each model and context; runs in a chat template have their own."""
+    places: dict[tuple, list[dict]] = {}
+    for run in found:
+        for score in run["scores"]:
+            place = run["model"], run["chat"], score["context"]
+            places.setdefault(place, []).append(score)
+    models = list(dict.fromkeys(run["model"] for run in found))
     parts = []
-    models = [run["model"] for run in found]
-    for run in sorted(
-        found, key=lambda r: (models.index(r["model"]), min(s["context"] for s in r["scores"]))
-    ):
-        scores = run["scores"]
-        places = {(s["context"], s["budget"]) for s in scores if s["method"] != "dense"}
-        by_weight = {place for place in places if "min_weight" in place[1]}
-        for context in sorted({context for context, _ in by_weight}):
-            parts.append(
-                f"**{run['model']}, {context:,} tokens, rows by weight** "
-                f"({told(scores, context)}):\n\n{weight_rows(scores, context)}"
-            )
-        for context, budget in sorted(places - by_weight):
-            rows = table_rows(scores, context, budget)
-            share, *options = budget.split()
-            window = run.get("windows", {}).get(str(context), WIDE * context)
-            if "window" not in budget and window < WIDE * context:
-                options.append(f"window={window}")
-            if run.get("chat"):
-                options.append("chat template")
-            if rows:
-                parts.append(
-                    f"**{run['model']}, {context:,} tokens, {float(share):.0%} of the rows** "
-                    f"({', '.join([told(scores, context), *options])}):\n\n{rows}"
-                )
+    for model, chat, context in sorted(places, key=lambda p: (models.index(p[0]), *p[1:])):
+        scores = places[model, chat, context]
+        asked = "asked in the chat template; " if chat else ""
+        parts.append(
+            f"**{model}, {context:,} tokens** ({asked}{counted(scores)}):\n\n{table(scores)}"
+        )
     return "\n\n".join(parts)
 
 
-def told(scores: list[dict], context: int) -> str:
-    """How much was judged."""
-    most: dict[str, int] = {}
+def counted(scores: list[dict]) -> str:
+    """How much was judged, by task."""
+    told = []
+    for task, title in ASKED.items():
+        own = [s for s in scores if s["task"] == task]
+        if own:
+            prompts, questions = (max(s[k] for s in own) for k in ("prompts", "questions"))
+            of = "" if questions == prompts else f" about {prompts} documents"
+            told.append(f"{title}: {questions} questions{of}")
+    for task, key, form in (
+        ("perplexity", "texts", "nats: {} texts"), ("attention", "queries", "recall: {} queries")
+    ):  # fmt: skip
+        own = [s[key] for s in scores if s["task"] == task]
+        told += [form.format(max(own))] if own else []
+    return "; ".join(told)
+
+
+def table(scores: list[dict]) -> str:
+    """Dense attention first, then all others by the share that they visit, then by method."""
+    rows: dict[Row, dict[str, dict]] = {}
     for s in scores:
-        if s["context"] == context:
-            for name in ("prompts", "questions", "texts"):
-                most[name] = max(most.get(name, 0), s.get(name, 0))
-    if most["questions"] <= most["prompts"]:
-        del most["questions"]
-    return ", ".join(f"{n} {name}" for name, n in most.items() if n)
-
-
-def table_rows(scores: list[dict], context: int, budget: str) -> str:
-    by_place = {(s["task"], s["method"]): s for s in scores
-                if s["context"] == context and s["budget"] == budget}  # fmt: skip
-    names = list(dict.fromkeys(name for _, name in by_place))
-    names.sort(key=lambda n: -by_place.get(("attention", n), {}).get("recall_middle", 0.0))
-    rows = []
-    for name in names:
-        attention = by_place.get(("attention", name), {})
-        keys, text = by_place.get(("passkey", name), {}), by_place.get(("perplexity", name), {})
-        others = [by_place.get((task, name), {}) for task in OTHERS]
-        bytes_of = attention or text or keys or next(s for s in others if s)
-        rows.append(
-            [
-                f"`{name}`",
-                cell(attention.get("recall_middle"), "{:.1%}"),
-                cell(attention.get("recall_of_oracle"), "{:.1%}"),
-                cell(attention.get("output_error"), "{:.3f}"),
-                cell(bytes_of.get("bytes_read"), "{:,.0f}", 1e-3),
-                cell(bytes_of.get("router_bytes"), "{:,.0f}", 1e-3),
-                cell(keys.get("accuracy"), "{:.0%}"),
-                *[cell(own.get("accuracy"), "{:.0%}") for own in others],
-                cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
-            ]
-        )
+        budget = "" if s["method"] == "dense" else s["budget"]
+        rows.setdefault((budget, s["method"]), {})[s["task"]] = s
+    order = sorted(rows, key=lambda row: place(row, rows))
     head = [
-        "method", "recall of the middle", "of the oracle's", "output error",
-        "kB per layer and step", "of them to choose", "pass keys", *OTHERS, "nats over dense",
+        "rows", "method", "recall of the middle", "of the oracle's", "output error",
+        "kB per layer and step", "of them to choose", *ASKED.values(), "nats over dense",
+        "nats from dense",
     ]  # fmt: skip
-    return markdown(*without_empty(head, rows)) if rows else ""
+    return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]))
+
+
+def place(row: Row, rows: dict[Row, dict[str, dict]]) -> tuple:
+    budget, method = row
+    if method == "dense":
+        return (-1.0,)
+    return (visited(budget, rows[row]), budget, list(rows).index(row))
+
+
+def visited(budget: str, of_task: dict[str, dict]) -> float:
+    """The share of a budget's label, or for other bounds what was visited, of text if it was."""
+    share = share_of(budget)
+    own = of_task.get("perplexity") or next(iter(of_task.values()))
+    return own["selectivity"] if share is None else share
+
+
+def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
+    budget, method = row
+    text, attention = of_task.get("perplexity", {}), of_task.get("attention", {})
+    bytes_of = text or next(iter(of_task.values()))
+    options, rows = [], "100%"
+    if method != "dense":
+        by_share = share_of(budget) is not None
+        options = told_search(budget).split() if by_share else []
+        rows = f"{visited(budget, of_task):{'.0%' if by_share else '.1%'}}"
+        rows += "" if by_share else ", by weight"
+    return [
+        rows,
+        ", ".join(f"`{name}`" for name in (method, *options)),
+        cell(attention.get("recall_middle"), "{:.1%}"),
+        cell(attention.get("recall_of_oracle"), "{:.1%}"),
+        cell(attention.get("output_error"), "{:.3f}"),
+        cell(bytes_of["bytes_read"], "{:,.0f}", 1e-3),
+        cell(bytes_of["router_bytes"], "{:,.0f}", 1e-3),
+        *(cell(of_task.get(task, {}).get("accuracy"), "{:.0%}") for task in ASKED),
+        cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
+        cell(None if method == "dense" else text.get("divergence"), "{:.4f}"),
+    ]
 
 
 def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """The columns in which something was measured."""
     kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
-
-
-def weight_rows(scores: list[dict], context: int) -> str:
-    """A row for each least weight, by what is visited; the model's own attention comes last."""
-    rows = []
-    places = {(s["method"], s["budget"]): s["selectivity"] for s in scores
-              if s["context"] == context and s["task"] == "perplexity"}  # fmt: skip
-    for (method, budget), visited in sorted(places.items(), key=lambda p: p[1]):
-        if method == "dense" and any(row[0] == "`dense`" for row in rows):
-            continue
-        keys, text = (
-            next(
-                s for s in scores
-                if (s["context"], s["task"], s["method"], s["budget"])
-                == (context, task, method, budget)
-            )
-            for task in ("passkey", "perplexity")
-        )  # fmt: skip
-        bounds = dict(part.split("=") for part in budget.split() if "=" in part)
-        rows.append(
-            [
-                f"`{method}`",
-                cell(None if method == "dense" else bounds.get("min_weight"), "{}"),
-                f"{keys['selectivity']:.1%}",
-                f"{visited:.1%}",
-                cell(text["bytes_read"], "{:,.0f}", 1e-3),
-                f"{keys['accuracy']:.0%}",
-                cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
-            ]
-        )
-    head = [
-        "method", "`min_weight`", "visited for pass keys", "visited for text",
-        "kB per layer and step", "pass keys", "nats over dense",
-    ]  # fmt: skip
-    return markdown(head, rows)
 
 
 def cell(value, form: str, factor: float = 1.0) -> str:

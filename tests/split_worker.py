@@ -22,11 +22,12 @@ STORE_BUDGET = Budget(max_tokens=64, n_sink=20, window=48, estimate_rest=False)
 
 
 def store_steps(
-    group, n: int, parts, method="saap", share="group", chunks=(700, 3, 500), steps=40
-):
+    group, n: int, parts, method="saap", share="group", chunks=(700, 3, 500), steps=40,
+    estimate=False,
+):  # fmt: skip
     """Outputs, lse and chosen tokens of each step of one layer over random vectors."""
     torch.manual_seed(3)
-    budget = Budget(max_tokens=64, n_sink=20, window=48, share=share, estimate_rest=False)
+    budget = Budget(max_tokens=64, n_sink=20, window=48, share=share, estimate_rest=estimate)
     search = {"least": 128, "width": 2.0}
     selector = _selector(method, search)
     if group is None:
@@ -111,6 +112,8 @@ def two_ranks(group, folder) -> None:
             "head": store_steps(group, 1500, [1033], share="head", steps=8),
             "dense": store_steps(group, 1500, None, method="dense", steps=2),
             "long": store_steps(group, 6000, None, chunks=(1400,), steps=2),
+            "rest": store_steps(group, 1500, [1033], steps=20, estimate=True),
+            "rest by head": store_steps(group, 1500, [1033], share="head", steps=2, estimate=True),
         },
         "even": generate(group, new=48),
         "ragged": generate(group, parts=[1100], chunk=512, new=24),
@@ -124,7 +127,11 @@ def two_ranks(group, folder) -> None:
 
 def four_ranks(group, folder) -> None:
     """A ragged split; at last a rank is killed while the others go on."""
-    found = {"ragged": store_steps(group, 1500, [137, 900, 450], steps=12)}
+    parts = [137, 900, 450]
+    found = {
+        "ragged": store_steps(group, 1500, parts, steps=12),
+        "rest": store_steps(group, 1500, parts, steps=12, estimate=True),
+    }
     torch.save(found, folder / f"{group.rank}.pt")
     group.add(torch.zeros(1))
     if group.rank == 2:

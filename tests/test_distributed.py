@@ -125,6 +125,36 @@ def test_four_ranks_over_ragged_parts_choose_and_attend_as_one(four):
     check_store([rank["ragged"] for rank in four[3]], split_worker.single(1500, steps=12))
 
 
+def check_rest(ranks: list[list[dict]], **given) -> None:
+    """All ranks add the same, which is what one process adds, but for how sums are rounded."""
+    one, dense = (split_worker.single(1500, **given, **own)
+                  for own in ({"estimate": True}, {"method": "dense"}))  # fmt: skip
+    left_out = split_worker.single(1500, **given)
+    for number, exact in enumerate(dense):
+        outs = [rank[number]["out"] for rank in ranks]
+        assert all(torch.equal(outs[0], other) for other in outs)
+        assert torch.equal(ranks[0][number]["lse"], ranks[-1][number]["lse"])
+        # Covariances are rounded to 8 bits once they are added up.
+        scale = one[number]["out"].abs().max()
+        assert (outs[0] - one[number]["out"]).abs().max() < 2e-3 * scale
+        assert torch.allclose(ranks[0][number]["lse"], one[number]["lse"], rtol=0, atol=2e-3)
+        if "tokens" in exact:
+            errors = [(out - exact["out"]).norm() for out in (outs[0], left_out[number]["out"])]
+            assert errors[0] < 0.5 * errors[1]
+
+
+def test_two_ranks_estimate_the_rest_as_one(two):
+    check_rest([rank["stores"]["rest"] for rank in two[2]], steps=20)
+
+
+def test_two_ranks_estimate_the_rest_of_each_head(two):
+    check_rest([rank["stores"]["rest by head"] for rank in two[2]], share="head", steps=2)
+
+
+def test_four_ranks_some_without_rows_estimate_the_rest_as_one(four):
+    check_rest([rank["rest"] for rank in four[3]], steps=12)
+
+
 @pytest.mark.parametrize(
     ("name", "given"), [("even", {"new": 48}), ("ragged", {"chunk": 512, "new": 24})]
 )

@@ -23,6 +23,7 @@ from saap.stateful import stateful
 
 from .group import Group
 from .parts import begins_of, check_parts, even_parts
+from .rest import SplitRest
 from .selector import SplitSelector
 
 
@@ -31,8 +32,7 @@ class SplitStore:
 
     Rank r holds the tokens from `begins[r]` to `begins[r + 1]`, the last rank all that follow.
     Sinks, middle and tail are those of the whole context, and a step's selection is the one that a
-    single process makes. `Budget.estimate_rest` has no effect. Other methods than `saap` and
-    `dense` are refused.
+    single process makes. Other methods than `saap` and `dense` are refused.
 
     Args:
         selector: of this layer, made for this store alone; None attends densely.
@@ -64,6 +64,7 @@ class SplitStore:
         self.kv_dtype = kv_dtype
         self.begins = None if parts is None else begins_of(parts)
         self.own: KVStore | None = None
+        self.rest = SplitRest(group)
         self.lengths: list[int] = []
         self.middles: list[int] = []
         self._new = (0, 0, 0)  # tokens of the last append; from where to where they are our own
@@ -86,7 +87,7 @@ class SplitStore:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank holds."""
-        return 0 if self.own is None or not self.own_length else self.own.nbytes
+        return self.rest.nbytes + (self.own.nbytes if self.own_length else 0)
 
     @property
     def visited_rows(self) -> float:
@@ -187,17 +188,26 @@ class SplitStore:
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         if self.selector is not None:
             self.selector.observe(q_rope, [new])
-        if new == 1:
-            out, lse = self._step(q_rope[:, :, 0], budget or self.budget, sm_scale, softcap, impl)
-            out, lse = out.unsqueeze(2), lse.unsqueeze(2)
-        else:
-            out, lse = self._chunk(q_rope, start, stop, sm_scale, softcap)
-        return self._merged(out, lse)
-
-    def _step(self, q: Tensor, budget: Budget, sm_scale, softcap, impl) -> OutAndLse:
+        if new > 1:
+            return self._merged(*self._chunk(q_rope, start, stop, sm_scale, softcap))
         self._flush(at_step=True)
+        q, budget = q_rope[:, :, 0], budget or self.budget
+        chooses = bool(
+            self.selector is not None and self.middles[0] and self.length > budget.dense_below
+        )
+        found = self._merged(*self._step(q, budget, chooses, sm_scale, softcap, impl))
+        leaves_out = chooses and budget.max_tokens < self.middles[0]
+        if leaves_out and budget.estimate_rest and softcap is None:
+            own = self.own if self.own_length else None
+            found = self.rest.add(
+                *found, q, own, self.middles[0], self._n_kv, budget, sm_scale=sm_scale, impl=impl
+            )
+        out, lse = found
+        return out.unsqueeze(2), lse.unsqueeze(2)
+
+    def _step(self, q, budget: Budget, chooses: bool, sm_scale, softcap, impl) -> OutAndLse:
         chosen = None
-        if self.selector is not None and self.middles[0] and self.length > budget.dense_below:
+        if chooses:
             # Triton's kernels are of attention alone.
             choosing = None if impl == "triton" else impl
             middle = self.own.middle if self.own_length else None
@@ -231,7 +241,7 @@ class SplitStore:
         return out, lse
 
     def _merged(self, out: Tensor, lse: Tensor) -> OutAndLse:
-        """One collective of `Hq x T x (D + 1)` floats."""
+        """One collective of D + 1 floats for each query and head."""
         both = torch.cat([out.float(), lse.unsqueeze(-1)], -1)
         every = self.group.gather(both)
         merged = every[0][..., :-1], every[0][..., -1]
@@ -281,6 +291,7 @@ class SplitStore:
             fresh = SaapSelector(selector.layer, selector.method, selector.trained)
             self.selector = SplitSelector(fresh, self.group)
         self.own, self.lengths, self.middles, self._new = None, [], [], (0, 0, 0)
+        self.rest = SplitRest(self.group)
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:

@@ -39,8 +39,7 @@ class RestOfRows:
             return self._moments
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
-        if len(self._sums) != batch:
-            self._sums = [RowSums() for _ in range(batch)]
+        sums = self.sums(middles)
         if self._moments is None or len(self._moments.means) != batch:
             self._moments = Moments(
                 torch.zeros(batch, n_kv, dim, 2 * dim, dtype=torch.bfloat16, device=k.device),
@@ -49,20 +48,23 @@ class RestOfRows:
             )
             self._held = None
         found = self._moments
-        self._take_in(middles)
         for b, n in enumerate(middles):
             if n and (self._held is None or self._held[0][b] != n):
-                found.spread[b], found.means[b] = self._sums[b].moments()
+                found.spread[b], found.means[b] = sums[b].moments()
         self._held = list(middles), list(left_out)
         counted = [n * left for n, left in zip(middles, left_out, strict=True)]
         found.n_rows.copy_(torch.tensor(counted, dtype=torch.int32))
         return found
 
-    def _take_in(self, middles: list[int]) -> None:
+    def sums(self, middles: list[int]) -> list["RowSums"]:
+        """Over all rows of each sequence's middle."""
+        if len(self._sums) != len(middles):
+            self._sums = [RowSums() for _ in middles]
         for b, n in enumerate(middles):
             sums = self._sums[b]
             for first in range(sums.n, n, AT_ONCE):
                 sums.add(self._read(b, first, min(first + AT_ONCE, n)))
+        return self._sums
 
     def _read(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n twice_D"]:
         """Keys beside values of these rows of the middle."""
@@ -90,10 +92,8 @@ class RestOfRows:
         """What is saved of a store that has estimated its rest."""
         if not self._sums or not all(middles):
             return {}
-        self._take_in(middles)
-        return {
-            name: torch.stack([s.tensors()[name] for s in self._sums]) for name in RowSums.NAMES
-        }
+        sums = self.sums(middles)
+        return {name: torch.stack([s.tensors()[name] for s in sums]) for name in RowSums.NAMES}
 
     def restore(self, state: dict[str, Tensor], middles: list[int]) -> None:
         """As saved, where it was; else rows are read again at the first step. ValueError where
@@ -173,7 +173,24 @@ class RowSums:
     def moments(self) -> tuple[Float[Tensor, "Hkv D twice_D"], Float[Tensor, "Hkv twice_D"]]:
         """`spread` and `means` of `Moments`."""
         held = self._held
-        dim, kept = held["products"].shape[1], held["kept"].clamp(min=1)
-        mean = held["sum"] / kept
-        spread = held["products"] / kept - mean[..., :dim].mT * mean
-        return spread, (held["origin"] + mean)[:, 0]
+        spread, mean = as_moments(held["kept"], held["sum"], held["products"])
+        return spread, held["origin"][:, 0] + mean
+
+    def about_zero(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`kept`, `sum` and `products` of the rows themselves, not of what they differ by, so that
+        those of other rows can be added."""
+        kept, total, products = (self._held[name] for name in ("kept", "sum", "products"))
+        origin, dim = self._held["origin"].double(), products.shape[1]
+        both = total[..., :dim].mT * origin + origin[..., :dim].mT * (total + kept * origin)
+        return kept, total + kept * origin, products + both
+
+
+def as_moments(
+    kept: Float[Tensor, "Hkv 1 1"],
+    total: Float[Tensor, "Hkv 1 twice_D"],
+    products: Float[Tensor, "Hkv D twice_D"],
+) -> tuple[Float[Tensor, "Hkv D twice_D"], Float[Tensor, "Hkv twice_D"]]:
+    """Covariances and means of so many rows with these sums."""
+    kept = kept.clamp(min=1)
+    mean = total / kept
+    return products / kept - mean[..., : products.shape[1]].mT * mean, mean[:, 0]

@@ -1,0 +1,62 @@
+"""An estimate of what no rank visits, where each rank holds some of the rows."""
+
+import torch
+from torch import Tensor
+
+from saap.budget import Budget
+from saap.kernels.rest import Moments, add_rest
+from saap.kv.rest import as_moments
+from saap.kv.store import KVStore
+
+from .group import Group
+
+
+class SplitRest:
+    """Estimates from the rows of all ranks, the same on all of them.
+
+    Sums of all ranks are added up when the middle has grown. What they leave out, keys very far
+    from the others, each rank judges by its own first rows.
+    """
+
+    def __init__(self, group: Group):
+        self.group = group
+        self._moments: Moments | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._moments is None else self._moments.nbytes
+
+    def add(
+        self, out: Tensor, lse: Tensor, q: Tensor, own: KVStore | None, n: int, n_kv: int,
+        budget: Budget, *, sm_scale: float, impl: str | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """To the attention of all ranks together over the rows that were chosen of n.
+
+        `own` holds this rank's part of them, None: it has no rows. Every rank calls it at the same
+        step.
+        """
+        moments = self._moments_of(own, n, n_kv, q)
+        visited = torch.full(
+            (1, n_kv if budget.share == "group" else q.shape[1], 1), budget.max_tokens,
+            dtype=torch.int32, device=q.device,
+        )  # fmt: skip
+        return add_rest(
+            out, lse, q, moments, visited,
+            sm_scale=sm_scale, max_tokens=budget.max_tokens, impl=impl,
+        )  # fmt: skip
+
+    def _moments_of(self, own: KVStore | None, n: int, n_kv: int, q: Tensor) -> Moments:
+        if self._moments is None or self._moments.n_rows != n:
+            dim, device = q.shape[2], q.device
+            flat = torch.zeros(n_kv, 1 + 2 * dim + 2 * dim * dim, dtype=torch.float64)
+            if own is not None and own.middles[0]:
+                (sums,) = own.rest.sums(own.middles)
+                flat = torch.cat([t.flatten(1) for t in sums.about_zero()], 1)
+            flat = self.group.add(flat.to(device).contiguous())
+            kept, total, products = flat.split([1, 2 * dim, 2 * dim * dim], 1)
+            spread, means = as_moments(
+                kept[:, None], total[:, None], products.view(n_kv, dim, 2 * dim)
+            )
+            rows = torch.tensor([n], dtype=torch.int32, device=device)
+            self._moments = Moments(spread[None].bfloat16(), means[None].float(), rows)
+        return self._moments
