@@ -1,13 +1,18 @@
-"""Random steps of a KV store at full budget: dense attention over what the steps left."""
+"""Random steps of a KV store: at full budget dense attention over what they left, at others this
+over the visited rows and the estimate of all others."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+import saap
 from saap.budget import Budget
 from saap.kernels.attention import dequantize_rows, quantize_rows
+from saap.kernels.rest import Moments
+from saap.kernels.rest.reference import add_rest
 from saap.kv import KVStore, attend_chunk, state
+from saap.kv.ranges import LOCAL
 from saap.methods.saap import SaapSelector
 
 from ..conftest import random_model
@@ -102,6 +107,39 @@ class Twin:
                 assert local <= set(rows) <= set(range(n))
                 assert len(rows) <= len(local) + small.max_tokens or starts.shape[2] == 1
 
+    def estimate(self):
+        """However rows came: what is estimated depends on those that are there."""
+        store, budget = self.store, self.store.budget
+        if not self.held or not all(store.lengths):
+            return
+        small = replace(budget, max_tokens=self.own.choice((0, 1, 5, 40)))
+        q = self.random(len(self.held), HQ, DIM) * self.own.choice((0.1, 1.0, 3.0))
+        starts, lengths = (t.clone() for t in store.select(q, q, small))
+        found = saap.attend_ranges(q, store.k, store.v, starts, lengths)
+        visited = [t.clone() for t in found]
+        with canaries():
+            add = store.adds_rest(small, lengths, DIM**-0.5, None)
+            found = found if add is None else add(*found, q)
+        best = store.selector is not None and store.selector.visits_best
+        assert (add is not None) == (best and any(store.middles))
+        for b, n in enumerate(store.middles if add is not None else ()):
+            if n == 0:
+                assert torch.equal(found[0][b], visited[0][b])
+                continue
+            k, v = (t[:, budget.n_sink : budget.n_sink + n].double() for t in self.held[b])
+            rows = torch.cat([k, v], -1)
+            means = rows.mean(1)
+            apart = rows - means[:, None]
+            spread = apart[..., :DIM].mT @ apart / n
+            moments = Moments(spread[None], means[None], torch.tensor([n]))
+            true = add_rest(
+                *(t[b : b + 1].double() for t in (*visited, q)), moments,
+                lengths[b : b + 1, :, LOCAL:], DIM**-0.5, small.max_tokens, 0.0,
+            )  # fmt: skip
+            for got, exact in zip(found, true, strict=True):
+                # Covariances are kept with 8 bits.
+                assert (got[b] - exact[0]).abs().max() < 0.02 * (1 + exact.abs().max())
+
     def flush(self):
         self.store.flush()
 
@@ -168,7 +206,8 @@ def test_store_steps(selectors):
         twin = Twin(own, selectors(name), budget, own.choice((None, None, torch.int8)))
         for _ in range(own.choice((5, 20, 60))):
             step = own.choice(
-                ("append",) * 12 + ("ask", "ask", "flush", "truncate", "select", "save", "wrong")
+                ("append",) * 12
+                + ("ask", "ask", "estimate", "flush", "truncate", "select", "save", "wrong")
             )
             if step == "save":
                 twin.save(lambda name=name: selectors(name))
