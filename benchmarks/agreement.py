@@ -53,7 +53,7 @@ def forced(own, cache, prompt: Prompt) -> list[bool]:
     """Whether it would say each of the dense tokens, after those before it."""
     found, last = [], int(prompt.tokens[-1])
     for token in prompt.transformers.tokens:
-        logits = own.model(torch.tensor([[last]]), past_key_values=cache).logits[0, -1]
+        logits = own.model(torch.tensor([[last]]), **hf.over(cache)).logits[0, -1]
         found.append(int(logits.argmax()) == token)
         last = token
     return found

@@ -201,7 +201,7 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
         before = model.config._attn_implementation
         model.config._attn_implementation = implementation
         try:
-            model(token, past_key_values=cache)
+            model(token, **hf.over(cache))
         finally:
             model.config._attn_implementation = before
 
@@ -220,7 +220,7 @@ def measure(model, context: int, budget: Budget, nlist: int, seconds: float) -> 
                 made = time.perf_counter() - begin
 
                 def step(cache=cache):
-                    model(token, past_key_values=cache)
+                    model(token, **hf.over(cache))
 
                 # Not all methods' turns at once: a model is attached to one of them at a time.
                 turns = {

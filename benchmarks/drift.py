@@ -46,11 +46,11 @@ def grown(model, tokens: torch.Tensor, budget: Budget, again: bool):
         hf.attached(model, method="saap", budget=budget) as saap_model,
     ):
         cache = saap_model.cache()
-        model(tokens[None, :LEARNED], past_key_values=cache, logits_to_keep=1)
-        model(tokens[None, LEARNED : LEARNED + 1], past_key_values=cache)  # learns
+        model(tokens[None, :LEARNED], **hf.over(cache), logits_to_keep=1)
+        model(tokens[None, LEARNED : LEARNED + 1], **hf.over(cache))  # learns
         for first in range(LEARNED + 1, len(tokens), PIECE):
             piece = tokens[None, first : first + PIECE]
-            model(piece, past_key_values=cache, logits_to_keep=1)
+            model(piece, **hf.over(cache), logits_to_keep=1)
         for layer in cache.saap_layers:
             layer.store.settle()
         yield [layer.store for layer in cache.layers]

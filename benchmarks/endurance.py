@@ -92,7 +92,7 @@ class Conversation:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
     def logits(self, model, cache, ids: Tensor) -> Tensor:
-        found = model(**self.inputs(ids), past_key_values=cache, logits_to_keep=1)
+        found = model(**self.inputs(ids), **hf.over(cache), logits_to_keep=1)
         return found.logits[:, -1]
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from transformers import DynamicCache
 
 import saap
 from saap.budget import Budget
+from saap.hf import over
 
 from .decode import InPlaceLayer, filled
 from .gpu import environment
@@ -70,7 +71,7 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
         model.config._attn_implementation = "packed_sdpa"
         try:
             with flash(device):
-                model(token, past_key_values=dense)
+                model(token, **over(dense))
         finally:
             model.config._attn_implementation = own
 
@@ -82,7 +83,7 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
         plain = DynamicCache(config=model.config)
         for number, (k, v) in enumerate(layers):
             plain.update(k, v, number)
-        as_it_comes = functools.partial(model, token, past_key_values=plain)
+        as_it_comes = functools.partial(model, token, **over(plain))
         timed(record, "transformers", as_it_comes, steps=4)
 
         def by_flash():
@@ -96,7 +97,7 @@ def measure(model, batch: int, context: int, budget: Budget) -> dict:
             with saap.attached(model, None, budget, method=method) as saap_model:
                 begin = time.perf_counter()
                 cache = filled(saap_model, layers, context)
-                step = functools.partial(model, token, past_key_values=cache)
+                step = functools.partial(model, token, **over(cache))
                 step()
                 wait(device)
                 record.setdefault("made_s", {})[name] = time.perf_counter() - begin

@@ -57,18 +57,18 @@ def measure(models: list, context: int, seconds: float) -> dict:
         def draft():
             with own.drafting():
                 for _ in range(DRAFTS[1]):
-                    own_model(token, past_key_values=own)
+                    own_model(token, **hf.over(own))
 
         def verify(drafts: int):
             with FewRows():  # as `generate()` does
-                own_model(token.expand(1, drafts + 1), past_key_values=own)
+                own_model(token.expand(1, drafts + 1), **hf.over(own))
             own.crop(-drafts - 1)
 
         turns = {
             "drafts": [draft],
             **{f"verification of {n}": [functools.partial(verify, n)] for n in DRAFTS},
-            "dense": [lambda: dense_model(token, past_key_values=dense)] * 4,
-            "transformers": [lambda: plain_model(token, past_key_values=plain)],
+            "dense": [lambda: dense_model(token, **hf.over(dense))] * 4,
+            "transformers": [lambda: plain_model(token, **hf.over(plain))],
         }
         spent = take_turns(turns, seconds)
     spent["draft"] = [ms / DRAFTS[1] for ms in spent.pop("drafts")]

@@ -69,7 +69,7 @@ def of_pass_keys(count: int) -> list[dict]:
         for prompt, key in asked:
             with saap.attached(model, budget=Budget(max_tokens=256), kv_dtype=dtype) as attached:
                 found = model.generate(
-                    prompt, past_key_values=attached.cache(), max_new_tokens=8, do_sample=False
+                    prompt, **hf.over(attached.cache()), max_new_tokens=8, do_sample=False
                 )
             right += key in tokenizer.decode(found[0, prompt.shape[1] :])
         records.append({"right": right, "asked": count})
@@ -92,7 +92,7 @@ def of_texts(count: int) -> list[dict]:
             with hf.attached(model, method="dense", budget=BUDGET, kv_dtype=dtype) as attached:
                 cache = hf.cache_from(attached, context, READ + PREDICTED)
                 asked = tokens[READ : READ + PREDICTED]
-                logits = model(asked[None, :-1], past_key_values=cache).logits[0]
+                logits = model(asked[None, :-1], **hf.over(cache)).logits[0]
             nats[-1].append(float(torch.nn.functional.cross_entropy(logits, asked[1:])))
         print(number, nats[-1], flush=True)
     beyond = torch.tensor(nats)

@@ -37,7 +37,7 @@ def read(model, tokens, ours: bool) -> dict:
         cache = attached.cache(len(tokens)) if ours else DynamicCache(config=model.config)
         began = time.perf_counter()
         for part in tokens[None].split(CHUNK, 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, **hf.over(cache), logits_to_keep=1)
         found = {"seconds": time.perf_counter() - began, "products": 0.0, "attention": 0.0}
     for event in watched.key_averages():
         for kind, names in (("products", ("aten::mm", "aten::addmm")), ("attention", ("flash",))):

@@ -154,11 +154,11 @@ def of_a_text(fast_share: float = 0.1) -> dict:
         kv = config.num_hidden_layers * row * tokens.shape[1]
         cache = attached.cache(directory=folder, fast_memory=round(fast_share * kv))
         for part in tokens[:, :-128].split(2048, 1):
-            model(part, past_key_values=cache)
+            model(part, **hf.over(cache))
         for n in range(tokens.shape[1] - 128, tokens.shape[1]):
             if n == tokens.shape[1] - 96:
                 before = cache.reads
-            model(tokens[:, n : n + 1], past_key_values=cache)
+            model(tokens[:, n : n + 1], **hf.over(cache))
         asked = cache.reads.asked - before.asked
         found = {"tokens": tokens.shape[1], "rows": 256, "fast_share": fast_share}
         found["hit_rate"] = (cache.reads.hits - before.hits) / asked

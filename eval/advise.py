@@ -168,7 +168,7 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
 @torch.no_grad()
 def own_steps(model, cache) -> None:
     for _ in range(STEPS):
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **hf.over(cache))
 
 
 def steps_ms(steps: Callable[[], object]) -> float:

@@ -65,7 +65,7 @@ class Decoder:
         found = []
         for token in torch.as_tensor(tokens).tolist():
             given = torch.tensor([[token]], device=self.model.device)
-            found.append(self.model(given, past_key_values=self.cache).logits[0, -1].float())
+            found.append(self.model(given, **hf.over(self.cache)).logits[0, -1].float())
             self._count()
         return torch.stack(found)
 
@@ -89,7 +89,7 @@ class Decoder:
         before, self.cache.exact = self.cache.exact, True
         try:
             given = torch.tensor([tokens], device=self.model.device)
-            self.model(given, past_key_values=self.cache)
+            self.model(given, **hf.over(self.cache))
         finally:
             self.cache.exact = before
 

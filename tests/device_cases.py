@@ -7,6 +7,7 @@ import transformers
 
 import saap
 from saap.budget import Budget
+from saap.hf import over
 from saap.methods import METHODS
 
 METHODS_WITHOUT_INDEX = [name for name, own in METHODS.items() if not own.needs_index]
@@ -59,10 +60,10 @@ def logits_of_steps(
     tokens, _ = prompts()
     with saap.attached(model, None, Budget(**BOUND), method=method) as saap_model:
         cache = saap_model.cache()
-        found = [model(tokens[:1].to(device), past_key_values=cache).logits[:, -1]]
+        found = [model(tokens[:1].to(device), **over(cache)).logits[:, -1]]
         for i in range(steps):
             token = torch.tensor([[i]], device=device)
-            found.append(model(token, past_key_values=cache).logits[:, -1])
+            found.append(model(token, **over(cache)).logits[:, -1])
             after()
     return torch.stack([logits.cpu() for logits in found])
 
@@ -75,7 +76,7 @@ def generated(model, variant: str, device) -> torch.Tensor:
         tokens, mask = tokens[:1], mask[:1]
     with saap.attached(model, None, Budget(**BOUND, **budget), **attaching) as saap_model:
         return model.generate(
-            tokens, attention_mask=mask, past_key_values=saap_model.cache(), max_new_tokens=20,
+            tokens, attention_mask=mask, **over(saap_model.cache()), max_new_tokens=20,
             do_sample=False, **generating,
         ).cpu()  # fmt: skip
 
@@ -85,12 +86,12 @@ def generated_after_saving(model, device, path) -> torch.Tensor:
     tokens = prompts()[0][:1].to(device)
     with saap.attached(model, None, Budget(**BOUND)) as saap_model:
         cache = saap_model.cache()
-        model(tokens, past_key_values=cache)
+        model(tokens, **over(cache))
         saap_model.save_context(cache, tokens[0].cpu(), path)
         cache, _ = saap_model.open_context(path)
         more = torch.cat([tokens, tokens[:, :3]], 1)
         return model.generate(
-            more, past_key_values=cache, max_new_tokens=12, do_sample=False
+            more, **over(cache), max_new_tokens=12, do_sample=False
         ).cpu()  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 import saap
 from saap.budget import Budget
 from saap.hf import Verify
+from saap.hf.cache_argument import NAME
 
 from .test_generate import SMALL, make, prompt, random_index
 
@@ -73,7 +74,7 @@ def assert_holds(model, cache, ids, padding=0):
     assert cache.lengths == [n - padding]
     assert cache.last_positions == [n - padding - 1]
     with torch.no_grad():
-        plain = model(ids[:, padding:], use_cache=True).past_key_values
+        plain = model(ids[:, padding:], use_cache=True)[NAME]
     for layer, dense in zip(cache.layers, plain.layers, strict=True):
         if not hasattr(layer, "store"):
             assert layer.get_seq_length() == n

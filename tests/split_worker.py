@@ -184,9 +184,9 @@ def generate(
     ):
         cache = attached.cache() if parts is None else attached.cache(parts=parts)
         for start in range(0, n - 1 if chunk else 0, chunk or n):
-            model(tokens[:, start : min(start + chunk, n - 1)], past_key_values=cache)
+            model(tokens[:, start : min(start + chunk, n - 1)], **hf.over(cache))
         found = model.generate(
-            tokens, past_key_values=cache, max_new_tokens=new, min_new_tokens=new,
+            tokens, **hf.over(cache), max_new_tokens=new, min_new_tokens=new,
             do_sample=False, num_beams=num_beams,
         )  # fmt: skip
         visited = sum(layer.store.visited_rows for layer in cache.saap_layers)

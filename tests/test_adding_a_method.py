@@ -11,6 +11,7 @@ from saap.budget import Budget
 from saap.eval.run import EvalConfig
 from saap.eval.tasks.attention import evaluate
 from saap.eval.variants import make_variants
+from saap.hf import over
 from saap.kv import KVStore
 from saap.methods import METHODS
 
@@ -34,7 +35,7 @@ def generated(model, tokens, method, budget, n_tokens=12):
         cache = saap_model.cache()
         out = model.generate(
             tokens,
-            past_key_values=cache,
+            **over(cache),
             max_new_tokens=n_tokens,
             min_new_tokens=n_tokens,
             do_sample=False,

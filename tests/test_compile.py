@@ -61,7 +61,7 @@ def test_generate_of_a_compiled_model(family):
     index = random_index(model)
     model.compile(backend="eager")
     with saap.attached(model, index, FULL, method="blend") as saap_model:
-        found = generated(model, INPUTS, max_new_tokens=8, past_key_values=saap_model.cache())
+        found = generated(model, INPUTS, max_new_tokens=8, **hf.over(saap_model.cache()))
         assert torch.equal(found, expected)
         assert torch.equal(generated(model, INPUTS, max_new_tokens=8), expected)
 

@@ -15,6 +15,7 @@ import torch
 
 import saap
 from saap import Budget, context_folder
+from saap.hf import over
 from saap.kv import row_file
 from tests.conftest import SMALL, random_model
 from tests.test_generate import FAMILIES
@@ -31,7 +32,7 @@ def long_tokens():
 
 def step(model, cache, tokens):
     with torch.no_grad():
-        return model(tokens, past_key_values=cache).logits[:, -1]
+        return model(tokens, **over(cache)).logits[:, -1]
 
 
 def read(model, cache, tokens, *, chunk=300):
@@ -47,7 +48,7 @@ def settle(cache):
 
 
 def generated(model, cache, tokens, n=20):
-    return model.generate(tokens, past_key_values=cache, max_new_tokens=n, do_sample=False)
+    return model.generate(tokens, **over(cache), max_new_tokens=n, do_sample=False)
 
 
 @pytest.mark.parametrize("fast_memory", [None, FAST, 2**30])

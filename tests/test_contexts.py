@@ -9,6 +9,7 @@ import torch
 import saap
 from saap import context_file
 from saap.budget import Budget
+from saap.hf import over
 from saap.index import tensor_files
 
 from .test_generate import FULL, generated, make, prompt, random_index
@@ -38,7 +39,7 @@ def read(saap_model, tokens, path=None):
     cache = saap_model.cache()
     with torch.no_grad():
         for part in tokens.split(37, 1):
-            saap_model.model(part, past_key_values=cache)
+            saap_model.model(part, **over(cache))
     if path is not None:
         saap_model.save_context(cache, tokens[0], path)
     return cache
@@ -47,7 +48,7 @@ def read(saap_model, tokens, path=None):
 def answer(saap_model, cache, tokens, question):
     tokens = torch.cat([tokens.view(1, -1), question], 1)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return generated(saap_model.model, inputs, past_key_values=cache, max_new_tokens=30)
+    return generated(saap_model.model, inputs, **over(cache), max_new_tokens=30)
 
 
 @pytest.mark.parametrize("budget", [FULL, SMALL])
@@ -80,7 +81,7 @@ def test_long_answer_outgrows_the_file(saved):
         cache, tokens = saap_model.open_context(path)
         with torch.no_grad():
             for part in prompt(1, 1500, seed=6).split(300, 1):
-                model(part, past_key_values=cache)
+                model(part, **over(cache))
         assert cache.lengths == [1600]
         plain = read(saap_model, torch.cat([tokens[None], prompt(1, 1500, seed=6)], 1))
         for mine, theirs in zip(cache.saap_layers, plain.saap_layers, strict=True):

@@ -8,6 +8,7 @@ import torch
 import saap
 from saap import hf
 from saap.budget import Budget
+from saap.hf import cache_argument
 from saap.trained_index import LayerIndex, TrainedIndex
 
 from .conftest import random_model
@@ -120,7 +121,7 @@ def logits_of(model, tokens, mask=None, cuts=(), cache=None):
         if mask is not None:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
         with torch.no_grad():
-            step = model(tokens[:, start:stop], past_key_values=cache, use_cache=True, **given)
+            step = model(tokens[:, start:stop], **hf.over(cache), use_cache=True, **given)
         found.append(step.logits)
         start = stop
     return torch.cat(found, 1)
@@ -202,11 +203,31 @@ def test_greedy_tokens_are_those_of_dense(case):
     expected = generated(model, inputs)
     with saap.attached(model, index, FULL, method="blend") as saap_model:
         cache = saap_model.cache()
-        assert torch.equal(generated(model, inputs, past_key_values=cache), expected)
+        assert torch.equal(generated(model, inputs, **hf.over(cache)), expected)
         # Phi-3 drops a cache where longrope switches tables, and computes everything anew.
         if model.config.rope_parameters.get("rope_type") != "longrope":
             assert cache.lengths == [63, 30]
         assert torch.equal(generated(model, inputs), expected), "without our cache"
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_under_either_name(llama, name):
+    """transformers has called it `cache` since 5.24, and takes the old name, too."""
+    if name == "cache" != cache_argument.NAME:
+        pytest.skip("this version of transformers knows the old name alone")
+    model, index = llama
+    tokens = prompt(1, 60)
+    expected = generated(model, {"input_ids": tokens})
+    with saap.attached(model, index, FULL) as saap_model, torch.no_grad():
+        cache = saap_model.cache()
+        assert torch.equal(generated(model, {"input_ids": tokens}, **{name: cache}), expected)
+        assert cache.lengths == [83]
+        other = saap_model.cache()
+        model(tokens, **{name: other})
+        assert other.lengths == [60]
+    assert cache_argument.given({name: cache, "use_cache": True}) is cache
+    assert cache_argument.given({"use_cache": True}) is None
 
 
 DECODING = {
@@ -234,7 +255,7 @@ def test_decoding(family, decoding):
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     expected = generated(model, inputs, **options)
     with saap.attached(model, random_index(model), FULL, method="blend") as saap_model:
-        ours = generated(model, inputs, past_key_values=saap_model.cache(), **options)
+        ours = generated(model, inputs, **hf.over(saap_model.cache()), **options)
         assert torch.equal(ours, expected)
         assert torch.equal(generated(model, inputs, **options), expected)
 
@@ -256,7 +277,7 @@ def test_streaming(llama):
     kept = Kept()
     inputs = {"input_ids": prompt(), "attention_mask": torch.ones(1, 70).long()}
     with saap.attached(model, index, FULL, method="blend") as saap_model:
-        found = generated(model, inputs, past_key_values=saap_model.cache(), streamer=kept)
+        found = generated(model, inputs, **hf.over(saap_model.cache()), streamer=kept)
     assert kept.tokens == [*found[0].tolist(), "end"]
 
 
@@ -269,7 +290,7 @@ def test_next_turn_over_the_same_cache(family):
         cache = saap_model.cache()
         for turn in range(3):
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            ours = generated(model, inputs, past_key_values=cache, max_new_tokens=9)
+            ours = generated(model, inputs, **hf.over(cache), max_new_tokens=9)
             assert torch.equal(ours, generated(model, inputs, max_new_tokens=9))
             tokens = torch.cat([ours, prompt(1, 11, seed=turn)], 1)
 
@@ -307,7 +328,7 @@ def test_dense_layers_are_dense(llama):
 
 def call(model, cache, tokens=None, **options):
     with torch.no_grad():
-        return model(prompt(1, 4) if tokens is None else tokens, past_key_values=cache, **options)
+        return model(prompt(1, 4) if tokens is None else tokens, **hf.over(cache), **options)
 
 
 BAD_FORWARDS = {
@@ -503,13 +524,13 @@ def test_a_full_window_whose_past_was_not_kept_is_not_cropped():
     model = make("gemma3")
     with saap.attached(model, None, SMALL, method="quest") as saap_model:
         cache = saap_model.cache()
-        generated(model, {"input_ids": prompt(1, 40)}, past_key_values=cache, max_new_tokens=4)
+        generated(model, {"input_ids": prompt(1, 40)}, **hf.over(cache), max_new_tokens=4)
         held = cache.lengths
         with pytest.raises(ValueError, match=r"activate_past_recording\(\) must be called before"):
             cache.crop(-2)
         assert cache.lengths == held  # no layer was cut
         cache = saap_model.cache()
         cache.activate_past_recording()
-        generated(model, {"input_ids": prompt(1, 40)}, past_key_values=cache, max_new_tokens=4)
+        generated(model, {"input_ids": prompt(1, 40)}, **hf.over(cache), max_new_tokens=4)
         cache.crop(-2)
         assert cache.lengths == [held[0] - 2]

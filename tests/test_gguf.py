@@ -61,7 +61,7 @@ def test_attached_equals_dense_at_full_budget(model):
     options = {"max_new_tokens": 5, "do_sample": False}
     dense = model.generate(tokens, **options)
     with saap.attached(model, budget=saap.Budget(max_tokens=10_000)) as saap_model:
-        found = model.generate(tokens, past_key_values=saap_model.cache(), **options)
+        found = model.generate(tokens, **hf.over(saap_model.cache()), **options)
     assert torch.equal(found, dense)
 
 
@@ -213,7 +213,7 @@ def test_smollm2_knows_a_capital():
     asked = tokenizer("The capital of Germany is", return_tensors="pt")
     with saap.attached(model) as saap_model:
         found = model.generate(
-            **asked, past_key_values=saap_model.cache(), max_new_tokens=3, do_sample=False
+            **asked, **hf.over(saap_model.cache()), max_new_tokens=3, do_sample=False
         )
     assert "Berlin" in tokenizer.decode(found[0])
 

@@ -54,7 +54,7 @@ def test_a_read_context_and_a_handler_equal_the_model(family, chunk):
         read = hf.read_context(model, tokens[0, :-1], chunk=chunk)
         with hf.attached(model, method="dense", budget=Budget(max_tokens=0)) as saap_model:
             cache = hf.cache_from(saap_model, read, 130)
-            after = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+            after = model(tokens[:, -1:], **hf.over(cache)).logits[:, -1]
     for ours in (parts[-1][:, -1], after):
         assert (ours - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
     assert model.config._attn_implementation == "eager"

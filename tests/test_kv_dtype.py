@@ -7,6 +7,7 @@ import torch
 
 import saap
 from saap import Budget, KVStore, LayerInfo
+from saap.hf import over
 from saap.kernels.attention.int8_rows import head_dim, quantize_rows, stored_as, widened, width
 from saap.kv.chunks import attend_chunk
 from saap.methods import METHODS, find_method
@@ -64,7 +65,7 @@ def test_every_method_decodes_over_narrow_rows(tiny_model, tiny_index, tiny_toke
     with saap.attached(tiny_model, index, budget, method=name, kv_dtype=dtype) as attached:
         cache = attached.cache()
         found = tiny_model.generate(
-            tiny_tokens[:2], past_key_values=cache, max_new_tokens=12, do_sample=False
+            tiny_tokens[:2], **over(cache), max_new_tokens=12, do_sample=False
         )
     assert found.shape == (2, 312)
     assert all(layer.store.k.dtype == dtype for layer in cache.saap_layers)
@@ -84,9 +85,9 @@ def test_the_reference_model_says_the_same(reference_model, captured, reference_
         with saap.attached(reference_model, budget=budget, kv_dtype=kv_dtype) as attached:
             cache = attached.cache()
             with torch.no_grad():
-                reference_model(tokens[:, :-16], past_key_values=cache)
+                reference_model(tokens[:, :-16], **over(cache))
                 steps = [
-                    reference_model(tokens[:, n : n + 1], past_key_values=cache).logits[0, -1]
+                    reference_model(tokens[:, n : n + 1], **over(cache)).logits[0, -1]
                     for n in range(tokens.shape[1] - 16, tokens.shape[1])
                 ]
         logits.append(torch.stack(steps).log_softmax(-1))
@@ -107,14 +108,13 @@ def test_a_context_is_saved_as_narrow_as_it_is_held(tiny_model, tiny_tokens, tmp
         ) as attached:
             cache = attached.cache()
             with torch.no_grad():
-                tiny_model(tiny_tokens[:1], past_key_values=cache)
+                tiny_model(tiny_tokens[:1], **over(cache))
                 attached.save_context(cache, tiny_tokens[0], path)
                 sizes[kv_dtype] = path.stat().st_size
                 opened, _ = attached.open_context(path)
                 assert opened.layers[0].store.k.dtype == (kv_dtype or torch.float32)
                 own, again = (
-                    tiny_model(tiny_tokens[1:2, :1], past_key_values=c).logits
-                    for c in (cache, opened)
+                    tiny_model(tiny_tokens[1:2, :1], **over(c)).logits for c in (cache, opened)
                 )
                 assert torch.equal(own, again)
     assert sizes[dtype] < 0.7 * sizes[None]
@@ -132,7 +132,7 @@ def test_the_model_s_own_dtype_is_that_of_none(tiny_model, tiny_tokens, tmp_path
     with saap.attached(tiny_model, budget=budget, kv_dtype=torch.float32) as attached:
         cache = attached.cache()
         with torch.no_grad():
-            tiny_model(tiny_tokens[:1], past_key_values=cache)
+            tiny_model(tiny_tokens[:1], **over(cache))
         attached.save_context(cache, tiny_tokens[0], path)
     with saap.attached(tiny_model, budget=budget) as attached:
         cache, _ = attached.open_context(path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
+from saap.hf import over
 from saap.kv.middle_rows import MiddleRows
 
 from .lossless_cases import (
@@ -34,7 +35,7 @@ def test_greedy_tokens_are_those_of_dense(family):
         expected = generated(model, inputs, max_new_tokens=NEW)
         with attached(model, index) as saap_model:
             cache = saap_model.cache()
-            ours = generated(model, inputs, past_key_values=cache, max_new_tokens=NEW)
+            ours = generated(model, inputs, **over(cache), max_new_tokens=NEW)
         assert torch.equal(ours, expected)
         drafted += cache.pace.tally.drafted
         accepted += cache.pace.tally.accepted
@@ -52,7 +53,7 @@ def test_any_method_drafts(llama, method):
     expected = generated(model, inputs, max_new_tokens=NEW)
     with attached(model, index if method == "kmeans" else None, METHODS[method], method) as own:
         cache = own.cache()
-        ours = generated(model, inputs, past_key_values=cache, max_new_tokens=NEW)
+        ours = generated(model, inputs, **over(cache), max_new_tokens=NEW)
     assert torch.equal(ours, expected)
     assert 0 < cache.pace.tally.accepted < cache.pace.tally.drafted
     assert_holds(model, cache, ours)
@@ -65,7 +66,7 @@ def test_drafts_never_move_rows(llama, monkeypatch, method):
     monkeypatch.setattr(MiddleRows, "_lay_out", lambda *_: pytest.fail("rows moved back"))
     with attached(model, index, METHODS[method], method) as saap_model:
         cache = saap_model.cache()
-        ours = generated(model, inputs_of(prompt(1, 60)), past_key_values=cache)
+        ours = generated(model, inputs_of(prompt(1, 60)), **over(cache))
     assert_holds(model, cache, ours)
     assert cache.layers[0].store.middles[0] > 60 - 4 - 8
 
@@ -76,7 +77,7 @@ def test_short_prompts(llama, length):
     inputs = inputs_of(prompt(1, length))
     with attached(model, index) as saap_model:
         cache = saap_model.cache()
-        ours = generated(model, inputs, past_key_values=cache, max_new_tokens=20)
+        ours = generated(model, inputs, **over(cache), max_new_tokens=20)
         assert torch.equal(ours, generated(model, inputs, max_new_tokens=20))
     assert_holds(model, cache, ours)
 
@@ -90,7 +91,7 @@ def test_left_padding_and_the_next_turn(family):
         cache = saap_model.cache()
         for turn, padding in enumerate([7, 7, 7]):
             inputs = inputs_of(tokens, padding)
-            ours = generated(model, inputs, past_key_values=cache, max_new_tokens=9)
+            ours = generated(model, inputs, **over(cache), max_new_tokens=9)
             assert torch.equal(ours, generated(model, inputs, max_new_tokens=9))
             assert_holds(model, cache, ours, padding)
             # One token more than the cache holds, then several: a prompt is read exactly.
@@ -110,7 +111,7 @@ def test_a_batch_and_its_next_turn(family):
         cache = saap_model.cache()
         for turn in range(2):
             width = inputs["input_ids"].shape[1]
-            ours = generated(model, inputs, past_key_values=cache, max_new_tokens=12)
+            ours = generated(model, inputs, **over(cache), max_new_tokens=12)
             assert torch.equal(ours, generated(model, inputs, max_new_tokens=12))
             assert_batch_holds(model, cache, ours, lengths, width)
             more = torch.cat([ours, prompt(len(LENGTHS), 1 + turn, seed=9)], 1)
@@ -133,7 +134,7 @@ def test_a_sequence_of_a_batch_ends_at_every_place_of_a_draft(llama):
             options = {"max_new_tokens": 30, "eos_token_id": int(dense[1, 59 + n])}
             expected = generated(model, inputs, **options)
             cache = saap_model.cache()
-            ours = generated(model, inputs, past_key_values=cache, **options)
+            ours = generated(model, inputs, **over(cache), **options)
             assert torch.equal(ours, expected)
             assert_batch_holds(model, cache, ours, LENGTHS, 60)
             ends = (expected[:, 60:] == options["eos_token_id"]).int()
@@ -164,7 +165,7 @@ def test_a_sequence_of_a_batch_that_is_stopped(llama, eos):
         expected = generated(model, inputs, **options)
         with attached(model, index) as saap_model:
             cache = saap_model.cache()
-            ours = generated(model, inputs, past_key_values=cache, **options)
+            ours = generated(model, inputs, **over(cache), **options)
         assert torch.equal(ours, expected)
         assert bool((ours[0, n:] == 0).all()) == (eos is not None)
         assert_batch_holds(model, cache, ours, LENGTHS, 60)
@@ -175,6 +176,6 @@ def test_adapting_gives_the_same_tokens(llama):
     inputs = inputs_of(prompt(1, 60, seed=2))
     with attached(model, index, verify=8) as saap_model:
         cache = saap_model.cache()
-        ours = generated(model, inputs, past_key_values=cache, max_new_tokens=60)
+        ours = generated(model, inputs, **over(cache), max_new_tokens=60)
         assert torch.equal(ours, generated(model, inputs, max_new_tokens=60))
     assert cache.pace.tally.exact_steps >= 2

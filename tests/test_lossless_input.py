@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from saap.hf import over
+
 from .lossless_cases import attached, inputs_of, small_llama
 from .test_generate import generated, make, prompt, random_index
 
@@ -32,7 +34,7 @@ def test_bad_options(llama, wrong):
     with attached(model, index) as saap_model:
         cache = saap_model.cache()
         with pytest.raises(ValueError, match=message):
-            generated(model, {"input_ids": prompt(1, 9), **options}, past_key_values=cache)
+            generated(model, {"input_ids": prompt(1, 9), **options}, **over(cache))
         assert cache.lengths == []
 
 
@@ -55,12 +57,12 @@ def test_cache_of_another_block_and_a_copy(llama):
         other = saap_model.cache()
     with attached(model, index) as saap_model:
         with pytest.raises(ValueError, match="this SaapCache must belong to this model and block"):
-            generated(model, inputs, past_key_values=other)
+            generated(model, inputs, **over(other))
         copied = copy.deepcopy(model)
         assert torch.equal(generated(copied, inputs), generated(model, inputs))
     with attached(copied, index, verify=None) as saap_model:
         cache = saap_model.cache()
-        generated(copied, inputs, past_key_values=cache)
+        generated(copied, inputs, **over(cache))
         assert cache.pace is None
 
 

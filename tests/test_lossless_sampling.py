@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from saap.hf import Verify, lossless
+from saap.hf import Verify, lossless, over
 
 from .lossless_cases import attached, inputs_of, small_llama
 from .test_generate import generated, prompt
@@ -32,9 +32,7 @@ def test_sampled_batches_have_the_distribution_of_dense(llama):
     with attached(model, index, verify=Verify(2, adapt=False)) as saap_model:
         for _ in range(n_runs):
             cache = saap_model.cache()
-            found = model.generate(
-                **inputs, past_key_values=cache, num_return_sequences=n_each, **options
-            )
+            found = model.generate(**inputs, **over(cache), num_return_sequences=n_each, **options)
             for three in found[:, 60:].tolist():
                 counts[tuple(three)] = counts.get(tuple(three), 0) + 1
     shares = {(): 1.0}
@@ -114,7 +112,7 @@ def test_sampled_tokens_have_the_distribution_of_dense(llama, monkeypatch, alway
         for seed in range(4):
             found = generated(
                 model, inputs_of(prompt(1, 60, seed=seed)),
-                past_key_values=saap_model.cache(), **options,
+                **over(saap_model.cache()), **options,
             )  # fmt: skip
             scores.append((found.sequences, found.scores))
     for token, exact, drafted in calls:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
+from saap.hf import over
+from saap.hf.cache_argument import NAME
+
 from .lossless_cases import METHODS, NEW, Kept, assert_holds, attached, inputs_of, small_llama
 from .test_generate import generated, make, prompt, random_index
 
@@ -31,11 +34,10 @@ def test_logits_processors(llama):
     inputs = inputs_of(prompt(1, 60, seed=4))
     options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "max_new_tokens": NEW}
     asked = []
-    for given in ({}, {"past_key_values": ...}):
+    for sparse in (False, True):
         marks = Marks()
         with attached(model, index) as saap_model:
-            if given:
-                given = {"past_key_values": saap_model.cache()}
+            given = over(saap_model.cache()) if sparse else {}
             own = generated(
                 model, inputs, logits_processor=LogitsProcessorList([marks]), **options, **given
             )
@@ -51,14 +53,12 @@ def test_scores_and_streaming(llama):
     kept = Kept()
     with attached(model, index) as saap_model:
         cache = saap_model.cache()
-        ours = generated(
-            model, inputs, past_key_values=cache, streamer=kept, max_new_tokens=NEW, **wanted
-        )
+        ours = generated(model, inputs, **over(cache), streamer=kept, max_new_tokens=NEW, **wanted)
     assert torch.equal(ours.sequences, dense.sequences)
     for name in ("scores", "logits"):
         pairs = zip(ours[name], dense[name], strict=True)
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-    assert ours.past_key_values is cache
+    assert ours[NAME] is cache
     new = ours.sequences[0, 60:].tolist()
     assert kept.tokens == [inputs["input_ids"][0].tolist(), *[[t] for t in new], "end"]
 
@@ -87,16 +87,14 @@ def test_stopped_at_every_place_of_a_draft(llama, stopped_by):
             else:
                 options["streamer"] = Kept(n)
             try:
-                found = generated(
-                    model, inputs, past_key_values=cache, max_new_tokens=30, **options
-                )
+                found = generated(model, inputs, **over(cache), max_new_tokens=30, **options)
             except KeyboardInterrupt:
                 found = dense[:, : 60 + n]
             length = 60 + (first + 1 if stopped_by == "eos" else n)
             assert torch.equal(found, dense[:, :length])
             assert_holds(model, cache, found)
             assert not cache.exact
-        more = generated(model, inputs_of(found), past_key_values=cache, max_new_tokens=6)
+        more = generated(model, inputs_of(found), **over(cache), max_new_tokens=6)
         assert torch.equal(more, generated(model, inputs_of(found), max_new_tokens=6))
 
 
@@ -108,12 +106,12 @@ def test_stop_strings(reference_model, reference_tokenizer):
     dense = generated(reference_model, inputs, **options)
     with attached(reference_model, method="streaming", budget=METHODS["streaming"]) as saap_model:
         cache = saap_model.cache()
-        ours = generated(reference_model, inputs, past_key_values=cache, **options)
+        ours = generated(reference_model, inputs, **over(cache), **options)
         assert torch.equal(ours, dense)
         assert_holds(reference_model, cache, ours)
         options.pop("tokenizer")
         with pytest.raises(ValueError, match="tokenizer must be the model's where stop_strings"):
-            generated(reference_model, inputs, past_key_values=saap_model.cache(), **options)
+            generated(reference_model, inputs, **over(saap_model.cache()), **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -136,8 +134,8 @@ def test_a_forward_that_breaks_off_leaves_what_was_accepted(family, broken, monk
         with monkeypatch.context() as patched:
             patched.setattr(model.model.layers[1].mlp, "forward", breaks)
             with pytest.raises(MemoryError):
-                generated(model, inputs, past_key_values=cache, streamer=kept)
+                generated(model, inputs, **over(cache), streamer=kept)
         ids = dense[:, : 60 + len(kept.tokens) - 1]
         assert_holds(model, cache, ids)
-        more = generated(model, inputs_of(ids), past_key_values=cache, max_new_tokens=6)
+        more = generated(model, inputs_of(ids), **over(cache), max_new_tokens=6)
         assert torch.equal(more, dense[:, : ids.shape[1] + 6])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saap.budget import Budget
+from saap.hf import over
 from saap.kv import KVStore
 from saap.kv.next_step import NextStep
 from saap.methods import find_method
@@ -295,7 +296,7 @@ def test_generate_takes_it(monkeypatch):
         with saap.attached(model, None, budget, method="saap") as saap_model:
             answers[lean_steps] = generated(
                 model, {"input_ids": prompt(2, 600)}, max_new_tokens=24,
-                past_key_values=saap_model.cache(),
+                **over(saap_model.cache()),
             )  # fmt: skip
     assert torch.equal(answers[True], answers[False])
     assert sum(taken) >= len(taken) / 2

@@ -73,9 +73,9 @@ def as_users_do(model, index, name, budget, tokens, n_prompt=PROMPT):
     """Logits after each token from the last of the prompt on."""
     with saap.attached(model, index, budget, method=name) as saap_model:
         cache = saap_model.cache()
-        found = [model(tokens[None, :n_prompt], past_key_values=cache).logits[0, -1:]]
+        found = [model(tokens[None, :n_prompt], **hf.over(cache)).logits[0, -1:]]
         for token in tokens[n_prompt:]:
-            found.append(model(token[None, None], past_key_values=cache).logits[0])
+            found.append(model(token[None, None], **hf.over(cache)).logits[0])
         shares = [layer.store.visited_share for layer in cache.saap_layers]
     return torch.cat(found), shares
 
@@ -86,7 +86,7 @@ def greedily(model, index, name, budget, tokens, n):
     with saap.attached(model, index, budget, method=name) as saap_model:
         cache, pending, found, logits = saap_model.cache(), tokens[None], [], []
         for _ in range(n):
-            logits.append(model(pending, past_key_values=cache).logits[0, -1])
+            logits.append(model(pending, **hf.over(cache)).logits[0, -1])
             pending = logits[-1].argmax()[None, None]
             found.append(int(pending))
     return found, torch.stack(logits[1:])
@@ -174,7 +174,7 @@ def in_a_batch(model, index, name, budget, lengths):
         for stop in range(n, rows.shape[1] + 1):
             step = model(
                 rows[:, start:stop], attention_mask=mask[:, :stop],
-                position_ids=positions[:, start:stop], past_key_values=cache,
+                position_ids=positions[:, start:stop], **hf.over(cache),
             )  # fmt: skip
             found.append(step.logits[:, -1])
             start = stop
@@ -215,12 +215,12 @@ def test_beams_see_what_their_own_tokens_left(llama, name):
     with torch.no_grad(), saap.attached(model, index, FEW, method=name) as saap_model:
         cache = saap_model.cache()
         both = torch.stack([a, b])
-        model(both[:, :PROMPT], past_key_values=cache)
+        model(both[:, :PROMPT], **hf.over(cache))
         for t in range(PROMPT, PROMPT + 6):
             if t == PROMPT + 3:
                 cache.reorder_cache(torch.tensor([1, 1]))
                 both = both[[1, 1]]
-            logits = model(both[:, t : t + 1], past_key_values=cache).logits
+            logits = model(both[:, t : t + 1], **hf.over(cache)).logits
     alone, _ = as_users_do(model, index, name, FEW, b)
     for own in logits[:, 0]:
         assert_same_logits(own, alone[-1])
@@ -233,15 +233,13 @@ def test_after_a_crop_a_cache_is_as_if_it_had_never_been_longer(llama, name, kep
     tokens = text(PROMPT + 6)
     with torch.no_grad(), saap.attached(model, index, FEW, method=name) as saap_model:
         cache = saap_model.cache()
-        model(tokens[None, :PROMPT], past_key_values=cache)
+        model(tokens[None, :PROMPT], **hf.over(cache))
         for token in tokens[PROMPT:]:
-            model(token[None, None], past_key_values=cache)
+            model(token[None, None], **hf.over(cache))
         cache.crop(kept - cache.get_seq_length())
         again = text(kept + 6)
         again[:kept] = tokens[:kept]
-        found = [
-            model(token[None, None], past_key_values=cache).logits[0, 0] for token in again[kept:]
-        ]
+        found = [model(token[None, None], **hf.over(cache)).logits[0, 0] for token in again[kept:]]
     alone, _ = as_users_do(model, index, name, FEW, again, kept)
     assert_same_logits(torch.stack(found), alone[1:])
 

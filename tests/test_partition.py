@@ -34,7 +34,7 @@ def test_with_the_full_budget_tokens_are_those_of_dense(family):
     expected = generated(model, given)
     with saap.attached(model, budget=WHOLE, method="blend") as saap_model:
         cache = saap_model.cache(capacity=LENGTH + 40)
-        assert torch.equal(generated(model, given, past_key_values=cache), expected)
+        assert torch.equal(generated(model, given, **hf.over(cache)), expected)
         if family != "phi3":  # longrope drops the cache where its tables switch
             assert all(layer.store.selector.ready for layer in cache.saap_layers)
             assert all(min(layer.store.middles) > 0 for layer in cache.saap_layers)
@@ -44,7 +44,7 @@ def test_few_rows_are_visited():
     model = make("llama")
     with saap.attached(model, budget=FEW, method="blend") as saap_model:
         cache = saap_model.cache()
-        generated(model, inputs(LENGTH), past_key_values=cache)
+        generated(model, inputs(LENGTH), **hf.over(cache))
         assert cache.visited_share < 0.1
         store = cache.saap_layers[0].store
         tail = store.lengths[0] - PLACES["n_sink"] - store.middles[0]
@@ -58,7 +58,7 @@ def test_short_prompts_and_what_follows_stay_dense():
     expected = generated(model, given)
     with saap.attached(model, budget=FEW, method="blend") as saap_model:
         cache = saap_model.cache()
-        assert torch.equal(generated(model, given, past_key_values=cache), expected)
+        assert torch.equal(generated(model, given, **hf.over(cache)), expected)
         assert cache.visited_share == 1.0
         assert not cache.saap_layers[0].store.selector.ready
 
@@ -68,7 +68,7 @@ def test_dense_layers_stay_dense():
     budget = Budget(max_tokens=50, dense_layers=(1,), **PLACES)
     with saap.attached(model, budget=budget, method="blend") as saap_model:
         cache = saap_model.cache()
-        generated(model, inputs(LENGTH), past_key_values=cache)
+        generated(model, inputs(LENGTH), **hf.over(cache))
         assert cache.saap_layers[0].store.selector.ready
         assert cache.saap_layers[1].store.selector is None
 
@@ -152,9 +152,9 @@ def test_the_reference_model_finds_far_keys_with_it():
         for budget in (WHOLE, FEW, Budget(max_tokens=0, **PLACES)):
             with saap.attached(model, budget=budget, method="blend") as saap_model:
                 cache = saap_model.cache()
-                model(tokens[:, :-40], past_key_values=cache)
+                model(tokens[:, :-40], **hf.over(cache))
                 logits = [
-                    model(tokens[:, i : i + 1], past_key_values=cache).logits[0, 0]
+                    model(tokens[:, i : i + 1], **hf.over(cache)).logits[0, 0]
                     for i in range(tokens.shape[1] - 40, tokens.shape[1] - 1)
                 ]
             targets = tokens[0, -39:]

@@ -8,6 +8,7 @@ import torch
 
 import saap
 from saap.budget import Budget
+from saap.hf import over
 from saap.kv import KVStore
 from saap.methods import find_method
 from saap.selector import LayerInfo
@@ -265,7 +266,7 @@ def test_saved_and_opened(tmp_path, in_file):
     with saap.attached(model, budget=budget) as attached, torch.no_grad():
         cache = attached.cache(directory=tmp_path / "rows" if in_file else None)
         for part in (tokens[:, :700], tokens[:, 700:701]):
-            model(part, past_key_values=cache)
+            model(part, **over(cache))
         path = tmp_path / ("rows" if in_file else "context.safetensors")
         attached.save_context(cache, tokens[0, :701], path)
         if in_file:
@@ -273,11 +274,9 @@ def test_saved_and_opened(tmp_path, in_file):
         opened, _ = attached.open_context(path)
         other = attached.cache()
         for part in (tokens[:, :700], tokens[:, 700:701]):
-            model(part, past_key_values=other)
+            model(part, **over(other))
         for own in (opened, other):
-            own.logits = [
-                model(t, past_key_values=own).logits for t in tokens[:, 701:].split(1, 1)
-            ]
+            own.logits = [model(t, **over(own)).logits for t in tokens[:, 701:].split(1, 1)]
         for a, b in zip(opened.logits, other.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         assert opened.saap_layers[0].store.estimated is not None

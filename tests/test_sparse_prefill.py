@@ -8,6 +8,7 @@ import torch
 
 import saap
 from saap import Budget, KVStore, LayerInfo, PrefillBudget
+from saap.hf import over
 from saap.kernels.attention import merge_states
 from saap.kv.chunks import attend_chunk
 from saap.kv.sparse_chunks import RowsRead, attend_sparse_chunk
@@ -212,7 +213,7 @@ def model_logits(model, tokens, prefill, chunk=None, budget=STORE, mask=None, **
         with torch.no_grad():
             for part in tokens.split(chunk or tokens.shape[1], 1):
                 own = None if mask is None else mask[:, : first + part.shape[1]]
-                found.append(model(part, past_key_values=cache, attention_mask=own).logits)
+                found.append(model(part, **over(cache), attention_mask=own).logits)
                 first += part.shape[1]
         return torch.cat(found, 1), cache
 
@@ -260,12 +261,12 @@ def test_generate_reads_the_prompt_sparsely_and_short_forwards_exactly():
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with saap.attached(model, budget=STORE, prefill=TIGHT) as attached:
         cache = attached.cache()
-        found = generated(model, inputs, past_key_values=cache, max_new_tokens=10)
+        found = generated(model, inputs, **over(cache), max_new_tokens=10)
         assert found.shape[1] == 210
         read = copy.copy(cache.saap_layers[0].store.rows_read)
         assert read.share < 0.5
         with torch.no_grad():
-            model(tokens[:, :3], past_key_values=cache)
+            model(tokens[:, :3], **over(cache))
         now = cache.saap_layers[0].store.rows_read
         assert now.visited - read.visited == now.seen - read.seen > 0
 
@@ -285,10 +286,10 @@ def test_a_context_goes_on_sparsely_after_the_file(tmp_path):
     expected, _ = model_logits(model, tokens, chunk=150, index=index, **options)
     with saap.attached(model, index, **options) as attached, torch.no_grad():
         first = attached.cache()
-        model(tokens[:, :150], past_key_values=first)
+        model(tokens[:, :150], **over(first))
         attached.save_context(first, tokens[0, :150], tmp_path / "context.safetensors")
         opened, _ = attached.open_context(tmp_path / "context.safetensors")
-        found = model(tokens[:, 150:], past_key_values=opened).logits
+        found = model(tokens[:, 150:], **over(opened)).logits
     torch.testing.assert_close(found, expected[:, 150:], rtol=1e-4, atol=1e-4)
 
 

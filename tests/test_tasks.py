@@ -253,7 +253,7 @@ def test_drafting_counts_as_lossless_decoding_does(reference_model, reference_to
     options = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
     with hf.attached(reference_model, method="streaming", budget=budget, verify=verify) as own:
         cache = hf.cache_from(own, read, 700)
-        found = reference_model.generate(tokens[None], past_key_values=cache, **options)
+        found = reference_model.generate(tokens[None], **hf.over(cache), **options)
     read = hf.read_context(reference_model, tokens)
     with decoder(reference_model, read, find_method("streaming")(), budget, 64) as own:
         counted = drafted(own, int(found[0, 600]), found[0, 601:].tolist())

@@ -10,6 +10,7 @@ import torch
 
 import saap
 from saap import hf
+from saap.hf.cache_argument import NAME
 from saap.kv import KVStore
 
 from .test_generate import FULL, SMALL, call, generated, make, prompt, random_index
@@ -55,24 +56,24 @@ def test_an_interrupt_anywhere_leaves_the_model_whole(case, error, monkeypatch):
     with saap.attached(model, index, FULL, method="blend") as saap_model:
         with monkeypatch.context() as patched:
             calls = raising_at(patched, error, -1)
-            generated(model, INPUTS, max_new_tokens=3, past_key_values=saap_model.cache())
+            generated(model, INPUTS, max_new_tokens=3, **hf.over(saap_model.cache()))
             total = calls[0]
         for number in [1, 2, total, *places.sample(range(3, total), 8)]:
             cache = saap_model.cache()
             with monkeypatch.context() as patched:
                 raising_at(patched, error, number)
                 with pytest.raises(error):
-                    generated(model, INPUTS, max_new_tokens=3, past_key_values=cache)
+                    generated(model, INPUTS, max_new_tokens=3, **hf.over(cache))
             assert not hf.attention._threads.running
             ours = call(model, None, INPUTS["input_ids"], use_cache=False).logits[0, -1]
             assert int(ours.argmax()) == int(expected[0, 40])
         assert torch.equal(generated(model, INPUTS, max_new_tokens=8), expected)
-        again = generated(model, INPUTS, max_new_tokens=8, past_key_values=saap_model.cache())
+        again = generated(model, INPUTS, max_new_tokens=8, **hf.over(saap_model.cache()))
         assert torch.equal(again, expected)
 
     def interrupted_block():
         with saap.attached(model, index, FULL, method="blend") as saap_model:
-            generated(model, INPUTS, max_new_tokens=3, past_key_values=saap_model.cache())
+            generated(model, INPUTS, max_new_tokens=3, **hf.over(saap_model.cache()))
 
     with monkeypatch.context() as patched:
         raising_at(patched, error, places.randrange(3, total))
@@ -88,8 +89,8 @@ def decoded(model, tokens, cache, n=12):
     found, pending = [], tokens
     with torch.no_grad():
         for _ in range(n):
-            step = model(pending, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(pending, **hf.over(cache), use_cache=True)
+            cache = step[NAME]
             pending = step.logits[:, -1].argmax(-1, keepdim=True)
             found.append(int(pending))
     return found
@@ -161,9 +162,9 @@ def test_a_copy_of_an_attached_model(case, copied):
         with saap.attached(twin, index, FULL, method="blend") as other:
             caches = other.cache(), saap_model.cache()
             for own, cache in zip((twin, model), caches, strict=True):
-                found = generated(own, INPUTS, max_new_tokens=8, past_key_values=cache)
+                found = generated(own, INPUTS, max_new_tokens=8, **hf.over(cache))
                 assert torch.equal(found, expected)
     assert torch.equal(generated(twin, INPUTS, max_new_tokens=8), expected)
     with saap.attached(twin, index, FULL, method="blend") as other:
-        found = generated(twin, INPUTS, max_new_tokens=8, past_key_values=other.cache())
+        found = generated(twin, INPUTS, max_new_tokens=8, **hf.over(other.cache()))
         assert torch.equal(found, expected)

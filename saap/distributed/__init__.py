@@ -6,7 +6,7 @@ and attends over its own. What a step exchanges does not depend on the context's
 
     with saap.distributed.joined() as group:
         with saap.attached(model, budget=budget, group=group) as saap_model:
-            model.generate(**inputs, past_key_values=saap_model.cache())
+            model.generate(**inputs, cache=saap_model.cache())
 """
 
 from .group import Group, GroupError, joined

@@ -8,6 +8,7 @@ from . import packaged
 from .attach import SaapModel, attached
 from .attention import Handler, LayerCall, routed
 from .cache import SaapCache
+from .cache_argument import over
 from .families import ModelLayer, model_layers
 from .models import (
     attention_modules,
@@ -42,6 +43,7 @@ __all__ = [
     "load_tokenizer",
     "max_context",
     "model_layers",
+    "over",
     "packaged",
     "read_context",
     "rewind",

@@ -21,6 +21,7 @@ from saap.trained_index import TrainedIndex
 from . import agreement, lossless, options
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
+from .cache_argument import given
 from .families import model_layers
 from .folders import CacheFolder
 from .models import describe
@@ -193,7 +194,7 @@ def _forward(decoder, *arguments, **keywords):
     saap_model = _attached.get(decoder)
     if saap_model is None:
         return type(decoder).forward(decoder, *arguments, **keywords)
-    cache = keywords.get("past_key_values")
+    cache = given(keywords)
     if not isinstance(cache, SaapCache):
         return saap_model.own_forward(*arguments, **keywords)
     return _forward_over(saap_model, cache, arguments, keywords)
@@ -258,7 +259,7 @@ def attached(
     """While open, `model` decodes with Saap over caches that the `SaapModel` makes.
 
         with saap.attached(model, index, Budget(max_tokens=2048)) as saap_model:
-            model.generate(**inputs, past_key_values=saap_model.cache())
+            model.generate(**inputs, cache=saap_model.cache())
 
     Streaming, sampling, beams, assisted and prompt-lookup decoding, left-padded batches, chunked
     prefill and the next turn over the same cache all work. Prefill and any forward of several

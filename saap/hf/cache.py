@@ -97,7 +97,7 @@ class Trial:
 
 
 class SaapCache(Cache):
-    """Made by `SaapModel.cache()`; pass it as `past_key_values`.
+    """Made by `SaapModel.cache()`; pass it as `cache`, before transformers 5.24 `past_key_values`.
 
     It belongs to that model and to its `with saap.attached(...)` block, and refuses any other use.
     Beams share no memory: reordering copies the sequences that change.

@@ -23,6 +23,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from . import cache_argument
 from .acceptance import accepted_or_drawn, can_guess, drawn, likeliest
 from .cache import SaapCache
 from .few_rows import FewRows, serves
@@ -47,7 +48,7 @@ def generate(model, own, *arguments, **keywords):
     given = inspect.signature(own).bind(*arguments, **keywords)
     options = {**given.arguments, **given.arguments.get("kwargs", {})}
     options.pop("kwargs", None)
-    if not isinstance(options.get("past_key_values"), SaapCache):
+    if not isinstance(cache_argument.given(options), SaapCache):
         return own(*arguments, **keywords)
     for name in ("custom_generate", "assistant_model"):
         if options.get(name) is not None:
@@ -81,7 +82,7 @@ def decode(
     **model_kwargs,
 ):
     """The loop that `generate()` calls, with the arguments and result of its own loops."""
-    cache = model_kwargs["past_key_values"]
+    cache = cache_argument.given(model_kwargs)
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
@@ -110,7 +111,7 @@ def decode(
         sequences=decoding.ids,
         scores=tuple(decoding.scores) if generation_config.output_scores else None,
         logits=tuple(decoding.logits) if generation_config.output_logits else None,
-        past_key_values=cache,
+        **cache_argument.over(cache),
     )
 
 
@@ -127,7 +128,7 @@ class Decoding:
         self.model, self.ids, self.config = model, ids, config
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
         self.kwargs = model_kwargs
-        self.cache: SaapCache = model_kwargs["past_key_values"]
+        self.cache: SaapCache = cache_argument.given(model_kwargs)
         self.draft_processors = LogitsProcessorList(p for p in processors if can_guess(p))
         eos = getattr(config, "_eos_token_tensor", None)
         self.eos = [] if eos is None else eos.flatten().tolist()
@@ -149,7 +150,7 @@ class Decoding:
 
     def run(self) -> None:
         outputs = self.model._prefill(self.ids, self.config, self.kwargs)
-        for name in ("position_ids", "past_key_values"):
+        for name in ("position_ids", *cache_argument.NAMES):
             self.kwargs.pop(name, None)
         if self.cache.pace is None:
             self.cache.pace = Pace(self.cache.owner.verify)
@@ -262,7 +263,7 @@ class Decoding:
     def forward(self, ids: Tensor, n: int) -> Float[Tensor, "B n vocab"]:
         """Logits of the last `n` of `ids [B, N]`, over the cache of those before."""
         slots = self.cache.get_seq_length()
-        own = dict(self.kwargs, past_key_values=self.cache)
+        own = dict(self.kwargs, **cache_argument.over(self.cache))
         last = torch.tensor(self.cache.last_positions, device=ids.device)
         own["position_ids"] = last[:, None] + torch.arange(1, n + 1, device=ids.device)
         mask = own.pop("attention_mask", None)

@@ -15,6 +15,7 @@ from saap.prefill import PrefillBudget
 from .attach import SaapModel, attached
 from .attention import LayerCall
 from .cache import SaapCache, SaapLayer
+from .cache_argument import over
 
 DENSE = Budget(max_tokens=0)
 LATEST = 2048  # queries kept of each layer, for selectors that learn from them
@@ -84,7 +85,7 @@ def read_context(
         cache.observer = keep
         for start in range(0, len(tokens), chunk):
             part = tokens[None, start : start + chunk].to(model.device)
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, **over(cache), logits_to_keep=1)
             progress(min(start + chunk, len(tokens)), len(tokens))
     return ReadContext(
         cache,

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from .attach import SaapModel
 from .cache import SaapCache
+from .cache_argument import over
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def read_document(
     cache.exact = True  # the last chunk may be one token
     for start in range(0, len(tokens), chunk):
         part = tokens[None, start : start + chunk].to(saap_model.model.device)
-        saap_model.model(part, past_key_values=cache, logits_to_keep=1)
+        saap_model.model(part, **over(cache), logits_to_keep=1)
         progress(min(start + chunk, len(tokens)), len(tokens))
     cache.exact = False
     return cache
@@ -79,7 +80,7 @@ def generate_text(
     found = model.generate(
         given,
         attention_mask=torch.ones_like(given),
-        past_key_values=cache,
+        **over(cache),
         max_new_tokens=n_tokens,
         do_sample=False,
         streamer=streamer,

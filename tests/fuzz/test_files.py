@@ -11,6 +11,7 @@ from saap.eval import records as eval_records
 from saap.eval.checks import check_folder
 from saap.eval.compare import compare
 from saap.eval.scores import score_run
+from saap.hf import over
 from saap.index import tensor_files
 
 from ..test_contexts import SMALL, read
@@ -74,7 +75,7 @@ def crafted(own, path, kind, target):
 def decode(model, saap_model, cache):
     with torch.no_grad():
         for number in range(2):
-            model(torch.tensor([[5 + number]]), past_key_values=cache)
+            model(torch.tensor([[5 + number]]), **over(cache))
 
 
 @pytest.mark.parametrize("by", ["damage", "craft"])
@@ -91,7 +92,7 @@ def test_index_files(files, by, tmp_path):
             with saap.attached(model, index, SMALL, method="blend") as saap_model:
                 cache = saap_model.cache()
                 with torch.no_grad():
-                    model(prompt(1, 60), past_key_values=cache)
+                    model(prompt(1, 60), **over(cache))
                 decode(model, saap_model, cache)
         except ValueError as error:
             assert len(str(error).splitlines()) == 1

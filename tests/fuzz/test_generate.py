@@ -10,7 +10,7 @@ import torch
 
 import saap
 from saap.budget import Budget
-from saap.hf import Verify
+from saap.hf import Verify, over
 from saap.methods.saap import SaapSelector
 
 from ..test_generate import make, random_index
@@ -70,7 +70,7 @@ def options_of(own, batch):
 
 def generated(model, seed, inputs, options, cache=None):
     torch.manual_seed(seed)
-    given = {} if cache is None else {"past_key_values": cache}
+    given = {} if cache is None else over(cache)
     found = model.generate(**inputs, **options, **given)
     return found if isinstance(found, torch.Tensor) else found.sequences
 
