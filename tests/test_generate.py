@@ -219,7 +219,10 @@ def test_the_cache_under_either_name(llama, name):
     model, index = llama
     tokens = prompt(1, 60)
     expected = generated(model, {"input_ids": tokens})
-    with saap.attached(model, index, FULL) as saap_model, torch.no_grad():
+    with (
+        saap.attached(model, index, FULL, method="blend") as saap_model,
+        torch.no_grad(),
+    ):
         cache = saap_model.cache()
         assert torch.equal(generated(model, {"input_ids": tokens}, **{name: cache}), expected)
         assert cache.lengths == [83]
