@@ -66,19 +66,23 @@ def by_context(scores: list[dict]) -> dict[int, list[dict]]:
 
 
 def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
-    """Rows by context for all tasks that are judged by answers, nats or accepted drafts."""
+    """Rows by context for all tasks that are judged by answers, nats or accepted drafts. Dense
+    attention, the same at every budget, has one row for each task."""
     asked = [s for s in scores if any(s.get(name) is not None for name, *_ in JUDGED)]
     rows = {}
     for context, own in by_context(asked).items():
-        rows[context] = []
+        rows[context], dense = [], set()
         for s in own:
+            exact = s["method"] == "dense"
+            if exact and s["task"] in dense:
+                continue
+            dense |= {s["task"]} if exact else set()
             name, form, change = next(j for j in JUDGED if s.get(j[0]) is not None)
             score, difference = form.format(s[name]), with_bounds(s, change)
-            far = "–" if s.get("divergence") is None else f"{s['divergence']:.4f}"
-            rows[context].append(
-                [named(s), s["task"], score, difference, far, f"{s['selectivity']:.1%}",
-                 budget_cell(s)]
-            )  # fmt: skip
+            nats = None if exact else s.get("divergence")
+            far, visited = "–" if nats is None else f"{nats:.4f}", f"{s['selectivity']:.1%}"
+            budget = "–" if exact else budget_cell(s)
+            rows[context].append([named(s), s["task"], score, difference, far, visited, budget])
     return rows
 
 
