@@ -113,7 +113,7 @@ def table(scores: list[dict]) -> str:
         "kB per layer and step", "of them to choose", *ASKED.values(), "nats over dense",
         "nats from dense",
     ]  # fmt: skip
-    return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]))
+    return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=2)
 
 
 def place(row: Row, rows: dict[Row, dict[str, dict]]) -> tuple:

@@ -45,8 +45,9 @@ def by_method(report: Record) -> dict[str, dict[float, Record]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][least]["mass"]))
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def markdown(head: list[str], rows: list[list[str]], n_texts: int = 1) -> str:
+    """`n_texts`: so many columns, from the first one on, hold words; the others numbers."""
+    lines = [head, ["---"] * n_texts + ["---:"] * (len(head) - n_texts), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
