@@ -33,7 +33,7 @@ PAGE = reports.ROOT / "docs" / "real_models.md"
 COMMAND = "python -m benchmarks.real_models"
 KEPT = (
     "method", "task", "context", "budget", "selectivity", "bytes_read", "router_bytes",
-    "recall_middle", "recall_of_oracle", "output_error", "worst_head", "accuracy", "nll",
+    "recall_middle", "output_error", "worst_head", "accuracy", "nll",
     "divergence", "to_dense", "prompts", "questions", "texts", "queries",
 )  # fmt: skip
 ASKED = {
@@ -109,9 +109,8 @@ def table(scores: list[dict]) -> str:
         rows.setdefault((budget, s["method"]), {})[s["task"]] = s
     order = sorted(rows, key=lambda row: place(row, rows))
     head = [
-        "rows", "method", "recall of the middle", "of the oracle's", "output error",
-        "kB per layer and step", "of them to choose", *ASKED.values(), "nats over dense",
-        "nats from dense",
+        "rows", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
+        "nats over dense", "nats from dense",
     ]  # fmt: skip
     return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=2)
 
@@ -144,7 +143,6 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         rows,
         ", ".join(f"`{name}`" for name in (method, *options)),
         cell(attention.get("recall_middle"), "{:.1%}"),
-        cell(attention.get("recall_of_oracle"), "{:.1%}"),
         cell(attention.get("output_error"), "{:.3f}"),
         cell(bytes_of["bytes_read"], "{:,.0f}", 1e-3),
         cell(bytes_of["router_bytes"], "{:,.0f}", 1e-3),
