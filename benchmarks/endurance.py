@@ -36,6 +36,7 @@ import saap
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
+from saap.eval.decoding import divergence
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
@@ -172,13 +173,11 @@ class Conversation:
         rounding = ROUNDING * torch.finfo(torch.float32).eps * float(exact.abs().max())
         plain = float((dense - exact).abs().max())
         same = sparse.argmax(-1) == exact.argmax(-1)
-        own = exact.log_softmax(-1)
-        divergence = (own.exp() * (own - sparse.double().log_softmax(-1))).sum(-1)
         return {
             "decoded": self.counts["decoded"], "context": self.slots,
             "error": float((whole - exact).abs().max()), "dense_error": plain,
             "allowed": 2 * plain + rounding, "whole_visited": visited,
-            "sparse_same": int(same.sum()), "sparse_nats": float(divergence.mean()),
+            "sparse_same": int(same.sum()), "sparse_nats": divergence(exact, sparse),
         }  # fmt: skip
 
     def dense(self, model, kept: list[Tensor], dtype: torch.dtype) -> Tensor:

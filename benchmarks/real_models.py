@@ -1,15 +1,25 @@
 """Pretrained models judged end to end: `docs/real_models.md` from results of `saap eval`.
 
-    make models
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey --prompts 12 --questions 4 \\
-        --methods dense,oracle-tokens,saap,pq,quest --answer-budgets 0.02,0.05 --out runs/keys
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks perplexity --texts 16 \\
-        --methods dense,oracle-tokens,saap,pq,quest --answer-budgets 0.02,0.05 --out runs/text
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks attention --texts 4 \\
-        --methods dense,oracle-tokens,saap,pq,quest --budgets 0.02,0.05 --out runs/recall
-    saap eval smollm2 --corpus prose2 --contexts 4096 --tasks passkey,perplexity --methods saap \\
-        --search saap.min_weight=0.002,0.001 --search saap.max_tokens=600 --out runs/by-weight
-    python -m benchmarks.real_models [--add] runs/keys runs/text ...
+    make models GEMMA=1
+    run() { saap eval --corpus prose2 "$@"; }
+    best="--methods dense,oracle-tokens,saap,pq" all="$best,blend,quest"
+    keys="--tasks passkey --questions 4 --answer-budgets 0.02,0.05"
+    text="--tasks perplexity --answer-budgets 0.02,0.05,0.1"
+    run smollm2 --contexts 4096 $keys --prompts 12 $all --out runs/4k-keys
+    run smollm2 --contexts 4096 $text --texts 16 $all --out runs/4k-text
+    run smollm2 --contexts 4096 --tasks attention --budgets 0.02,0.05,0.1 --texts 4 $all \\
+        --out runs/4k
+    run smollm2 --contexts 4096 --tasks multi-key --questions 4 --answer-budgets 0.02,0.05 \\
+        --prompts 10 --methods dense,oracle-tokens,saap --out runs/4k-multi
+    run smollm2 --contexts 4096 $keys --prompts 12 --methods saap --out runs/4k-weight \\
+        --search saap.min_weight=0.004,0.002 --search saap.max_tokens=600
+    run smollm2 --contexts 4096 $keys --prompts 12 --methods saap --out runs/4k-left-out \\
+        --search saap.estimate_rest=false
+    run smollm2 --contexts 8192 $keys --prompts 12 $best --out runs/8k-keys
+    run smollm2 --contexts 8192 $text --texts 16 $best --out runs/8k-text
+    run gemma3-270m --contexts 8192 $keys --prompts 8 $best --out runs/gemma-keys
+    run gemma3-270m --contexts 8192 $text --texts 8 $best --out runs/gemma-text
+    python -m benchmarks.real_models [--add] runs/*
 
 Scores of all folders, with `--add` beside those that are there, go to
 `benchmarks/results/<device>/real_models.json`, raw records stay where they are. Runs of a model at
@@ -107,7 +117,7 @@ def table(scores: list[dict]) -> str:
     for s in scores:
         budget = "" if s["method"] == "dense" else s["budget"]
         rows.setdefault((budget, s["method"]), {})[s["task"]] = s
-    order = sorted(rows, key=lambda row: place(row, rows))
+    order = sorted(rows, key=lambda row: (visited(*row, rows[row]), row[0]))
     head = [
         "rows", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
         "nats over dense", "nats from dense",
@@ -115,15 +125,11 @@ def table(scores: list[dict]) -> str:
     return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=2)
 
 
-def place(row: Row, rows: dict[Row, dict[str, dict]]) -> tuple:
-    budget, method = row
+def visited(budget: str, method: str, of_task: dict[str, dict]) -> float:
+    """The share of a budget's label, or for other bounds what was visited, of text if it was. 0
+    for dense attention, which comes first."""
     if method == "dense":
-        return (-1.0,)
-    return (visited(budget, rows[row]), budget, list(rows).index(row))
-
-
-def visited(budget: str, of_task: dict[str, dict]) -> float:
-    """The share of a budget's label, or for other bounds what was visited, of text if it was."""
+        return 0.0
     share = share_of(budget)
     own = of_task.get("perplexity") or next(iter(of_task.values()))
     return own["selectivity"] if share is None else share
@@ -137,7 +143,7 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
     if method != "dense":
         by_share = share_of(budget) is not None
         options = told_search(budget).split() if by_share else []
-        rows = f"{visited(budget, of_task):{'.0%' if by_share else '.1%'}}"
+        rows = f"{visited(budget, method, of_task):{'.0%' if by_share else '.1%'}}"
         rows += "" if by_share else ", by weight"
     return [
         rows,

@@ -146,7 +146,7 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
     """Milliseconds of decode steps: of each share, dense over our store, and of transformers.
 
     They take turns, so that a machine that is busy slows all of them. The first steps of a turn
-    are not timed: they follow others that were forgotten, and sum up anew what these had added.
+    are not timed: after a rewind a step prepares the next ones, which a decoder does now and then.
     """
     found: dict = {float(point.label): [] for point in points} | {"dense": [], "transformers": []}
     with decoder(model, read, method, points[0].budget, UNTIMED + STEPS) as own:

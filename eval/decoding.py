@@ -146,13 +146,13 @@ def each_point(
     for n, (variant, points) in sorted(
         enumerate(asked), key=lambda a: not a[1][0].method.is_exact
     ):
-        exact, found[n] = variant.method.is_exact, []
+        found[n], asked_once = [], variant.method.is_exact
         for point, own in decoders(
-            model, context, variant, points[:1] if exact else points, spare
+            model, context, variant, points[:1] if asked_once else points, spare
         ):
             measured = measure(variant, point, own)
-            for label in [p.label for p in points] if exact else [point.label]:
-                place = {"method": variant.label, "budget": label}
+            for alike in points if asked_once else [point]:
+                place = {"method": variant.label, "budget": alike.label}
                 found[n] += [{**place, **record} for record in measured]
     return [record for n in range(len(asked)) for record in found[n]]
 

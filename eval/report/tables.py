@@ -71,12 +71,11 @@ def answer_rows(scores: list[dict]) -> dict[int, list[list[str]]]:
     asked = [s for s in scores if any(s.get(name) is not None for name, *_ in JUDGED)]
     rows = {}
     for context, own in by_context(asked).items():
-        rows[context], dense = [], set()
+        rows[context] = []
         for s in own:
             exact = s["method"] == "dense"
-            if exact and s["task"] in dense:
+            if exact and any(row[:2] == [named(s), s["task"]] for row in rows[context]):
                 continue
-            dense |= {s["task"]} if exact else set()
             name, form, change = next(j for j in JUDGED if s.get(j[0]) is not None)
             score, difference = form.format(s[name]), with_bounds(s, change)
             nats = None if exact else s.get("divergence")

@@ -10,7 +10,7 @@ import torch
 
 from saap import hf
 
-from ..decoding import Decoder, decoders
+from ..decoding import Decoder, each_point
 from .base import Task, text_tokens
 
 DRAFTS = 8
@@ -28,25 +28,19 @@ class Drafting(Task):
         tokens = text_tokens(bench.tokenizer, bench.text, n_context, number, config.n_texts)
         read = hf.read_context(bench.model, tokens[:-1])
         wanted: list[int] = []
-        records = []
-        spare = config.n_scored + DRAFTS
-        for variant, points in bench.points(n_context, config.answer_budgets):
-            for point, decoder in decoders(bench.model, read, variant, points, spare):
-                if not wanted:
-                    decoder.cache.exact = True
-                    wanted = decoder.greedy(tokens[-1:], config.n_scored)
-                    decoder.cache.exact = False
-                    decoder.restart(point.budget)
-                verifications, accepted = drafted(decoder, int(tokens[-1]), wanted)
-                records.append(
-                    {
-                        "method": variant.label,
-                        "budget": point.label,
-                        "verifications": verifications,
-                        "accepted": accepted,
-                        **decoder.visited.as_record(),
-                    }
-                )
+
+        def measure(variant, point, decoder) -> list[dict]:
+            if not wanted:
+                decoder.cache.exact = True
+                wanted.extend(decoder.greedy(tokens[-1:], config.n_scored))
+                decoder.cache.exact = False
+                decoder.restart(point.budget)
+            verifications, accepted = drafted(decoder, int(tokens[-1]), wanted)
+            record = {"verifications": verifications, "accepted": accepted}
+            return [{**record, **decoder.visited.as_record()}]
+
+        points = bench.points(n_context, config.answer_budgets)
+        records = each_point(bench.model, read, points, config.n_scored + DRAFTS, measure)
         return records, bytes(tokens.to(torch.int32).numpy())
 
 

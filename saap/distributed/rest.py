@@ -21,19 +21,19 @@ class SplitRest:
     def __init__(self, group: Group):
         self.group = group
         self._moments: Moments | None = None
+        self._n = 0  # rows that they are of: on the host, so that no step waits for a GPU
 
     @property
     def nbytes(self) -> int:
         return 0 if self._moments is None else self._moments.nbytes
 
     def add(
-        self, out: Tensor, lse: Tensor, q: Tensor, own: KVStore | None, n: int, n_kv: int,
+        self, out: Tensor, lse: Tensor, q: Tensor, own: KVStore, n: int, n_kv: int,
         budget: Budget, *, sm_scale: float, impl: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """To the attention of all ranks together over the rows that were chosen of n.
 
-        `own` holds this rank's part of them, None: it has no rows. Every rank calls it at the same
-        step.
+        `own` holds this rank's part of them. Every rank calls it at the same step.
         """
         moments = self._moments_of(own, n, n_kv, q)
         visited = torch.full(
@@ -45,11 +45,11 @@ class SplitRest:
             sm_scale=sm_scale, max_tokens=budget.max_tokens, impl=impl,
         )  # fmt: skip
 
-    def _moments_of(self, own: KVStore | None, n: int, n_kv: int, q: Tensor) -> Moments:
-        if self._moments is None or self._moments.n_rows != n:
+    def _moments_of(self, own: KVStore, n: int, n_kv: int, q: Tensor) -> Moments:
+        if self._n != n:
             dim, device = q.shape[2], q.device
             flat = torch.zeros(n_kv, 1 + 2 * dim + 2 * dim * dim, dtype=torch.float64)
-            if own is not None and own.middles[0]:
+            if any(own.middles):
                 (sums,) = own.rest.sums(own.middles)
                 flat = torch.cat([t.flatten(1) for t in sums.about_zero()], 1)
             flat = self.group.add(flat.to(device).contiguous())
@@ -59,4 +59,5 @@ class SplitRest:
             )
             rows = torch.tensor([n], dtype=torch.int32, device=device)
             self._moments = Moments(spread[None].bfloat16(), means[None].float(), rows)
+            self._n = n
         return self._moments

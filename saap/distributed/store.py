@@ -198,9 +198,15 @@ class SplitStore:
         found = self._merged(*self._step(q, budget, chooses, sm_scale, softcap, impl))
         leaves_out = chooses and budget.max_tokens < self.middles[0]
         if leaves_out and budget.estimate_rest and softcap is None:
-            own = self.own if self.own_length else None
             found = self.rest.add(
-                *found, q, own, self.middles[0], self._n_kv, budget, sm_scale=sm_scale, impl=impl
+                *found,
+                q,
+                self.own,
+                self.middles[0],
+                self._n_kv,
+                budget,
+                sm_scale=sm_scale,
+                impl=impl,
             )
         out, lse = found
         return out.unsqueeze(2), lse.unsqueeze(2)
