@@ -1,4 +1,4 @@
-"""Choice of rows by coded keys on a CPU: a scan of all codes, then the choice."""
+"""Choice of rows by coded keys on a CPU: task by task, or in phases of smaller units."""
 
 import ctypes
 import functools
@@ -11,8 +11,10 @@ from torch import Tensor
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
-from . import numba_choice, numba_job, numba_scan
+from . import numba_choice, numba_job, numba_phases, numba_scan
 from .layout import Codes
+
+PREPARE, SCAN, CHOOSE, CANDIDATES, WEIGH = range(5)  # places in `_functions`
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -57,40 +59,47 @@ class Prepared:
         most = max(n_rows)
         self.tasks = tasks = n * heads
         chunks = -(-most // numba_job.CHUNK)
-        self.threads = threads = min(torch.get_num_threads(), tasks * chunks)
+        threads = min(torch.get_num_threads(), tasks * chunks)
+        found = min(most, group * n_candidates)
+        listed_chunks = -(-found // numba_job.CHUNK)
+        least = 0 if min_weight is None else bits_of(min_weight)
+        whole, every = n_candidates >= most, max_tokens >= most and not least
         # With a task to each thread at a time, its scores stay in the cache.
         by_task = tasks % threads == 0 or tasks >= 8 * threads
-        threads = min(threads, tasks) if by_task else threads
-        held = threads if by_task else tasks
-        found = min(most, group * n_candidates)
+        self.steps = [(CHOOSE, tasks)]
+        if not (by_task or every):
+            self.steps = [(SCAN, tasks * chunks), (CHOOSE, tasks)]
+            if not whole:
+                weighed = tasks * listed_chunks
+                self.steps[1:] = [(CANDIDATES, tasks * group), (WEIGH, weighed)]
+        self.steps = [(what, min(units, threads)) for what, units in self.steps]
+        workers = max(count for _, count in self.steps)
+        held = workers if by_task else tasks
         worker_bytes = numba_job.choice_bytes(most, found, group, coordinates)
-        self.layout = Layout(
-            {
-                "counts": 8 * tasks,
-                "workspace": threads * worker_bytes,
-                "weights": 2 * tasks * group * coordinates,
-                "factors": 16 * tasks * group,
-                "scores": 4 * held * group * chunks * numba_job.CHUNK,
-                "maxima": 4 * held * group * chunks,
-                "totals": 4 * held * group * chunks,
-            }
-        )
+        sizes = {
+            "counts": 8 * tasks,
+            "workspace": workers * worker_bytes,
+            "weights": 2 * tasks * group * coordinates,
+            "factors": 16 * tasks * group,
+            "scores": 4 * held * group * chunks * numba_job.CHUNK,
+            "maxima": 4 * held * group * chunks,
+            "totals": 4 * held * group * chunks,
+        }
+        if len(self.steps) > 2:
+            sizes |= numba_job.phase_bytes(tasks, group, chunks, listed_chunks)
+        self.layout = Layout(sizes)
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
         self.kept = codes, starts, lengths, scored  # addresses of theirs follow
-        least = 0 if min_weight is None else bits_of(min_weight)
-        self.scans = not by_task and (max_tokens < most or least)  # else every row is chosen
-        self.choosing = min(threads, tasks)
-        self.workers = threads
         self.job = numba_job.Job(
             rows=ctypes.addressof(self.rows), scored=scored.data_ptr(),
             starts=starts.data_ptr(), lengths=lengths.data_ptr(),
             tasks=tasks, heads=heads, group=group, chunks=chunks,
-            by_sequence=len(n_rows) > 1, by_task=by_task, whole=n_candidates >= most,
+            by_sequence=len(n_rows) > 1, by_task=by_task, whole=whole,
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
             least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
-            **places_of(codes),
+            listed_chunks=listed_chunks, **places_of(codes),
         )  # fmt: skip
 
     def __call__(self, a: Tensor, outside: Tensor | None = None) -> int:
@@ -102,13 +111,12 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        prepare, scan, choose = _functions()
+        functions = _functions()
         address = ctypes.addressof(job)
-        prepare(address)
-        if self.scans:
-            run(scan, address, self.workers)
+        functions[PREPARE](address)
+        for what, workers in self.steps:
+            run(functions[what], address, workers)
             job.next_worker = job.next_task = 0
-        run(choose, address, self.choosing)
         return max(_integers(self.tasks).from_address(job.counts)[:])
 
 
@@ -138,5 +146,8 @@ def _integers(count: int) -> type:
 @functools.cache
 def _functions() -> list[Callable]:
     stamp = stamp_of(Path(__file__).parent)
-    entries = [numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp)]
+    entries = [
+        numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp),
+        numba_phases.candidates_entry(stamp), numba_phases.weigh_entry(stamp),
+    ]  # fmt: skip
     return compiled("choice of coded rows", numba_job.SIGNATURE, entries)

@@ -15,6 +15,7 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
+from .numba_best import best, likely_below, mark_best
 from .numba_job import (
     CHUNK,
     NEXT_TASK,
@@ -23,6 +24,7 @@ from .numba_job import (
     chunk_bytes,
     place_of,
     planes_bytes,
+    room_of,
 )
 from .numba_scan import bring, score, weigh_chunk
 from .numba_simd import BLOCK, WIDEST
@@ -30,17 +32,12 @@ from .numba_vectors import (
     add_weighed,
     count_from,
     exponentials,
-    mark_from,
     places_from,
     places_of_marks,
     values_from,
 )
 
 _PER_BLOCK = BLOCK // LANES
-_OCTAVE = 1 << 23
-_LEAST = -(2**31)
-MOST_SAMPLED = 2048
-"""Keys that a first threshold is guessed from."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -57,7 +54,7 @@ def entry(stamp):
 
 @_njit
 def _work(jobs):
-    """`by_task`: the rows of a task are weighed here, before it is chosen from; else they were.
+    """`by_task`: the rows of a task are scored here, before it is chosen from; else they were.
 
     `least_weight`: the bits of the least weight, a float32, of a row that is chosen; 0 for any.
     """
@@ -72,8 +69,7 @@ def _work(jobs):
         if task >= job.tasks:
             break
         held = worker if job.by_task else task
-        every = job.max_tokens >= place_of(job, task)[2] and job.least_weight == 0
-        if job.by_task and not every:
+        if job.by_task and not takes_all(job, place_of(job, task)[2]):
             for chunk in range(job.chunks):
                 weigh_chunk(job, task, chunk, held, space)
         counts[task], scored[task] = _choose(job, task, held, space)
@@ -90,11 +86,9 @@ def _choose(job, task, held, space):
     listed = places + 4 * (room + LANES)
     factors = listed + 4 * (room + LANES)
     weights = factors + 4 * job.group * (job.chunks + 1)
-    rows = carray(int32_pointer(places), room + LANES)
     kept, scored = min(job.max_tokens, n), np.int64(0)
-    if kept == n and job.least_weight == 0:
-        for i in range(n):
-            rows[i] = i
+    if takes_all(job, n):
+        list_all(n, places)
     elif job.whole:
         _weigh_chunks(job, task, held, n, factors)
         for chunk in range((n + CHUNK - 1) // CHUNK):
@@ -102,13 +96,32 @@ def _choose(job, task, held, space):
             length = min(CHUNK, n - chunk * CHUNK)
             add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
                         blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        kept = _best_of(job, keys, n, places, 0)
+        kept = best_of(job, keys, n, places, 0)
         scored = n
     else:
-        found = _candidates(job, held, n, marks, places, listed)
-        _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys)
-        scored = found
-        kept = _best_of(job, keys, found, places, listed)
+        scored = _candidates(job, held, n, marks, places, listed)
+        _weigh(job, task, b, kv_head, scored, space, listed, weights, factors, keys)
+        kept = best_of(job, keys, scored, places, listed)
+    return write_ranges(job, task, places, kept), scored
+
+
+@_njit
+def takes_all(job, n):
+    """Whether every one of n rows is chosen, whatever it weighs."""
+    return job.max_tokens >= n and job.least_weight == 0
+
+
+@_njit
+def list_all(n, places):
+    rows = carray(int32_pointer(places), n)
+    for i in range(n):
+        rows[i] = i
+
+
+@_njit
+def write_ranges(job, task, places, kept):
+    """The chosen rows, ascending, as ranges; returns how many."""
+    rows = carray(int32_pointer(places), kept)
     place = task // job.heads * job.out_batch + task % job.heads * job.out_head
     starts = carray(int32_pointer(job.starts + place), job.capacity)
     lengths = carray(int32_pointer(job.lengths + place), job.capacity)
@@ -122,11 +135,11 @@ def _choose(job, task, held, space):
     found = last + 1
     for i in range(found, job.capacity):
         starts[i] = lengths[i] = 0
-    return found, scored
+    return found
 
 
 @_njit
-def _best_of(job, weights, n, out, names):
+def best_of(job, weights, n, out, names):
     """The rows that weigh most, as many as are asked for and weigh enough; returns how many.
 
     names: what to call them, int32; 0: by their numbers.
@@ -186,9 +199,7 @@ def _candidates(job, held, n, marks, places, listed):
     among all heads' rows, a peaked head's would lose to those of flat ones.
     """
     if job.candidates >= n:
-        every = carray(int32_pointer(listed), n)
-        for i in range(n):
-            every[i] = i
+        list_all(n, listed)
         return n
     room = job.chunks * CHUNK
     vectors = blocks_of(n) * _PER_BLOCK
@@ -197,197 +208,51 @@ def _candidates(job, held, n, marks, places, listed):
         bits[i] = 0
     for g in range(job.group):
         keys = job.scores + 4 * (held * job.group + g) * room
-        low = _likely_below(keys, n, job.candidates, places)
-        _mark_best(keys, n, job.candidates, low, bits, places)
+        low = likely_below(keys, n, job.candidates, places)
+        mark_best(keys, n, job.candidates, low, bits, places)
     return places_of_marks(marks, vectors, listed)
-
-
-@_njit
-def _mark_best(keys, n, k, low, bits, space):
-    """Set the bits of the k largest of n keys, 0 < k < n; of equal ones of the first. `low`,
-    `space`: of `_threshold`."""
-    vectors = blocks_of(n) * _PER_BLOCK
-    least, count = _threshold(keys, n, k, low, np.int64(_LEAST), space)
-    if count == k:
-        mark_from(keys, vectors, least, bits.ctypes.data)
-        return
-    above = count_from(keys, vectors, least + 1)
-    mark_from(keys, vectors, least + 1, bits.ctypes.data)
-    equal, own = k - above, carray(int32_pointer(keys), n)
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        some = np.int64(0)
-        for i in range(first, last):
-            some += own[i] == least
-        for i in range(first, last if some else first):
-            if own[i] == least and equal > 0:
-                bits[i >> 3] |= np.uint8(1 << (i & 7))
-                equal -= 1
-
-
-@_njit
-def _likely_below(keys, n, k, space):
-    """A number that at least k of the keys, and few more, reach: so says a sample of them.
-
-    `_LEAST` where a sample says little. space: int32, room for the sample.
-    """
-    size = min(MOST_SAMPLED, n // 8 // BLOCK * BLOCK)
-    expected = k * size / n
-    rank = np.int64(expected + 3 * math.sqrt(expected)) + 4
-    if rank >= size:
-        return np.int64(_LEAST)
-    step = n // size
-    all_keys, sample = carray(int32_pointer(keys), n), carray(int32_pointer(space), size)
-    for i in range(size):
-        sample[i] = all_keys[i * step]
-    low, high = np.int64(_LEAST), _largest(space, size) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        count = count_from(space, size // LANES, middle)
-        if count < rank:
-            high = middle
-        else:
-            low = middle
-            if count < rank + rank // 8:
-                break
-    return low
 
 
 @_njit
 def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
     """The sum of the heads' softmax over the listed rows, by all of their code."""
-    room = (found + CHUNK - 1) // CHUNK * CHUNK
-    chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
+    room = room_of(found)
     candidates = carray(int32_pointer(listed), found)
     factor = carray(float32_pointer(factors), job.group)
     maximum = carray(float32_pointer(factors + 4 * job.group), job.group)
     for g in range(job.group):
         factor[g] = -np.inf
     for first in range(0, found, CHUNK):
-        length = min(CHUNK, found - first)
-        for i in range(length):
-            chunk_rows[i] = candidates[first + i]
-        bring(job, b, kv_head, length, 1, space)
-        for g in range(0, job.group, WIDEST):
-            score(job, task, g, length, 1, space, weights + 4 * (g * room + first), 4 * room,
-                  factors + 4 * (job.group + g), 4)  # fmt: skip
+        last = min(first + CHUNK, found)
+        score_listed(job, task, b, kv_head, candidates[first:last], space, weights + 4 * first,
+                     room, factors + 4 * job.group, 4)  # fmt: skip
         for g in range(job.group):
             factor[g] = max(factor[g], maximum[g])
+    sum_of_softmax(job, task, found, weights, room, factors, keys)
+
+
+@_njit
+def score_listed(job, task, b, kv_head, listed, space, weights, room, maxima, maximum_bytes):
+    """Each head's scores of up to `CHUNK` rows by all of their code, `room` floats apart from head
+    to head, and the largest of each."""
+    chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
+    length = len(listed)
+    for i in range(length):
+        chunk_rows[i] = listed[i]
+    bring(job, b, kv_head, length, 1, space)
+    for g in range(0, job.group, WIDEST):
+        score(job, task, g, length, 1, space, weights + 4 * g * room, 4 * room,
+              maxima + maximum_bytes * g, maximum_bytes)  # fmt: skip
+
+
+@_njit
+def sum_of_softmax(job, task, found, weights, room, factors, out):
+    """The sum of the heads' softmax over `found` scores; `factors`: each head's largest, float32,
+    in whose place its factor comes. `out` may be `weights`."""
+    factor = carray(float32_pointer(factors), job.group)
     vectors = blocks_of(found) * _PER_BLOCK
     for g in range(job.group):
         total = exponentials(weights + 4 * g * room, vectors, factor[g])
         total += _outside(job, task, g, factor[g])
         factor[g] = np.float32(1.0) / total
-    add_weighed(weights, 4 * room, job.group, factors, 4, vectors, keys)
-
-
-@_njit
-def best(weights, n, k, out, names):
-    """The k largest of n weights, float32 not below 0, by their numbers, ascending; of equal ones
-    the first. 0 < k <= n.
-
-    weights: followed by such as are not above any of them, up to a whole block. out: int32, room
-    for whole chunks and `LANES` more. names: int32 to call them by; 0: their numbers.
-    """
-    vectors = blocks_of(n) * _PER_BLOCK
-    least, count = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
-    if count == k and names:
-        values_from(weights, names, vectors, least, out)
-        return
-    found = places_from(weights, vectors, least, out)
-    rows = carray(int32_pointer(out), found)
-    if count != k:
-        _first_of(weights, least, rows, k)
-    if names:
-        own = carray(int32_pointer(names), n)
-        for i in range(k):
-            rows[i] = own[rows[i]]
-
-
-@_njit
-def _threshold(keys, n, k, low, least, space):
-    """A number that at least k of the keys reach, and fewer than k exceed; and how many reach it.
-
-    It is looked for by halving the range of the keys; once few are left, these are brought
-    together.
-
-    keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
-    float32 not below 0, whose bits are in their order. least: what every key reaches, 0 for
-    weights. low: a guess that at least k keys reach, and few more; where there are fewer it is not
-    used. space: int32, room for whole chunks and `LANES` more.
-    """
-    searched, vectors = keys, blocks_of(n) * _PER_BLOCK
-    room = (n + CHUNK - 1) // CHUNK * CHUNK
-    together = False
-    count = n
-    if low > least:
-        count = count_from(keys, vectors, low)
-        if count < k:
-            low, count = least, n
-        else:
-            together = True
-    if together:
-        vectors = _bring_together(keys, vectors, low, room, space)
-        searched = space
-    largest = _largest(searched, vectors * LANES if together else n)
-    high = largest + 1  # at least k are from low on, fewer from high on
-    octaves = 4
-    while high - low > 1 and count != k:
-        middle = (low + high) // 2
-        if least == 0 and low == 0 and octaves < 128:
-            # Weights fall by the octave: the first guesses go down in steps that double.
-            middle = largest - octaves * _OCTAVE
-            octaves *= 2
-            if middle <= low or middle >= high:
-                middle = (low + high) // 2
-        reached = count_from(searched, vectors, middle)
-        if reached < k:
-            high = middle
-        else:
-            low, count = middle, reached
-            if not together and 4 * count < n:
-                together = True
-                vectors = _bring_together(keys, vectors, low, room, space)
-                searched = space
-    return low, count
-
-
-@_njit
-def _first_of(keys, least, rows, k):
-    """Of the listed rows, whose keys reach `least`, put the k largest in front, in their order; of
-    equal ones the first."""
-    bits = carray(int32_pointer(keys), 1 << 31)
-    above = np.int64(0)
-    for i in range(len(rows)):
-        above += bits[rows[i]] > least
-    equal, at = k - above, 0
-    for i in range(len(rows)):
-        row = rows[i]
-        if bits[row] > least or (bits[row] == least and equal > 0):
-            equal -= bits[row] == least
-            rows[at] = row
-            at += 1
-            if at == k:
-                break
-    return at
-
-
-@_njit
-def _largest(keys, n):
-    bits = carray(int32_pointer(keys), n)
-    largest = np.int32(_LEAST)
-    for i in range(n):
-        largest = max(largest, bits[i])
-    return np.int64(largest)
-
-
-@_njit
-def _bring_together(keys, vectors, least, room, space):
-    """The keys that are at least so large, filled up to a whole block with what is below all
-    others; returns the number of their vectors."""
-    count = values_from(keys, keys, vectors, least, space)
-    filled = BLOCK * blocks_of(count)
-    own = carray(int32_pointer(space), room + LANES)
-    for i in range(count, filled):
-        own[i] = _LEAST
-    return filled // LANES
+    add_weighed(weights, 4 * room, job.group, factors, 4, vectors, out)

@@ -12,10 +12,10 @@ from .numba_simd import BLOCK, WIDEST
 
 FIELDS = (
     "q coarse fine scale rows weights factors scores maxima totals starts lengths "  # addresses
-    "counts scored outside "
+    "counts scored outside marks listed listed_scores listed_maxima found finished "
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
-    "out_batch out_head capacity first_row max_tokens least_weight candidates "
+    "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
     "workspace worker_bytes next_worker next_task"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
@@ -25,6 +25,9 @@ Job, SIGNATURE = job_type(FIELDS, ("unused",))
 
 CHUNK = 512
 """Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""
+
+PHASES = 2
+"""Phases after the scan, each with a counter of the units of a task that have ended."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -58,12 +61,31 @@ def choice_bytes(most: int, candidates: int, group: int, coordinates: int) -> in
     return chunk_bytes(coordinates) + 4 * (floats + floats % 2)
 
 
+def phase_bytes(tasks: int, group: int, chunks: int, listed_chunks: int) -> dict[str, int]:
+    """Bytes of what a choice in phases keeps from one to the next."""
+    listed = listed_chunks * CHUNK
+    return {
+        "marks": tasks * group * chunks * CHUNK // 8,
+        "listed": 4 * tasks * (listed + LANES),
+        "listed_scores": 4 * tasks * group * listed,
+        "listed_maxima": 4 * tasks * group * listed_chunks,
+        "found": 8 * tasks,
+        "finished": 8 * PHASES * tasks,
+    }
+
+
 @_njit
 def place_of(job, task):
     """Sequence, KV head and number of rows of a task."""
     b = task // job.heads if job.by_sequence else 0
     kv_head = task % job.heads * job.kv_heads // job.heads
     return b, kv_head, carray(int64_pointer(job.rows), b + 1)[b]
+
+
+@_njit
+def room_of(n):
+    """Rows filled up to whole chunks."""
+    return (n + CHUNK - 1) // CHUNK * CHUNK
 
 
 @_njit

@@ -10,6 +10,7 @@ from saap.kernels.cpu.memory import (
     float32_pointer,
     int8_pointer,
     int32_pointer,
+    int64_pointer,
     uint8_pointer,
 )
 
@@ -26,6 +27,7 @@ from .numba_job import (
     CHUNK,
     NEXT_TASK,
     NEXT_WORKER,
+    PHASES,
     blocks_of,
     chunk_bytes,
     place_of,
@@ -58,6 +60,10 @@ def prepare_entry(stamp):
         job = carray(jobs, 1)[0]
         for task in range(job.tasks):
             _prepare(job, task)
+        if job.finished != 0:
+            finished = carray(int64_pointer(job.finished), PHASES * job.tasks)
+            for i in range(len(finished)):
+                finished[i] = 0
 
     return prepare
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap.kernels.codes import numba_choice
+from saap.kernels.codes import numba_best
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.scratch import scratch
 
@@ -86,7 +86,7 @@ def select_pages(
 
 @functools.cache
 def _functions() -> list[Callable]:
-    stamp = stamp_of(Path(__file__).parent) ^ stamp_of(Path(numba_choice.__file__).parent)
+    stamp = stamp_of(Path(__file__).parent) ^ stamp_of(Path(numba_best.__file__).parent)
     entries = [
         make(stamp)
         for make in (

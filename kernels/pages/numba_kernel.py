@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from numba import carray
 
-from saap.kernels.codes.numba_choice import best
+from saap.kernels.codes.numba_best import best
 from saap.kernels.codes.numba_simd import BLOCK
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.jobs import job_type, offset_of

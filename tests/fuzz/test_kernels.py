@@ -8,6 +8,7 @@ from saap.kernels.attention import quantize_rows
 from saap.kernels.attention.int8_rows import widened
 from saap.kernels.codes import encode, select_rows
 
+from ..torch_threads import torch_threads
 from .hostile import DTYPES, canaries, cases, torch_seed
 
 pytestmark = pytest.mark.bad_input
@@ -174,7 +175,7 @@ def test_select_rows():
             if own.random() < 0.5:
                 n_rows = own.choice(([n + 1] * batch, [-1] * batch, n_rows * 2, []))
         try:
-            with canaries():
+            with canaries(), torch_threads(own.choice((1, 2, 3, 5))):
                 starts, lengths = (t.clone() for t in select_rows(q, codes, n_rows, **options))
         except ValueError:
             counts["refused"] = counts.get("refused", 0) + 1

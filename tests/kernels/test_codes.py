@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from saap.kernels.codes import Codes, decode, encode, select_rows
 
+from ..torch_threads import torch_threads
 from .code_cases import rows
 
 IMPLS = ("reference", "numba")
@@ -92,7 +93,7 @@ def test_all_candidates_are_chosen_from(impl, coordinates, group):
 def test_numba_chooses_as_the_reference(
     seed, n, max_tokens, width, group, share, threads, min_weight, with_outside
 ):
-    """Three threads divide the rows of tasks, one does a task at a time."""
+    """Three threads divide tasks, one does a task at a time."""
     _, codes, _ = coded(batch=2, n=n, seed=seed)
     q = random(2, 2 * group, 64, seed=seed + 1) * 0.5
     n_rows = [n, max(0, n - 37)]
@@ -107,14 +108,10 @@ def test_numba_chooses_as_the_reference(
     memory = torch.full((2, 2, heads, room + 8), CANARY, dtype=torch.int32)
     out = tuple(memory[..., 4 : 4 + room])
     scored = torch.full((2, 2, heads), CANARY)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         found = select_rows(
             q, codes, n_rows, **options, first_row=3, out=out, scored=scored[0], impl="numba"
         )
-    finally:
-        torch.set_num_threads(before)
     options["scored"] = scored[1]
     true = select_rows(q, codes, n_rows, **options, first_row=3, impl="reference")
     assert ((scored[0] - scored[1]).abs() <= 2 + scored[1] // 50).all()
@@ -130,6 +127,23 @@ def test_numba_chooses_as_the_reference(
             assert all(3 <= row < 3 + n_rows[i] for row in own)
             # Sums in another order put a row here and there on the other side of an edge.
             assert len(set(own) ^ set(other)) <= 2 + 2 * (len(own) // 50)
+
+
+@pytest.mark.parametrize("n_candidates", [700, 4999])
+@pytest.mark.parametrize("min_weight", [None, 1e-3])
+def test_the_choice_does_not_depend_on_threads(n_candidates, min_weight):
+    """One thread does a task at a time; where there are more, tasks are divided."""
+    _, codes, _ = coded(batch=2, n=5000, n_kv=3)
+    q = random(2, 9, 64, seed=1) * torch.tensor([0.5, 1.0, 40.0]).repeat(3)[:, None]
+    options = {"max_tokens": 300, "n_candidates": n_candidates, "min_weight": min_weight}
+    for second in (4000, 250, 0):
+        found = []
+        for threads in (1, 2, 4, 5, 16):
+            scored = torch.zeros(2, 3, dtype=torch.int64)
+            with torch_threads(threads):
+                chosen = select_rows(q, codes, [5000, second], **options, scored=scored)
+            found.append((*chosen, scored))
+        assert all(all(map(torch.equal, found[0], own)) for own in found)
 
 
 def weights_of(q, codes, n, n_kv, outside):
@@ -207,17 +221,13 @@ def test_many_queries_of_one_context(impl):
 def test_a_short_sequence_beside_a_long_one_is_chosen_by_whole_codes(impl, threads):
     _, codes, _ = coded(batch=2, n=600)
     q = random(2, 4, 64, seed=3) * 0.5
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        scored = torch.zeros(2, 2, dtype=torch.int64)
+    scored = torch.zeros(2, 2, dtype=torch.int64)
+    with torch_threads(threads):
         both = select_rows(
             q, codes, [600, 90], max_tokens=20, n_candidates=100, scored=scored, impl=impl
         )
         short = Codes(codes.coarse[1:], codes.fine[1:], codes.scale[1:])
         alone = select_rows(q[1:], short, [90], max_tokens=20, n_candidates=100, impl=impl)
-    finally:
-        torch.set_num_threads(before)
     assert [rows(both, 1, h) for h in range(2)] == [rows(alone, 0, h) for h in range(2)]
     assert scored[1].tolist() == [90, 90]
 

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from saap.kernels.codes import numba_choice, numba_vectors
+from saap.kernels.codes import numba_best, numba_vectors
 from saap.kernels.codes.numba_simd import BLOCK
 from saap.kernels.cpu.emitter import LANES
 
@@ -64,12 +64,12 @@ def test_picked(pick, share):
 
 @numba.njit
 def best(weights, n, k, out, names):
-    numba_choice.best(weights, n, k, out, names)
+    numba_best.best(weights, n, k, out, names)
 
 
 @numba.njit
 def mark_best(keys, n, k, low, bits, space):
-    numba_choice._mark_best(keys, n, k, low, bits, space)
+    numba_best.mark_best(keys, n, k, low, bits, space)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 7, 100, 10**6])
@@ -78,7 +78,7 @@ def test_the_best_and_of_equal_ones_the_first(levels, n):
     generator = np.random.default_rng(levels + n)
     filled = -(-n // BLOCK) * BLOCK
     rows = np.arange(n)
-    room = -(-n // numba_choice.CHUNK) * numba_choice.CHUNK
+    room = -(-n // numba_best.CHUNK) * numba_best.CHUNK
     for k in sorted({1, n // 3 + 1, n - 1, n} - {0}):
         keys = np.full(filled, -(2**30), np.int32)
         keys[:n] = generator.integers(0, levels, n)

@@ -1,0 +1,185 @@
+"""The k largest of many numbers: their places, or a bit for each, by halving their range."""
+
+import math
+
+import numba
+import numpy as np
+from numba import carray
+
+from saap.kernels.cpu.emitter import LANES
+from saap.kernels.cpu.memory import int32_pointer
+
+from .numba_job import CHUNK, blocks_of
+from .numba_simd import BLOCK
+from .numba_vectors import count_from, mark_from, places_from, values_from
+
+_PER_BLOCK = BLOCK // LANES
+_OCTAVE = 1 << 23
+_LEAST = -(2**31)
+MOST_SAMPLED = 2048
+"""Numbers that a first threshold is guessed from."""
+
+_njit = numba.njit(error_model="numpy")
+
+
+@_njit
+def best(weights, n, k, out, names):
+    """The k largest of n weights, float32 not below 0, by their numbers, ascending; of equal ones
+    the first. 0 < k <= n.
+
+    weights: followed by such as are not above any of them, up to a whole block. out: int32, room
+    for whole chunks and `LANES` more. names: int32 to call them by; 0: their numbers.
+    """
+    vectors = blocks_of(n) * _PER_BLOCK
+    least, count = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
+    if count == k and names:
+        values_from(weights, names, vectors, least, out)
+        return
+    found = places_from(weights, vectors, least, out)
+    rows = carray(int32_pointer(out), found)
+    if count != k:
+        _first_of(weights, least, rows, k)
+    if names:
+        own = carray(int32_pointer(names), n)
+        for i in range(k):
+            rows[i] = own[rows[i]]
+
+
+@_njit
+def mark_best(keys, n, k, low, bits, space):
+    """Set the bits of the k largest of n keys, 0 < k < n; of equal ones of the first. `low`,
+    `space`: of `_threshold`."""
+    vectors = blocks_of(n) * _PER_BLOCK
+    least, count = _threshold(keys, n, k, low, np.int64(_LEAST), space)
+    if count == k:
+        mark_from(keys, vectors, least, bits.ctypes.data)
+        return
+    above = count_from(keys, vectors, least + 1)
+    mark_from(keys, vectors, least + 1, bits.ctypes.data)
+    equal, own = k - above, carray(int32_pointer(keys), n)
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        some = np.int64(0)
+        for i in range(first, last):
+            some += own[i] == least
+        for i in range(first, last if some else first):
+            if own[i] == least and equal > 0:
+                bits[i >> 3] |= np.uint8(1 << (i & 7))
+                equal -= 1
+
+
+@_njit
+def likely_below(keys, n, k, space):
+    """A number that at least k of the keys, and few more, reach: so says a sample of them.
+
+    `_LEAST` where a sample says little. space: int32, room for the sample.
+    """
+    size = min(MOST_SAMPLED, n // 8 // BLOCK * BLOCK)
+    expected = k * size / n
+    rank = np.int64(expected + 3 * math.sqrt(expected)) + 4
+    if rank >= size:
+        return np.int64(_LEAST)
+    step = n // size
+    all_keys, sample = carray(int32_pointer(keys), n), carray(int32_pointer(space), size)
+    for i in range(size):
+        sample[i] = all_keys[i * step]
+    low, high = np.int64(_LEAST), _largest(space, size) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        count = count_from(space, size // LANES, middle)
+        if count < rank:
+            high = middle
+        else:
+            low = middle
+            if count < rank + rank // 8:
+                break
+    return low
+
+
+@_njit
+def _threshold(keys, n, k, low, least, space):
+    """A number that at least k of the keys reach, and fewer than k exceed; and how many reach it.
+
+    It is looked for by halving the range of the keys; once few are left, these are brought
+    together.
+
+    keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
+    float32 not below 0, whose bits are in their order. least: what every key reaches, 0 for
+    weights. low: a guess that at least k keys reach, and few more; where there are fewer it is not
+    used. space: int32, room for whole chunks and `LANES` more.
+    """
+    searched, vectors = keys, blocks_of(n) * _PER_BLOCK
+    room = (n + CHUNK - 1) // CHUNK * CHUNK
+    together = False
+    count = n
+    if low > least:
+        count = count_from(keys, vectors, low)
+        if count < k:
+            low, count = least, n
+        else:
+            together = True
+    if together:
+        vectors = _bring_together(keys, vectors, low, room, space)
+        searched = space
+    largest = _largest(searched, vectors * LANES if together else n)
+    high = largest + 1  # at least k are from low on, fewer from high on
+    octaves = 4
+    while high - low > 1 and count != k:
+        middle = (low + high) // 2
+        if least == 0 and low == 0 and octaves < 128:
+            # Weights fall by the octave: the first guesses go down in steps that double.
+            middle = largest - octaves * _OCTAVE
+            octaves *= 2
+            if middle <= low or middle >= high:
+                middle = (low + high) // 2
+        reached = count_from(searched, vectors, middle)
+        if reached < k:
+            high = middle
+        else:
+            low, count = middle, reached
+            if not together and 4 * count < n:
+                together = True
+                vectors = _bring_together(keys, vectors, low, room, space)
+                searched = space
+    return low, count
+
+
+@_njit
+def _first_of(keys, least, rows, k):
+    """Of the listed rows, whose keys reach `least`, put the k largest in front, in their order; of
+    equal ones the first."""
+    bits = carray(int32_pointer(keys), 1 << 31)
+    above = np.int64(0)
+    for i in range(len(rows)):
+        above += bits[rows[i]] > least
+    equal, at = k - above, 0
+    for i in range(len(rows)):
+        row = rows[i]
+        if bits[row] > least or (bits[row] == least and equal > 0):
+            equal -= bits[row] == least
+            rows[at] = row
+            at += 1
+            if at == k:
+                break
+    return at
+
+
+@_njit
+def _largest(keys, n):
+    bits = carray(int32_pointer(keys), n)
+    largest = np.int32(_LEAST)
+    for i in range(n):
+        largest = max(largest, bits[i])
+    return np.int64(largest)
+
+
+@_njit
+def _bring_together(keys, vectors, least, room, space):
+    """The keys that are at least so large, filled up to a whole block with what is below all
+    others; returns the number of their vectors."""
+    count = values_from(keys, keys, vectors, least, space)
+    filled = BLOCK * blocks_of(count)
+    own = carray(int32_pointer(space), room + LANES)
+    for i in range(count, filled):
+        own[i] = _LEAST
+    return filled // LANES
