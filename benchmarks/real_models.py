@@ -64,7 +64,8 @@ def summary(folder: Path) -> dict:
     scores = [
         {name: s[name] for name in KEPT if s.get(name) is not None} for s in score_run(folder)
     ]
-    config = {k: run["config"][k] for k in ("n_texts", "n_prompts", "n_queries", "n_scored")}
+    kept = ("n_texts", "n_prompts", "n_queries", "n_scored", "seed")
+    config = {k: run["config"][k] for k in kept}
     return {
         "model": Path(run["model"]).name,
         "version": run["version"],
@@ -82,16 +83,32 @@ def tables(found: list[dict]) -> str:
     for run in found:
         for score in run["scores"]:
             place = run["model"], run["chat"], score["context"]
-            places.setdefault(place, []).append(score)
+            places.setdefault(place, []).append({**score, "seed": run["config"].get("seed", 0)})
     models = list(dict.fromkeys(run["model"] for run in found))
     parts = []
     for model, chat, context in sorted(places, key=lambda p: (models.index(p[0]), *p[1:])):
-        scores = places[model, chat, context]
+        scores = pooled(places[model, chat, context])
         asked = "asked in the chat template; " if chat else ""
         parts.append(
             f"**{model}, {context:,} tokens** ({asked}{counted(scores)}):\n\n{table(scores)}"
         )
     return "\n\n".join(parts)
+
+
+def pooled(scores: list[dict]) -> list[dict]:
+    """One score for what was asked with several seeds, which are other documents; of two with the
+    same seed the later one."""
+    latest = {tuple(s[k] for k in ("task", "method", "budget", "seed")): s for s in scores}
+    found: dict[tuple, dict] = {}
+    for (*what, _), s in latest.items():
+        before = found.get(tuple(what))
+        if before is not None and s["task"] in ASKED:
+            n = before["questions"] + s["questions"]
+            right = sum(own["accuracy"] * own["questions"] for own in (before, s))
+            s = {**s, "accuracy": right / n, "questions": n,
+                 "prompts": before["prompts"] + s["prompts"]}  # fmt: skip
+        found[tuple(what)] = s
+    return list(found.values())
 
 
 def counted(scores: list[dict]) -> str:

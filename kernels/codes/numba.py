@@ -1,4 +1,4 @@
-"""Choice of rows by coded keys on a CPU: task by task, or in phases of smaller units."""
+"""Choice of rows by coded keys on a CPU: task by task, or in steps of smaller units."""
 
 import ctypes
 import functools
@@ -11,10 +11,9 @@ from torch import Tensor
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
-from . import numba_choice, numba_job, numba_phases, numba_scan
+from . import numba_choice, numba_job, numba_scan
 from .layout import Codes
-
-PREPARE, SCAN, CHOOSE, CANDIDATES, WEIGH = range(5)  # places in `_functions`
+from .numba_job import BY_TASK, CANDIDATES, SCAN, WEIGH
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -60,34 +59,31 @@ class Prepared:
         self.tasks = tasks = n * heads
         chunks = -(-most // numba_job.CHUNK)
         threads = min(torch.get_num_threads(), tasks * chunks)
-        found = min(most, group * n_candidates)
-        listed_chunks = -(-found // numba_job.CHUNK)
         least = 0 if min_weight is None else bits_of(min_weight)
         whole, every = n_candidates >= most, max_tokens >= most and not least
+        candidates = 0 if whole else min(most, group * n_candidates)
+        listed_chunks = -(-candidates // numba_job.CHUNK)
         # With a task to each thread at a time, its scores stay in the cache.
         by_task = tasks % threads == 0 or tasks >= 8 * threads
-        self.steps = [(CHOOSE, tasks)]
+        self.steps = [(BY_TASK, tasks)]
         if not (by_task or every):
-            self.steps = [(SCAN, tasks * chunks), (CHOOSE, tasks)]
+            self.steps = [(SCAN, tasks * chunks), (BY_TASK, tasks)]
             if not whole:
-                weighed = tasks * listed_chunks
-                self.steps[1:] = [(CANDIDATES, tasks * group), (WEIGH, weighed)]
-        self.steps = [(what, min(units, threads)) for what, units in self.steps]
+                self.steps[1:] = [(CANDIDATES, tasks * group), (WEIGH, tasks * listed_chunks)]
+        self.steps = [(step, min(units, threads)) for step, units in self.steps]
         workers = max(count for _, count in self.steps)
         held = workers if by_task else tasks
-        worker_bytes = numba_job.choice_bytes(most, found, group, coordinates)
-        sizes = {
-            "counts": 8 * tasks,
-            "workspace": workers * worker_bytes,
-            "weights": 2 * tasks * group * coordinates,
-            "factors": 16 * tasks * group,
-            "scores": 4 * held * group * chunks * numba_job.CHUNK,
-            "maxima": 4 * held * group * chunks,
-            "totals": 4 * held * group * chunks,
-        }
-        if len(self.steps) > 2:
-            sizes |= numba_job.phase_bytes(tasks, group, chunks, listed_chunks)
-        self.layout = Layout(sizes)
+        worker_bytes = numba_job.worker_bytes(most, coordinates)
+        self.layout = Layout(
+            {
+                "counts": 8 * tasks,
+                "finished": 8 * numba_job.STEPS * tasks,
+                "workspace": workers * worker_bytes,
+                "weights": 2 * tasks * group * coordinates,
+                "factors": 16 * tasks * group,
+                **numba_job.kept_bytes(held, group, most, candidates),
+            }
+        )
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
         self.kept = codes, starts, lengths, scored  # addresses of theirs follow
@@ -111,12 +107,12 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        functions = _functions()
+        prepare, choose, job.score = _functions()
         address = ctypes.addressof(job)
-        functions[PREPARE](address)
-        for what, workers in self.steps:
-            run(functions[what], address, workers)
+        prepare(address)
+        for job.step, workers in self.steps:
             job.next_worker = job.next_task = 0
+            run(choose, address, workers)
         return max(_integers(self.tasks).from_address(job.counts)[:])
 
 
@@ -144,10 +140,11 @@ def _integers(count: int) -> type:
 
 
 @functools.cache
-def _functions() -> list[Callable]:
+def _functions() -> tuple[Callable, Callable, int]:
+    """What prepares a job, what does a step of it, and the address of what scores a chunk."""
     stamp = stamp_of(Path(__file__).parent)
-    entries = [
-        numba_scan.prepare_entry(stamp), numba_scan.entry(stamp), numba_choice.entry(stamp),
-        numba_phases.candidates_entry(stamp), numba_phases.weigh_entry(stamp),
-    ]  # fmt: skip
-    return compiled("choice of coded rows", numba_job.SIGNATURE, entries)
+    entries = [numba_scan.prepare_entry(stamp), numba_choice.entry(stamp)]
+    scores = [numba_scan.score_entry(stamp)]
+    score = compiled("scores of coded rows", numba_scan.SCORE_SIGNATURE, scores)[0]
+    prepare, choose = compiled("choice of coded rows", numba_job.SIGNATURE, entries)
+    return prepare, choose, ctypes.cast(score, ctypes.c_void_p).value

@@ -1,4 +1,10 @@
-"""The rows with the largest weights: candidates by the coarse code, then the best of them."""
+"""The rows with the largest weights: candidates by the coarse code, then the best of them.
+
+Where there are as many *tasks* (a query head, or those that choose together) as keep all threads
+busy, a thread chooses for one at a time. Else all of them are done step by step, in smaller units:
+each row is scored, each head's candidates are found, these are scored by all of their code. Who
+ends the last unit of a task goes on with the task as a whole.
+"""
 
 import math
 
@@ -17,14 +23,16 @@ from saap.kernels.cpu.memory import (
 
 from .numba_best import best, likely_below, mark_best
 from .numba_job import (
+    BY_TASK,
+    CANDIDATES,
     CHUNK,
     NEXT_TASK,
     NEXT_WORKER,
+    SCAN,
+    STEPS,
     blocks_of,
-    chunk_bytes,
     place_of,
     planes_bytes,
-    room_of,
 )
 from .numba_scan import bring, score, weigh_chunk
 from .numba_simd import BLOCK, WIDEST
@@ -43,7 +51,10 @@ _njit = numba.njit(error_model="numpy")
 
 
 def entry(stamp):
-    """C function to compile; `stamp` becomes a part of the cache's key."""
+    """C function to compile; `stamp` becomes a part of the cache's key.
+
+    One for all steps, which share most of their code: each alone would be compiled as long.
+    """
 
     def choose_entry(jobs):
         _ = stamp
@@ -54,55 +65,58 @@ def entry(stamp):
 
 @_njit
 def _work(jobs):
-    """`by_task`: the rows of a task are scored here, before it is chosen from; else they were.
-
-    `least_weight`: the bits of the least weight, a float32, of a row that is chosen; 0 for any.
-    """
-    job = jobs[0]
-    counters = jobs.ctypes.data
+    """`by_task`: what a task keeps lies with its worker; else with the task."""
+    job, counters = jobs[0], jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
     space = job.workspace + job.worker_bytes * worker
-    counts = carray(int64_pointer(job.counts), job.tasks)
-    scored = carray(int64_pointer(job.scored), job.tasks)
+    parts = _parts_of(job)
     while True:
-        task = fetch_increment(counters + NEXT_TASK)
+        unit = fetch_increment(counters + NEXT_TASK)
+        task, part = unit // parts, unit % parts
         if task >= job.tasks:
             break
-        held = worker if job.by_task else task
-        if job.by_task and not takes_all(job, place_of(job, task)[2]):
-            for chunk in range(job.chunks):
-                weigh_chunk(job, task, chunk, held, space)
-        counts[task], scored[task] = _choose(job, task, held, space)
+        if job.step == BY_TASK:
+            _choose_alone(job, task, worker if job.by_task else task, space)
+        elif job.step == SCAN:
+            weigh_chunk(job, task, part, task, space)
+        elif job.step == CANDIDATES:
+            _find_candidates(job, task, task, part, space)
+            if _is_last(job, task, parts):
+                _list_candidates(job, task, task)
+        else:
+            _weigh_candidates(job, task, task, part, space)
+            if _is_last(job, task, parts):
+                _choose(job, task, task, space)
 
 
 @_njit
-def _choose(job, task, held, space):
-    """Write the ranges of a task; returns how many, and of how many rows all was read."""
-    b, kv_head, n = place_of(job, task)
-    room = job.chunks * CHUNK
-    keys = space + chunk_bytes(job.coordinates)
-    marks = keys + 4 * room
-    places = marks + room // 8
-    listed = places + 4 * (room + LANES)
-    factors = listed + 4 * (room + LANES)
-    weights = factors + 4 * job.group * (job.chunks + 1)
-    kept, scored = min(job.max_tokens, n), np.int64(0)
-    if takes_all(job, n):
-        list_all(n, places)
-    elif job.whole:
-        _weigh_chunks(job, task, held, n, factors)
-        for chunk in range((n + CHUNK - 1) // CHUNK):
-            place = job.scores + 4 * (held * job.group * room + chunk * CHUNK)
-            length = min(CHUNK, n - chunk * CHUNK)
-            add_weighed(place, 4 * room, job.group, factors + 4 * chunk, 4 * job.chunks,
-                        blocks_of(length) * _PER_BLOCK, keys + 4 * CHUNK * chunk)  # fmt: skip
-        kept = best_of(job, keys, n, places, 0)
-        scored = n
-    else:
-        scored = _candidates(job, held, n, marks, places, listed)
-        _weigh(job, task, b, kv_head, scored, space, listed, weights, factors, keys)
-        kept = best_of(job, keys, scored, places, listed)
-    return write_ranges(job, task, places, kept), scored
+def _parts_of(job):
+    """Units of a task."""
+    if job.step == BY_TASK:
+        return np.int64(1)
+    if job.step == SCAN:
+        return job.chunks
+    return job.group if job.step == CANDIDATES else job.listed_chunks
+
+
+@_njit
+def _is_last(job, task, parts):
+    return fetch_increment(job.finished + 8 * (STEPS * task + job.step)) == parts - 1
+
+
+@_njit
+def _choose_alone(job, task, held, space):
+    n = place_of(job, task)[2]
+    if job.by_task and not takes_all(job, n):
+        for chunk in range(job.chunks):
+            weigh_chunk(job, task, chunk, held, space)
+    if not job.whole:
+        for g in range(job.group):
+            _find_candidates(job, task, held, g, space)
+        _list_candidates(job, task, held)
+        for chunk in range(job.listed_chunks):
+            _weigh_candidates(job, task, held, chunk, space)
+    _choose(job, task, held, space)
 
 
 @_njit
@@ -112,34 +126,136 @@ def takes_all(job, n):
 
 
 @_njit
-def list_all(n, places):
-    rows = carray(int32_pointer(places), n)
-    for i in range(n):
-        rows[i] = i
+def _find_candidates(job, task, held, g, space):
+    """Mark a head's `job.candidates` best rows by the coarse code.
+
+    Each has its own, since coarse scores err by a share of how far a head's scores are apart:
+    among all heads' rows, a peaked head's would lose to those of flat ones.
+    """
+    n = place_of(job, task)[2]
+    if job.candidates >= n or takes_all(job, n):
+        return
+    head = held * job.group + g
+    keys = job.scores + 4 * head * job.chunks * CHUNK
+    marks = _marks_of(job, head)
+    for i in range(blocks_of(n) * BLOCK // 8):
+        marks[i] = 0
+    low = likely_below(keys, n, job.candidates, space)
+    mark_best(keys, n, job.candidates, low, marks, space)
 
 
 @_njit
-def write_ranges(job, task, places, kept):
-    """The chosen rows, ascending, as ranges; returns how many."""
-    rows = carray(int32_pointer(places), kept)
-    place = task // job.heads * job.out_batch + task % job.heads * job.out_head
-    starts = carray(int32_pointer(job.starts + place), job.capacity)
-    lengths = carray(int32_pointer(job.lengths + place), job.capacity)
-    last, first, end = np.int64(-1), np.int64(0), np.int64(-1)
-    for i in range(kept):  # without a branch, which would be mispredicted every other time
-        row = np.int64(rows[i])
-        last += row != end
-        first = first if row == end else row
-        starts[last], lengths[last] = job.first_row + first, row - first + 1
-        end = row + 1
-    found = last + 1
-    for i in range(found, job.capacity):
-        starts[i] = lengths[i] = 0
-    return found
+def _list_candidates(job, task, held):
+    """The rows that any head has marked."""
+    n = place_of(job, task)[2]
+    found = carray(int64_pointer(job.found), held + 1)
+    place = _listed_at(job, held)
+    if takes_all(job, n):
+        found[held] = 0
+        return
+    if job.candidates >= n:
+        _list_all(n, place)
+        found[held] = n
+        return
+    first = _marks_of(job, held * job.group)
+    for g in range(1, job.group):
+        own = _marks_of(job, held * job.group + g)
+        for i in range(blocks_of(n) * BLOCK // 8):
+            first[i] |= own[i]
+    found[held] = places_of_marks(first.ctypes.data, blocks_of(n) * _PER_BLOCK, place)
 
 
 @_njit
-def best_of(job, weights, n, out, names):
+def _weigh_candidates(job, task, held, chunk, space):
+    """Each head's scores of a chunk of the candidates, by all of their code."""
+    first = chunk * CHUNK
+    length = min(CHUNK, carray(int64_pointer(job.found), held + 1)[held] - first)
+    if length <= 0:
+        return
+    b, kv_head, _ = place_of(job, task)
+    listed = carray(int32_pointer(_listed_at(job, held) + 4 * first), length)
+    chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
+    for i in range(length):
+        chunk_rows[i] = listed[i]
+    bring(job, b, kv_head, length, 1, space)
+    room = job.listed_chunks * CHUNK
+    scores = job.listed_scores + 4 * (held * job.group * room + first)
+    maxima = job.listed_maxima + 4 * (held * job.group * job.listed_chunks + chunk)
+    for g in range(0, job.group, WIDEST):
+        score(job, task, g, length, 1, space, scores + 4 * g * room, 4 * room,
+              maxima + 4 * g * job.listed_chunks, 4 * job.listed_chunks)  # fmt: skip
+
+
+@_njit
+def _choose(job, task, held, space):
+    """Write the ranges of a task, and of how many rows all of the code was read."""
+    n = place_of(job, task)[2]
+    scored = np.int64(0)
+    if takes_all(job, n):
+        kept = n
+        _list_all(n, space)
+    elif job.whole:
+        kept, scored = _best_of_all(job, task, held, n, space), n
+    else:
+        scored = carray(int64_pointer(job.found), held + 1)[held]
+        kept = _best_of_candidates(job, task, held, scored, space)
+    carray(int64_pointer(job.counts), job.tasks)[task] = _write_ranges(job, task, space, kept)
+    carray(int64_pointer(job.scored), job.tasks)[task] = scored
+
+
+@_njit
+def _best_of_all(job, task, held, n, space):
+    """Of all rows, whose weights in each chunk are known, those that weigh most in the sum of the
+    heads' softmax; lists them in `space` and returns how many."""
+    n_chunks = (n + CHUNK - 1) // CHUNK
+    place = 4 * held * job.group * job.chunks
+    shape = (job.group, job.chunks)
+    maxima = carray(float32_pointer(job.maxima + place), shape)
+    totals = carray(float32_pointer(job.totals + place), shape)
+    for g in range(job.group):
+        largest = maxima[g, 0]
+        for chunk in range(1, n_chunks):
+            largest = max(largest, maxima[g, chunk])
+        total = 0.0
+        for chunk in range(n_chunks):
+            share = math.exp(maxima[g, chunk] - largest)
+            maxima[g, chunk] = share
+            total += share * totals[g, chunk]
+        total += _outside(job, task, g, largest)
+        for chunk in range(n_chunks):
+            maxima[g, chunk] /= np.float32(total)
+    room = job.chunks * CHUNK
+    weights = job.scores + 4 * held * job.group * room
+    for chunk in range(n_chunks):
+        vectors = blocks_of(min(CHUNK, n - chunk * CHUNK)) * _PER_BLOCK
+        own = weights + 4 * chunk * CHUNK
+        add_weighed(own, 4 * room, job.group, job.maxima + place + 4 * chunk, 4 * job.chunks,
+                    vectors, own)  # fmt: skip
+    return _best_of(job, weights, n, space, 0)
+
+
+@_njit
+def _best_of_candidates(job, task, held, found, space):
+    """Of the candidates those that weigh most in the sum of the heads' softmax; lists them in
+    `space` and returns how many."""
+    room = job.listed_chunks * CHUNK
+    scores = job.listed_scores + 4 * held * job.group * room
+    place = job.listed_maxima + 4 * held * job.group * job.listed_chunks
+    maxima = carray(float32_pointer(place), (job.group, job.listed_chunks))
+    vectors = blocks_of(found) * _PER_BLOCK
+    for g in range(job.group):
+        largest = np.float32(-np.inf)
+        for chunk in range((found + CHUNK - 1) // CHUNK):
+            largest = max(largest, maxima[g, chunk])
+        total = exponentials(scores + 4 * g * room, vectors, largest)
+        total += _outside(job, task, g, largest)
+        maxima[g, 0] = np.float32(1.0) / total
+    add_weighed(scores, 4 * room, job.group, place, 4 * job.listed_chunks, vectors, scores)
+    return _best_of(job, scores, found, space, _listed_at(job, held))
+
+
+@_njit
+def _best_of(job, weights, n, out, names):
     """The rows that weigh most, as many as are asked for and weigh enough; returns how many.
 
     names: what to call them, int32; 0: by their numbers.
@@ -169,90 +285,38 @@ def _outside(job, task, g, largest):
 
 
 @_njit
-def _weigh_chunks(job, task, held, n, factors):
-    """What each chunk's weights count by, for a softmax over all rows of each head."""
-    n_chunks = (n + CHUNK - 1) // CHUNK
-    place = 4 * held * job.group * job.chunks
-    shape = (job.group, job.chunks)
-    maxima = carray(float32_pointer(job.maxima + place), shape)
-    totals = carray(float32_pointer(job.totals + place), shape)
-    factor = carray(float32_pointer(factors), shape)
-    for g in range(job.group):
-        largest = maxima[g, 0]
-        for chunk in range(1, n_chunks):
-            largest = max(largest, maxima[g, chunk])
-        total = 0.0
-        for chunk in range(n_chunks):
-            share = math.exp(maxima[g, chunk] - largest)
-            factor[g, chunk] = share
-            total += share * totals[g, chunk]
-        total += _outside(job, task, g, largest)
-        for chunk in range(n_chunks):
-            factor[g, chunk] /= np.float32(total)
+def _write_ranges(job, task, places, kept):
+    """The chosen rows, ascending, as ranges; returns how many."""
+    rows = carray(int32_pointer(places), kept)
+    place = task // job.heads * job.out_batch + task % job.heads * job.out_head
+    starts = carray(int32_pointer(job.starts + place), job.capacity)
+    lengths = carray(int32_pointer(job.lengths + place), job.capacity)
+    last, first, end = np.int64(-1), np.int64(0), np.int64(-1)
+    for i in range(kept):  # without a branch, which would be mispredicted every other time
+        row = np.int64(rows[i])
+        last += row != end
+        first = first if row == end else row
+        starts[last], lengths[last] = job.first_row + first, row - first + 1
+        end = row + 1
+    found = last + 1
+    for i in range(found, job.capacity):
+        starts[i] = lengths[i] = 0
+    return found
 
 
 @_njit
-def _candidates(job, held, n, marks, places, listed):
-    """Each head's `job.candidates` best rows by the coarse code, together; returns how many.
-
-    Each has its own, since coarse scores err by a share of how far a head's scores are apart:
-    among all heads' rows, a peaked head's would lose to those of flat ones.
-    """
-    if job.candidates >= n:
-        list_all(n, listed)
-        return n
-    room = job.chunks * CHUNK
-    vectors = blocks_of(n) * _PER_BLOCK
-    bits = carray(uint8_pointer(marks), room // 8)
-    for i in range(vectors * LANES // 8):
-        bits[i] = 0
-    for g in range(job.group):
-        keys = job.scores + 4 * (held * job.group + g) * room
-        low = likely_below(keys, n, job.candidates, places)
-        mark_best(keys, n, job.candidates, low, bits, places)
-    return places_of_marks(marks, vectors, listed)
+def _list_all(n, places):
+    rows = carray(int32_pointer(places), n)
+    for i in range(n):
+        rows[i] = i
 
 
 @_njit
-def _weigh(job, task, b, kv_head, found, space, listed, weights, factors, keys):
-    """The sum of the heads' softmax over the listed rows, by all of their code."""
-    room = room_of(found)
-    candidates = carray(int32_pointer(listed), found)
-    factor = carray(float32_pointer(factors), job.group)
-    maximum = carray(float32_pointer(factors + 4 * job.group), job.group)
-    for g in range(job.group):
-        factor[g] = -np.inf
-    for first in range(0, found, CHUNK):
-        last = min(first + CHUNK, found)
-        score_listed(job, task, b, kv_head, candidates[first:last], space, weights + 4 * first,
-                     room, factors + 4 * job.group, 4)  # fmt: skip
-        for g in range(job.group):
-            factor[g] = max(factor[g], maximum[g])
-    sum_of_softmax(job, task, found, weights, room, factors, keys)
+def _marks_of(job, head):
+    size = job.chunks * CHUNK // 8
+    return carray(uint8_pointer(job.marks + head * size), size)
 
 
 @_njit
-def score_listed(job, task, b, kv_head, listed, space, weights, room, maxima, maximum_bytes):
-    """Each head's scores of up to `CHUNK` rows by all of their code, `room` floats apart from head
-    to head, and the largest of each."""
-    chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
-    length = len(listed)
-    for i in range(length):
-        chunk_rows[i] = listed[i]
-    bring(job, b, kv_head, length, 1, space)
-    for g in range(0, job.group, WIDEST):
-        score(job, task, g, length, 1, space, weights + 4 * g * room, 4 * room,
-              maxima + maximum_bytes * g, maximum_bytes)  # fmt: skip
-
-
-@_njit
-def sum_of_softmax(job, task, found, weights, room, factors, out):
-    """The sum of the heads' softmax over `found` scores; `factors`: each head's largest, float32,
-    in whose place its factor comes. `out` may be `weights`."""
-    factor = carray(float32_pointer(factors), job.group)
-    vectors = blocks_of(found) * _PER_BLOCK
-    for g in range(job.group):
-        total = exponentials(weights + 4 * g * room, vectors, factor[g])
-        total += _outside(job, task, g, factor[g])
-        factor[g] = np.float32(1.0) / total
-    add_weighed(weights, 4 * room, job.group, factors, 4, vectors, out)
+def _listed_at(job, held):
+    return job.listed + 4 * held * (job.listed_chunks * CHUNK + LANES)

@@ -16,7 +16,7 @@ FIELDS = (
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
-    "workspace worker_bytes next_worker next_task"
+    "score step workspace worker_bytes next_worker next_task"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
 NEXT_TASK = offset_of(FIELDS, "next_task")
@@ -26,8 +26,9 @@ Job, SIGNATURE = job_type(FIELDS, ("unused",))
 CHUNK = 512
 """Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""
 
-PHASES = 2
-"""Phases after the scan, each with a counter of the units of a task that have ended."""
+STEPS = 4
+BY_TASK, SCAN, CANDIDATES, WEIGH = range(STEPS)
+"""Steps of a choice: all for a task at a time, or one after the other."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -54,23 +55,30 @@ def whole_chunks(n: int) -> int:
     return -(-n // CHUNK) * CHUNK
 
 
-def choice_bytes(most: int, candidates: int, group: int, coordinates: int) -> int:
-    """Bytes that choosing for one task needs beside its scores."""
-    room, found = whole_chunks(most), whole_chunks(candidates)
-    floats = room + room // 32 + 2 * (room + LANES) + group * (found + room // CHUNK + 1)
-    return chunk_bytes(coordinates) + 4 * (floats + floats % 2)
+def whole_lines(n_bytes: int) -> int:
+    """Bytes filled up to whole cache lines."""
+    return -(-n_bytes // 64) * 64
 
 
-def phase_bytes(tasks: int, group: int, chunks: int, listed_chunks: int) -> dict[str, int]:
-    """Bytes of what a choice in phases keeps from one to the next."""
-    listed = listed_chunks * CHUNK
+def worker_bytes(most: int, coordinates: int) -> int:
+    """Bytes that a worker needs: for a chunk, or for a list of rows and what is sorted for it."""
+    listed = 4 * (whole_chunks(most) + LANES)
+    return whole_lines(max(chunk_bytes(coordinates), listed))
+
+
+def kept_bytes(held: int, group: int, most: int, candidates: int) -> dict[str, int]:
+    """Bytes that is kept of so many tasks at a time, but for the numbers of all of them."""
+    room, listed = whole_chunks(most), whole_chunks(candidates)
+    chunks, listed_chunks = room // CHUNK, listed // CHUNK
     return {
-        "marks": tasks * group * chunks * CHUNK // 8,
-        "listed": 4 * tasks * (listed + LANES),
-        "listed_scores": 4 * tasks * group * listed,
-        "listed_maxima": 4 * tasks * group * listed_chunks,
-        "found": 8 * tasks,
-        "finished": 8 * PHASES * tasks,
+        "scores": 4 * held * group * room,
+        "maxima": 4 * held * group * chunks,
+        "totals": 4 * held * group * chunks,
+        "marks": held * group * room // 8,
+        "listed": 4 * held * (listed + LANES),
+        "listed_scores": 4 * held * group * listed,
+        "listed_maxima": 4 * held * group * listed_chunks,
+        "found": 8 * held,
     }
 
 
@@ -80,12 +88,6 @@ def place_of(job, task):
     b = task // job.heads if job.by_sequence else 0
     kv_head = task % job.heads * job.kv_heads // job.heads
     return b, kv_head, carray(int64_pointer(job.rows), b + 1)[b]
-
-
-@_njit
-def room_of(n):
-    """Rows filled up to whole chunks."""
-    return (n + CHUNK - 1) // CHUNK * CHUNK
 
 
 @_njit

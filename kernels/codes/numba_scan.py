@@ -4,9 +4,9 @@ import numba
 import numpy as np
 from numba import carray
 
+from saap.kernels.cpu.calls import call, signature_of
 from saap.kernels.cpu.memory import (
     copy_bytes,
-    fetch_increment,
     float32_pointer,
     int8_pointer,
     int32_pointer,
@@ -25,9 +25,7 @@ from .layout import (
 )
 from .numba_job import (
     CHUNK,
-    NEXT_TASK,
-    NEXT_WORKER,
-    PHASES,
+    STEPS,
     blocks_of,
     chunk_bytes,
     place_of,
@@ -44,26 +42,32 @@ _STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
 _ZEROS = np.array([COARSE_ZEROS, WHOLE_ZEROS], "f4")
 
 
-def entry(stamp):
-    """C function to compile; `stamp` becomes a part of the cache's key."""
+def score_entry(stamp):
+    """`numba_simd.scan` as a C function, which the others call by its address in `job.score`."""
 
-    def scan_entry(jobs):
+    def score_chunk(heads, whole, words, plane_bytes, n_words, scales, blocks, count,
+                    weights, offsets, factors, out, out_bytes, maxima):  # fmt: skip
         _ = stamp
-        _work(carray(jobs, 1))
+        scan(heads, whole, words, plane_bytes, n_words, scales, blocks, count,
+             weights, offsets, factors, out, out_bytes, maxima)  # fmt: skip
 
-    return scan_entry
+    return score_chunk
+
+
+SCORE_SIGNATURE = signature_of(14)
 
 
 def prepare_entry(stamp):
+    """C function to compile; `stamp` becomes a part of the cache's key."""
+
     def prepare(jobs):
         _ = stamp
         job = carray(jobs, 1)[0]
         for task in range(job.tasks):
             _prepare(job, task)
-        if job.finished != 0:
-            finished = carray(int64_pointer(job.finished), PHASES * job.tasks)
-            for i in range(len(finished)):
-                finished[i] = 0
+        finished = carray(int64_pointer(job.finished), STEPS * job.tasks)
+        for i in range(len(finished)):
+            finished[i] = 0
 
     return prepare
 
@@ -115,20 +119,6 @@ def _prepare(job, task):
                     total += rounded
                 offset += np.float32(total) * _ZEROS[whole, part]
             offsets[g], factors[g] = offset, factor
-
-
-@_njit
-def _work(jobs):
-    job = jobs[0]
-    counters = jobs.ctypes.data
-    worker = fetch_increment(counters + NEXT_WORKER)
-    space = job.workspace + job.worker_bytes * worker
-    while True:
-        unit = fetch_increment(counters + NEXT_TASK)
-        if unit >= job.tasks * job.chunks:
-            break
-        task = unit // job.chunks
-        weigh_chunk(job, task, unit % job.chunks, task, space)
 
 
 @_njit
@@ -209,10 +199,12 @@ def score(job, task, g, length, whole, space, out, out_bytes, maxima, maximum_by
     n_words = words_per_group(job.coordinates)
     weights, offsets, factors = weights_at(job, task, whole)
     largest = space + chunk_bytes(job.coordinates) - 4 * WIDEST
-    scan(heads, whole, space, 4 * CHUNK, n_words,
-         space + planes_bytes(job.coordinates) + 4 * CHUNK, blocks_of(length), length,
-         weights + g * job.coordinates, offsets + 4 * g, factors + 4 * g,
-         out, out_bytes, largest)  # fmt: skip
+    call(job.score, (
+        heads, whole, space, 4 * CHUNK, n_words,
+        space + planes_bytes(job.coordinates) + 4 * CHUNK, blocks_of(length), length,
+        weights + g * job.coordinates, offsets + 4 * g, factors + 4 * g,
+        out, out_bytes, largest,
+    ))  # fmt: skip
     found = carray(float32_pointer(largest), heads)
     for h in range(heads):
         carray(float32_pointer(maxima + h * maximum_bytes), 1)[0] = found[h]
