@@ -61,8 +61,9 @@ class Variant:
 
 def window_for(context: int, window: int | None = None) -> int:
     """How many of the newest tokens every method visits: `window`, or else 1/128 of the context,
-    at least 16. A wide one takes rows from those that are chosen (`benchmarks.window`)."""
-    return max(16, context // 128) if window is None else window
+    at least 16 and at most as many as `Budget` has. A wide one takes rows from those that are
+    chosen (`benchmarks.window`)."""
+    return min(max(16, context // 128), Budget.window) if window is None else window
 
 
 def usual_budget(share: float, context: int) -> Budget:

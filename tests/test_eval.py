@@ -132,9 +132,9 @@ def test_the_window_is_what_is_asked_for_or_follows_the_context():
     (variant,) = make_variants(("dense",), None, 0)
     windows = [
         variant.points((0.5,), n, "group", given)[0].budget.window
-        for n, given in ((1024, None), (8192, None), (8192, 5))
+        for n, given in ((1024, None), (4096, None), (8192, None), (131072, None), (8192, 5))
     ]
-    assert windows == [16, 64, 5]
+    assert windows == [16, 32, 64, 64, 5]
     assert attention_rows(8192, None)["window"] < attention_rows(8192, 200)["window"]
 
 

@@ -86,7 +86,7 @@ def evaluate(
         int | None,
         typer.Option(
             help="newest tokens that every method visits; if not given, 1/128 of the context, "
-            "at least 16"
+            "but 16 to 64"
         ),
     ] = None,
     texts: Annotated[
