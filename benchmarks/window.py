@@ -4,7 +4,6 @@
 
 At the same number of rows in all, how far are next-token distributions from those of dense
 attention (KL divergence, the mean over the last 64 tokens of each text of Python's documentation)?
-What other rows hold is not estimated, so that only those that are visited count.
 Figures go to `$OUT`, else to `benchmarks/results/<device>/window.json`, and then into
 `docs/budget.md`, after each text.
 """
@@ -22,7 +21,7 @@ from .by_text import options_of, over_texts
 from .reports import ROOT
 
 MODEL, JUDGED, CONTEXT, N_TOKENS = "smollm2", "prose2", 4096, 64
-SHARES, WINDOWS = (0.04, 0.05, 0.1), (128, 64, 32, 16)
+SHARES, WINDOWS = (0.02, 0.03, 0.05), (64, 32, 16, 4)
 METHODS = ("saap", "quest")
 COMMAND = "python -m benchmarks.window"
 
@@ -34,10 +33,7 @@ def measure(model, tokens) -> list[dict]:
     for name in METHODS:
         for window in WINDOWS:
             budgets = {
-                s: Budget.for_selectivity(
-                    s, CONTEXT, n_sink=N_SINK, window=window, estimate_rest=False
-                )
-                for s in SHARES
+                s: Budget.for_selectivity(s, CONTEXT, n_sink=N_SINK, window=window) for s in SHARES
             }
             first = budgets[SHARES[0]]
             with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
