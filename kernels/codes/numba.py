@@ -107,13 +107,18 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        prepare, choose, job.score = _functions()
-        address = ctypes.addressof(job)
-        prepare(address)
-        for job.step, workers in self.steps:
-            job.next_worker = job.next_task = 0
-            run(choose, address, workers)
+        do(job, self.steps)
         return max(_integers(self.tasks).from_address(job.counts)[:])
+
+
+def do(job: numba_job.Job, steps: list[tuple[int, int]]) -> None:
+    """The steps of a job, each by so many workers."""
+    prepare, choose, job.score = _functions()
+    address = ctypes.addressof(job)
+    prepare(address)
+    for job.step, workers in steps:
+        job.next_worker = job.next_task = 0
+        run(choose, address, workers)
 
 
 def places_of(codes: Codes) -> dict[str, int]:

@@ -5,12 +5,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from saap.kernels.cpu.functions import run
-
 from . import numba_job
 from .layout import Codes
-from .numba import _functions, _integers, places_of
-from .numba_job import CHUNK
+from .numba import _integers, do, places_of
+from .numba_job import CHUNK, SCAN
 
 
 def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor, Tensor]:
@@ -22,17 +20,17 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
     q = q.detach().resolve_neg().float().contiguous()
     chunks = -(-n // CHUNK)
     threads = min(torch.get_num_threads(), heads * chunks)
-    worker_bytes = -(-numba_job.chunk_bytes(coordinates) // 64) * 64
+    worker_bytes = numba_job.whole_lines(numba_job.chunk_bytes(coordinates))
     weights = torch.empty(heads, group, chunks, CHUNK)
     maxima, totals = torch.empty(2, heads, group, chunks)
     rows = _integers(1)(n)
     bytes_ = {
+        "finished": 8 * numba_job.STEPS * heads,
         "workspace": threads * worker_bytes,
         "weights": 2 * heads * group * coordinates,
         "factors": 16 * heads * group,
     }
     held = {name: torch.empty(size, dtype=torch.uint8) for name, size in bytes_.items()}
-    prepare, scan, _ = _functions()
     job = numba_job.Job(
         q=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
@@ -40,9 +38,7 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
         **places_of(codes),
     )  # fmt: skip
-    address = ctypes.addressof(job)
-    prepare(address)
-    run(scan, address, threads)
+    do(job, [(SCAN, threads)])
     largest = maxima.amax(-1)
     if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
         bits = weights.flatten(2)[..., :n].view(torch.int32)
