@@ -107,11 +107,11 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        do(job, self.steps)
+        run_steps(job, self.steps)
         return max(_integers(self.tasks).from_address(job.counts)[:])
 
 
-def do(job: numba_job.Job, steps: list[tuple[int, int]]) -> None:
+def run_steps(job: numba_job.Job, steps: list[tuple[int, int]]) -> None:
     """The steps of a job, each by so many workers."""
     prepare, choose, job.score = _functions()
     address = ctypes.addressof(job)

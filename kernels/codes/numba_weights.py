@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import numba_job
 from .layout import Codes
-from .numba import _integers, do, places_of
+from .numba import _integers, places_of, run_steps
 from .numba_job import CHUNK, SCAN
 
 
@@ -38,7 +38,7 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
         **places_of(codes),
     )  # fmt: skip
-    do(job, [(SCAN, threads)])
+    run_steps(job, [(SCAN, threads)])
     largest = maxima.amax(-1)
     if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
         bits = weights.flatten(2)[..., :n].view(torch.int32)
