@@ -98,9 +98,8 @@ def is_line(record: dict) -> bool:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a run wrote its settings; an empty file is what a full disk left of them."""
-    run = folder / RUN
-    return run.exists() and (run.stat().st_size > 0 or (folder / RECORDS).exists())
+    """Whether a run wrote settings and records: settings alone bind no other run."""
+    return (folder / RUN).exists() and (folder / RECORDS).exists()
 
 
 def read_settings(path: Path) -> dict:

@@ -16,6 +16,17 @@ def run_cli(monkeypatch, capsys, *arguments):
     return stop.value.code, captured.out, captured.err
 
 
+def test_all_methods_without_an_index_are_those_that_need_none(monkeypatch, capsys, tmp_path):
+    """What is left out is told before the text turns out to be too short."""
+    text = tmp_path / "short.txt"
+    text.write_text("a short text")
+    arguments = ["eval", "reference", "--corpus", text, "--out", tmp_path / "out"]
+    code, out, err = run_cli(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "but those that need an index (--index): kmeans, kmeans-cells" in out
+    assert "must have at least 8192 tokens" in err
+
+
 @pytest.fixture(scope="module")
 def index_file(tiny_index, tmp_path_factory):
     path = tmp_path_factory.mktemp("index") / "tiny.safetensors"

@@ -91,3 +91,12 @@ def test_dense_of_other_units_is_compared_with_nothing():
     scores = [dict(task="perplexity", context=512, method="saap", budget="0.05")]
     add_difference_to_dense(scores, records)
     assert "to_dense" not in scores[0]
+
+
+def test_settings_without_records_bind_no_other_run(tmp_path):
+    """As a text that is too short leaves them."""
+    RecordFile(tmp_path, {"model": "a", "config": {"seed": 0}})
+    RecordFile(tmp_path, {"model": "b", "config": {"seed": 1}}).write("unit", [], None)
+    assert json.loads((tmp_path / RUN).read_text())["model"] == "b"
+    with pytest.raises(ValueError, match="choose another folder"):
+        RecordFile(tmp_path, {"model": "a", "config": {"seed": 1}})

@@ -156,8 +156,12 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1; got {value}")
     check_output_folder(out, [model, index, sweep, *(corpus or [])])
+    possible = tuple(name for name, m in METHODS.items() if index or not m.needs_index)
+    if methods == "all" and sweep is None and len(possible) < len(METHODS):
+        left_out = ", ".join(sorted(METHODS.keys() - set(possible)))
+        say(f"all methods but those that need an index (--index): {left_out}\n")
     options = {
-        "methods": with_parameters(choose(methods, tuple(METHODS)), build or [], search or []),
+        "methods": with_parameters(choose(methods, possible), build or [], search or []),
         "contexts": numbers(contexts, int, "contexts"),
         "budgets": numbers(budgets, float, "budgets"),
         "answer_budgets": numbers(answer_budgets, float, "answer-budgets"),
