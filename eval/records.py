@@ -30,6 +30,8 @@ class RecordFile:
             if is_begun(folder):
                 self._check_same_run(run_path, run)
             else:
+                if run_path.exists() and run_path.stat().st_size:
+                    read_settings(run_path)  # what is not a run's own is not written over
                 write_atomically(run_path, (json.dumps(run, indent=1) + "\n").encode())
             self.done = self._keep_whole_units()
         except OSError as error:

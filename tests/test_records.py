@@ -100,3 +100,10 @@ def test_settings_without_records_bind_no_other_run(tmp_path):
     assert json.loads((tmp_path / RUN).read_text())["model"] == "b"
     with pytest.raises(ValueError, match="choose another folder"):
         RecordFile(tmp_path, {"model": "a", "config": {"seed": 1}})
+
+
+def test_a_file_of_the_same_name_is_not_written_over(tmp_path):
+    (tmp_path / RUN).write_text('{"somebody": "else\'s"}')
+    with pytest.raises(ValueError, match="must be a file that `saap eval` wrote"):
+        RecordFile(tmp_path, {"model": "a", "config": {"seed": 0}})
+    assert "somebody" in (tmp_path / RUN).read_text()

@@ -157,9 +157,9 @@ def evaluate(
             raise ValueError(f"--{name} must be at least 1; got {value}")
     check_output_folder(out, [model, index, sweep, *(corpus or [])])
     possible = tuple(name for name, m in METHODS.items() if index or not m.needs_index)
-    if methods == "all" and sweep is None and len(possible) < len(METHODS):
-        left_out = ", ".join(sorted(METHODS.keys() - set(possible)))
-        say(f"all methods but those that need an index (--index): {left_out}\n")
+    left_out = sorted(METHODS.keys() - set(possible))
+    if left_out and methods == "all" and sweep is None:
+        say(f"all methods but those that need an index (--index): {', '.join(left_out)}\n")
     options = {
         "methods": with_parameters(choose(methods, possible), build or [], search or []),
         "contexts": numbers(contexts, int, "contexts"),
