@@ -65,23 +65,19 @@ class Prepared:
         listed_chunks = -(-candidates // numba_job.CHUNK)
         # With a task to each thread at a time, its scores stay in the cache.
         by_task = tasks % threads == 0 or tasks >= 8 * threads
-        self.steps = [(BY_TASK, tasks)]
-        if not (by_task or every):
-            self.steps = [(SCAN, tasks * chunks), (BY_TASK, tasks)]
-            if not whole:
-                self.steps[1:] = [(CANDIDATES, tasks * group), (WEIGH, tasks * listed_chunks)]
-        self.steps = [(step, min(units, threads)) for step, units in self.steps]
-        workers = max(count for _, count in self.steps)
-        held = workers if by_task else tasks
-        worker_bytes = numba_job.worker_bytes(most, coordinates)
+        if by_task or every:
+            self.steps = [(BY_TASK, 1)]
+        elif whole:
+            self.steps = [(SCAN, chunks), (BY_TASK, 1)]
+        else:
+            self.steps = [(SCAN, chunks), (CANDIDATES, group), (WEIGH, listed_chunks)]
+        self.workers = workers = min(threads, tasks * max(parts for _, parts in self.steps))
+        worker_bytes = numba_job.worker_bytes(coordinates, most)
         self.layout = Layout(
             {
                 "counts": 8 * tasks,
-                "finished": 8 * numba_job.STEPS * tasks,
-                "workspace": workers * worker_bytes,
-                "weights": 2 * tasks * group * coordinates,
-                "factors": 16 * tasks * group,
-                **numba_job.kept_bytes(held, group, most, candidates),
+                **numba_job.common_bytes(tasks, group, coordinates, workers, worker_bytes),
+                **numba_job.kept_bytes(workers if by_task else tasks, group, most, candidates),
             }
         )
         starts, lengths = out
@@ -107,18 +103,18 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        run_steps(job, self.steps)
+        run_steps(job, self.steps, self.workers)
         return max(_integers(self.tasks).from_address(job.counts)[:])
 
 
-def run_steps(job: numba_job.Job, steps: list[tuple[int, int]]) -> None:
-    """The steps of a job, each by so many workers."""
+def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) -> None:
+    """The steps of a job, each in so many parts of every task, by at most so many workers."""
     prepare, choose, job.score = _functions()
     address = ctypes.addressof(job)
     prepare(address)
-    for job.step, workers in steps:
+    for job.step, job.parts in steps:
         job.next_worker = job.next_task = 0
-        run(choose, address, workers)
+        run(choose, address, min(workers, job.tasks * job.parts))
 
 
 def places_of(codes: Codes) -> dict[str, int]:

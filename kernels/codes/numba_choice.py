@@ -69,10 +69,9 @@ def _work(jobs):
     job, counters = jobs[0], jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
     space = job.workspace + job.worker_bytes * worker
-    parts = _parts_of(job)
     while True:
         unit = fetch_increment(counters + NEXT_TASK)
-        task, part = unit // parts, unit % parts
+        task, part = unit // job.parts, unit % job.parts
         if task >= job.tasks:
             break
         if job.step == BY_TASK:
@@ -81,33 +80,24 @@ def _work(jobs):
             weigh_chunk(job, task, part, task, space)
         elif job.step == CANDIDATES:
             _find_candidates(job, task, task, part, space)
-            if _is_last(job, task, parts):
+            if _is_last(job, task):
                 _list_candidates(job, task, task)
         else:
             _weigh_candidates(job, task, task, part, space)
-            if _is_last(job, task, parts):
+            if _is_last(job, task):
                 _choose(job, task, task, space)
 
 
 @_njit
-def _parts_of(job):
-    """Units of a task."""
-    if job.step == BY_TASK:
-        return np.int64(1)
-    if job.step == SCAN:
-        return job.chunks
-    return job.group if job.step == CANDIDATES else job.listed_chunks
-
-
-@_njit
-def _is_last(job, task, parts):
-    return fetch_increment(job.finished + 8 * (STEPS * task + job.step)) == parts - 1
+def _is_last(job, task):
+    """Whether this was the last part of the task that was to be done in this step."""
+    return fetch_increment(job.finished + 8 * (STEPS * task + job.step)) == job.parts - 1
 
 
 @_njit
 def _choose_alone(job, task, held, space):
     n = place_of(job, task)[2]
-    if job.by_task and not takes_all(job, n):
+    if job.by_task and not _takes_all(job, n):
         for chunk in range(job.chunks):
             weigh_chunk(job, task, chunk, held, space)
     if not job.whole:
@@ -120,7 +110,7 @@ def _choose_alone(job, task, held, space):
 
 
 @_njit
-def takes_all(job, n):
+def _takes_all(job, n):
     """Whether every one of n rows is chosen, whatever it weighs."""
     return job.max_tokens >= n and job.least_weight == 0
 
@@ -133,7 +123,7 @@ def _find_candidates(job, task, held, g, space):
     among all heads' rows, a peaked head's would lose to those of flat ones.
     """
     n = place_of(job, task)[2]
-    if job.candidates >= n or takes_all(job, n):
+    if job.candidates >= n or _takes_all(job, n):
         return
     head = held * job.group + g
     keys = job.scores + 4 * head * job.chunks * CHUNK
@@ -150,7 +140,7 @@ def _list_candidates(job, task, held):
     n = place_of(job, task)[2]
     found = carray(int64_pointer(job.found), held + 1)
     place = _listed_at(job, held)
-    if takes_all(job, n):
+    if _takes_all(job, n):
         found[held] = 0
         return
     if job.candidates >= n:
@@ -191,7 +181,7 @@ def _choose(job, task, held, space):
     """Write the ranges of a task, and of how many rows all of the code was read."""
     n = place_of(job, task)[2]
     scored = np.int64(0)
-    if takes_all(job, n):
+    if _takes_all(job, n):
         kept = n
         _list_all(n, space)
     elif job.whole:

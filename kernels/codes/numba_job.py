@@ -6,6 +6,7 @@ from numba import carray
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import int64_pointer
+from saap.kernels.cpu.scratch import whole_lines
 
 from .layout import COARSE_PLANES, FINE_PLANES, PER_WORD
 from .numba_simd import BLOCK, WIDEST
@@ -16,7 +17,7 @@ FIELDS = (
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
-    "score step workspace worker_bytes next_worker next_task"
+    "score step parts workspace worker_bytes next_worker next_task"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
 NEXT_TASK = offset_of(FIELDS, "next_task")
@@ -28,7 +29,7 @@ CHUNK = 512
 
 STEPS = 4
 BY_TASK, SCAN, CANDIDATES, WEIGH = range(STEPS)
-"""Steps of a choice: all for a task at a time, or one after the other."""
+"""Steps of a choice: all for a task at a time, or one after the other, in `parts` of each task."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -55,19 +56,26 @@ def whole_chunks(n: int) -> int:
     return -(-n // CHUNK) * CHUNK
 
 
-def whole_lines(n_bytes: int) -> int:
-    """Bytes filled up to whole cache lines."""
-    return -(-n_bytes // 64) * 64
+def worker_bytes(coordinates: int, listed: int = 0) -> int:
+    """Bytes that a worker needs: for a chunk, or for a list of so many rows and what is sorted for
+    it."""
+    return whole_lines(max(chunk_bytes(coordinates), 4 * (whole_chunks(listed) + LANES)))
 
 
-def worker_bytes(most: int, coordinates: int) -> int:
-    """Bytes that a worker needs: for a chunk, or for a list of rows and what is sorted for it."""
-    listed = 4 * (whole_chunks(most) + LANES)
-    return whole_lines(max(chunk_bytes(coordinates), listed))
+def common_bytes(
+    tasks: int, group: int, coordinates: int, workers: int, worker_bytes: int
+) -> dict[str, int]:
+    """Bytes that every job needs, whatever its steps are."""
+    return {
+        "finished": 8 * STEPS * tasks,
+        "workspace": workers * worker_bytes,
+        "weights": 2 * tasks * group * coordinates,
+        "factors": 16 * tasks * group,
+    }
 
 
 def kept_bytes(held: int, group: int, most: int, candidates: int) -> dict[str, int]:
-    """Bytes that is kept of so many tasks at a time, but for the numbers of all of them."""
+    """Bytes of what a choice keeps of so many tasks at a time."""
     room, listed = whole_chunks(most), whole_chunks(candidates)
     chunks, listed_chunks = room // CHUNK, listed // CHUNK
     return {

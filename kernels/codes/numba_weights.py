@@ -20,17 +20,12 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
     q = q.detach().resolve_neg().float().contiguous()
     chunks = -(-n // CHUNK)
     threads = min(torch.get_num_threads(), heads * chunks)
-    worker_bytes = numba_job.whole_lines(numba_job.chunk_bytes(coordinates))
+    worker_bytes = numba_job.worker_bytes(coordinates)
     weights = torch.empty(heads, group, chunks, CHUNK)
     maxima, totals = torch.empty(2, heads, group, chunks)
     rows = _integers(1)(n)
-    bytes_ = {
-        "finished": 8 * numba_job.STEPS * heads,
-        "workspace": threads * worker_bytes,
-        "weights": 2 * heads * group * coordinates,
-        "factors": 16 * heads * group,
-    }
-    held = {name: torch.empty(size, dtype=torch.uint8) for name, size in bytes_.items()}
+    sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes)
+    held = {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
     job = numba_job.Job(
         q=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
@@ -38,7 +33,7 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
         **places_of(codes),
     )  # fmt: skip
-    run_steps(job, [(SCAN, threads)])
+    run_steps(job, [(SCAN, chunks)], threads)
     largest = maxima.amax(-1)
     if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
         bits = weights.flatten(2)[..., :n].view(torch.int32)

@@ -9,9 +9,14 @@ from torch import Tensor
 MOST_HELD = 64 * 2**20
 """Bytes that a thread keeps from one call to the next."""
 
-_ALIGNED = 64
+_LINE = 64
 
 _local = threading.local()
+
+
+def whole_lines(n_bytes: int) -> int:
+    """Bytes filled up to whole cache lines."""
+    return -(-n_bytes // _LINE) * _LINE
 
 
 class Layout:
@@ -26,8 +31,8 @@ class Layout:
         self.offsets, at = {}, 0
         for name, size in sizes.items():
             self.offsets[name] = at
-            at += -(-size // _ALIGNED) * _ALIGNED
-        self.n_bytes = at + _ALIGNED
+            at += whole_lines(size)
+        self.n_bytes = at + _LINE
 
     def held(self) -> tuple[Tensor, int]:
         """The memory, to be held on to, and the address of the first buffer in it.
@@ -37,7 +42,7 @@ class Layout:
         memory, address = getattr(_local, "memory", (None, 0))
         if memory is None or memory.numel() < self.n_bytes:
             memory = torch.empty(self.n_bytes, dtype=torch.uint8)
-            address = -(-memory.data_ptr() // _ALIGNED) * _ALIGNED
+            address = whole_lines(memory.data_ptr())
             _local.memory = (memory, address) if self.n_bytes <= MOST_HELD else (None, 0)
         return memory, address
 
