@@ -28,6 +28,8 @@ from saap.eval.scores import score_run
 
 from . import reports
 from .cpu import cpu_name
+from .real_models import cell
+from .selectors_page import markdown
 
 PAGE, COMMAND = reports.ROOT / "docs" / "partitions.md", "python -m benchmarks.order"
 JUDGED = {"prose2": "Python's manual", "code": "Python code"}
@@ -58,15 +60,11 @@ def table(found: dict[str, dict]) -> str:
             for way in ("rows", "buckets")
         )
         for method, cells in rows.items():
-            cells += [recall(by_rows.get((method, share))) for share in SHARES]
-            own = by_buckets.get((method, "nprobe=8"))
-            cells += [recall(own), "–" if own is None else f"{own['selectivity']:.1%}"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows.values()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def recall(score: dict | None) -> str:
-    return "–" if score is None else f"{score['recall_middle']:.1%}"
+            own = by_buckets.get((method, "nprobe=8"), {})
+            shares = [by_rows.get((method, s), {}).get("recall_middle") for s in SHARES]
+            shares += [own.get("recall_middle"), own.get("selectivity")]
+            cells += [cell(share, "{:.1%}") for share in shares]
+    return markdown(head, list(rows.values()))
 
 
 def main(arguments: list[str]) -> None:

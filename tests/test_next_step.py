@@ -15,6 +15,8 @@ from saap.kv.next_step import NextStep
 from saap.methods import find_method
 from saap.selector import LayerInfo
 
+from .torch_threads import torch_threads
+
 HKV, HQ, DIM, SINKS, WINDOW = 2, 4, 64, 4, 16
 LAYER = LayerInfo(sm_scale=DIM**-0.5)
 BUDGETS = {
@@ -195,12 +197,8 @@ def test_a_step_that_is_not_like_the_last_is_refused():
     assert store.again(q[:, :2], k, v) is None
     assert store.again(*(torch.cat([t, t]) for t in (q, k, v))) is None
     assert store.again(q, k.requires_grad_(), v) is None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
+    with torch_threads(torch.get_num_threads() + 1):
         assert store.again(q, k.detach(), v) is None
-    finally:
-        torch.set_num_threads(threads)
     assert store.length == held
     store.budget = BUDGETS["weight"]
     assert store.again(q, k.detach(), v) is None

@@ -17,6 +17,8 @@ from saap.eval.reference import FOLDER
 from saap.eval.reference.sequences import Mix
 from saap.eval.tasks import passkey
 
+from .torch_threads import torch_threads
+
 TINY = recipe.Recipe(
     decoder=DecoderConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -35,10 +37,8 @@ CPU = {"device": "cpu", "compile_model": False}
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Threads of a pool wait for each other longer than such tensors take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

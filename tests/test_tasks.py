@@ -22,6 +22,8 @@ from saap.eval.tasks.tracking import VariableTracking
 from saap.eval.tasks.words import CommonWords, FrequentWords
 from saap.eval.variants import make_variants
 
+from .torch_threads import torch_threads
+
 TEXT = reference.split_held_out()[1]
 HIDDEN = [MultiKey, MultiValue, MultiQuery, VariableTracking, Copying]
 PROMPTED = [*HIDDEN, CommonWords, FrequentWords]
@@ -149,12 +151,8 @@ def scores(reference_model, reference_tokenizer, tmp_path_factory):
         tasks=tuple(t for t in TASKS if t not in ("multi-value", "variable-tracking", "geometry")),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tasks")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # steps this small only wait for each other on a busy machine
-    try:
+    with torch_threads(1):  # steps this small only wait for each other on a busy machine
         run(reference_model, reference_tokenizer, None, TEXT, config, folder, model_name="tiny")
-    finally:
-        torch.set_num_threads(threads)
     return score_run(folder)
 
 

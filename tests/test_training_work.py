@@ -13,6 +13,7 @@ from saap.training import TrainingOptions, prepare, train, train_file, work_fold
 from saap.training.hidden import HiddenOnDisk
 
 from .conftest import random_model
+from .torch_threads import torch_threads
 
 OPTIONS = TrainingOptions(nlist=8, steps=4, hidden=8, window=32)
 
@@ -20,10 +21,8 @@ OPTIONS = TrainingOptions(nlist=8, steps=4, hidden=8, window=32)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Threads would spend their time waiting for each other over so little work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

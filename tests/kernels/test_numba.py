@@ -6,6 +6,7 @@ import torch
 from saap.kernels.attention import attend_dense, attend_ranges, merge_states, quantize_rows
 from saap.kernels.attention.int8_rows import dequantize_rows
 
+from ..torch_threads import torch_threads
 from .budget import assert_within_budget
 
 
@@ -155,12 +156,8 @@ def test_rounding_does_not_grow_with_every_row(heads):
     q = torch.randn(1, heads, dim, generator=generator)
     k = torch.randn(1, 1, n, dim, generator=generator) * 0.3
     v = torch.randn(1, 1, n, dim, generator=generator) + 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several have a part of the rows each, which rounds less
-    try:
+    with torch_threads(1):  # several have a part of the rows each, which rounds less
         out, _ = attend_dense(q, k, v, torch.tensor([n], dtype=torch.int32), impl="numba")
-    finally:
-        torch.set_num_threads(threads)
     scores = (q.double()[:, :, None] * k.double()).sum(-1) * dim**-0.5
     true = (scores.softmax(-1)[..., None] * v.double()).sum(2)
     error = float((out - true).abs().max() / true.abs().max())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saap.kernels.attention import attend_ranges, attend_shared_prefix, merge_states
 
+from ..torch_threads import torch_threads
 from .budget import assert_within_budget, rounding
 
 IMPLS = ["reference", "numba"]
@@ -174,15 +175,11 @@ def test_merging_is_associative_and_commutative(problem, cuts):
 @examples(15)
 @given(problem=problems(dtypes=DTYPES))
 def test_runs_are_bit_equal_at_one_number_of_threads(threads, problem):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         first = problem.attend("numba")
         for _ in range(5):
             for x, y in zip(first, problem.attend("numba"), strict=True):
                 assert torch.equal(x, y)
-    finally:
-        torch.set_num_threads(before)
     problem.check(first)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from saap.kernels.routing import cell_weights, reference
 
+from ..torch_threads import torch_threads
 from .routing_cases import expected_weights, problem, random
 
 IMPLS = ("reference", "numba")
@@ -256,12 +257,8 @@ def test_arguments_that_do_not_fit_are_named(change, message, impl):
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    p, threads = problem(batch=1), torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, threads):
-            torch.set_num_threads(n)
+    p, found = problem(batch=1), []
+    for n in (1, torch.get_num_threads()):
+        with torch_threads(n):
             found.append(cell_weights(**p, impl="numba"))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(*found)
