@@ -28,7 +28,6 @@ from torch import Tensor
 from saap import hf
 from saap.eval.corpus import read_corpus
 from saap.eval.tasks.answering import encode
-from saap.eval.variants import usual_budget
 
 from .cpu import cpu_name, environment
 from .lossless import KINDS, QUESTIONS, Prompt, piece
@@ -73,7 +72,7 @@ def answered(prompt: Prompt, shares: list[float]) -> Iterator[dict]:
 def sparse(prompt: Prompt, share: float) -> Iterator[tuple]:
     """The model with `saap` at a share of the rows, and a cache that has read the prompt."""
     n = len(prompt.tokens)
-    with hf.attached(prompt.model, method="saap", budget=usual_budget(share, n)) as own:
+    with hf.attached(prompt.model, method="saap", budget=Budget.for_selectivity(share, n)) as own:
         yield own, hf.cache_from(own, prompt.context, n + prompt.n_new + 1)
 
 

@@ -18,9 +18,7 @@ from saap.budget import Budget
 from saap.eval import by_weight
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
-from saap.eval.variants import N_SINK
 from saap.methods import find_method
-from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
@@ -68,10 +66,8 @@ def measure(model, tokenizer, n_texts: int) -> dict:
     options = {"n_tokens": N_TOKENS, "progress": progress}
     records = {}
     for share in SHARES:
-        window = default_window(CONTEXT)
-        budget = Budget.for_selectivity(
-            share, CONTEXT, n_sink=N_SINK, window=window, estimate_rest=False
-        )
+        window = CONTEXT // 32
+        budget = Budget.for_selectivity(share, CONTEXT, window=window, estimate_rest=False)
         plain, best = by_weight.learn(model, saap, texts[LEARNED_FROM], budget, **options)
         tried = [budget, plain, best, fewer(best, 1.5), fewer(best, 2)]
         found = by_weight.measure(model, saap, texts[JUDGED], tried, **options)

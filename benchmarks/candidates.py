@@ -21,11 +21,9 @@ from saap.budget import Budget
 from saap.eval.cli.demo_words import IN_WORDS, MODEL, document_with_keys
 from saap.eval.decoding import decoder
 from saap.eval.tasks.answering import encode
-from saap.eval.variants import N_SINK
 from saap.kernels.codes import layout, reference
 from saap.methods import find_method
 from saap.methods import saap as saap_module
-from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
@@ -112,10 +110,8 @@ def chosen_by(choice: Choice) -> Iterator[None]:
 
 def ask(model, tokenizer, read, pairs, method) -> list[tuple[bool, float]]:
     """Of each key: whether every token of it was the likeliest, and its log-probability."""
-    window = default_window(read.length)
-    budget = Budget.for_selectivity(
-        SHARE, read.length, n_sink=N_SINK, window=window, estimate_rest=False
-    )
+    window = read.length // 32
+    budget = Budget.for_selectivity(SHARE, read.length, window=window, estimate_rest=False)
     found = []
     with decoder(model, read, method, budget, 64) as own:
         for name, key in pairs:

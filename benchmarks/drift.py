@@ -20,10 +20,8 @@ from saap.budget import Budget
 from saap.eval.corpora import read_named
 from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.eval.tasks.base import text_tokens
-from saap.eval.variants import N_SINK
 from saap.methods import find_method
 from saap.methods import saap as saap_module
-from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
@@ -64,7 +62,7 @@ def measure(model, tokenizer, text: bytes, n_texts: int) -> list[dict]:
         for context in CONTEXTS:
             n = context - N_QUERIES
             read = hf.read_context(model, tokens[:context], n_queries=N_QUERIES)
-            budget = Budget.for_selectivity(SHARE, n, n_sink=N_SINK, window=default_window(n))
+            budget = Budget.for_selectivity(SHARE, n, window=n // 32)
             layers = [layer.info for layer in hf.model_layers(model) if layer.is_full][::EVERY]
             problems = [LayerProblem(read, i, layout_of(budget)) for i in layers]
 

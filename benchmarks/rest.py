@@ -15,7 +15,6 @@ from saap import hf
 from saap.budget import Budget
 from saap.eval.by_weight import against, logits
 from saap.eval.decoding import decoder, whole
-from saap.eval.variants import N_SINK, window_for
 from saap.methods import find_method
 
 from .by_text import options_of, over_texts
@@ -27,24 +26,19 @@ METHODS, ESTIMATES = ("saap", "oracle-tokens"), (False, True)
 COMMAND = "python -m benchmarks.rest"
 
 
-def budget_of(share: float, context: int, estimate: bool) -> Budget:
-    places = {"n_sink": N_SINK, "window": window_for(context)}
-    return Budget.for_selectivity(share, context, **places, estimate_rest=estimate)
-
-
 def measure(model, tokens, context: int) -> list[dict]:
     """Records of one text: nats and bytes for each method and share, with an estimate or not."""
     read, rest = hf.read_context(model, tokens[:-N_TOKENS]), tokens[-N_TOKENS:]
     found, dense = [], None
     for name in METHODS:
-        first = budget_of(SHARES[0], context, True)
+        first = Budget.for_selectivity(SHARES[0], context)
         with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
             layers = own.cache.saap_layers
             if dense is None:
                 dense = logits(own, rest, [whole(first)] * len(layers))
             for share in SHARES:
                 for estimate in ESTIMATES:
-                    budget = budget_of(share, context, estimate)
+                    budget = Budget.for_selectivity(share, context, estimate_rest=estimate)
                     ((nats, rows),) = against(dense, own, rest, [budget])
                     read_bytes = sum(layer.store.bytes_read for layer in layers) / len(layers)
                     found.append({"method": name, "share": share, "estimate": estimate,

@@ -27,7 +27,7 @@ from saap.methods import find_method
 from saap.methods.learned import RoutedSelector
 from saap.routing import LayerRouting
 from saap.trained_index import TrainedIndex
-from saap.training import default_window, train
+from saap.training import train
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
@@ -79,7 +79,7 @@ def store_of(problem: LayerProblem, routing: LayerRouting, budget: Budget) -> KV
 
 def measure(model, index: TrainedIndex, texts: list[torch.Tensor]) -> dict:
     """Results of each text and layer: `{"variants": {(name, share): [...]}, "top_p": ...}`."""
-    usual_window = default_window(CONTEXT - N_QUERIES)
+    usual_window = (CONTEXT - N_QUERIES) // 32
     found: dict[str, dict] = {n: defaultdict(list) for n in ("variants", "top_p", "bounds")}
     layers = [layer.info for layer in hf.model_layers(model) if layer.is_full]
     for number, tokens in enumerate(texts):

@@ -26,7 +26,6 @@ from saap.kernels.routing.reference import turned_scores
 from saap.routing import LayerRouting
 from saap.selector import LayerInfo
 from saap.trained_index import TrainedIndex
-from saap.training import default_window
 
 from .cpu import cpu_name, environment
 from .reports import put_table, report_path, write
@@ -68,7 +67,7 @@ def cases_of(model, tokens: Tensor, index: TrainedIndex) -> list[Case]:
 
 
 def case_of(read: hf.ReadContext, info: LayerInfo, index: TrainedIndex) -> Case:
-    window = default_window(CONTEXT - N_QUERIES)
+    window = (CONTEXT - N_QUERIES) // 32
     layout = layout_of(Budget(max_tokens=0, n_sink=N_SINK, window=window, flush_every=1))
     asked = {info.number: tuple(q[N_BEFORE:] for q in read.queries[info.number])}
     problem = LayerProblem(dataclasses.replace(read, queries=asked), info, layout)
@@ -142,7 +141,7 @@ def chosen_rows(case: Case, per_key: Tensor, n_rows: int) -> Tensor:
 def rows_of_middle() -> int:
     """Rows that a query visits besides sinks and window."""
     context = CONTEXT - N_QUERIES
-    return round(SHARE * context) - N_SINK - default_window(context)
+    return round(SHARE * context) - N_SINK - context // 32
 
 
 def usual(case: Case) -> Tensor:

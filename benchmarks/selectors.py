@@ -36,7 +36,7 @@ from saap.methods.pq import PQ, PQBuild
 from saap.methods.snapshot import middle_weights
 from saap.selector import LayerInfo
 from saap.trained_index import TrainedIndex
-from saap.training import default_window, train
+from saap.training import train
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load
@@ -90,7 +90,7 @@ class Question:
                 share,
                 n_context,
                 n_sink=N_SINK,
-                window=default_window(n_context),
+                window=n_context // 32,
                 estimate_rest=False,
             )
             for share in shares
@@ -142,7 +142,7 @@ def about(options, index: TrainedIndex) -> dict:
         "texts": options.texts,
         "queries": N_QUERIES,
         "n_sink": N_SINK,
-        "window": default_window(n_context),
+        "window": n_context // 32,
         "shares": options.shares,
         "index": {name: index.metadata[name] for name in kept},
         "model": {

@@ -14,7 +14,6 @@ from saap import hf
 from saap.budget import Budget
 from saap.eval.by_weight import against, logits
 from saap.eval.decoding import decoder, whole
-from saap.eval.variants import N_SINK
 from saap.methods import find_method
 
 from .by_text import options_of, over_texts
@@ -32,9 +31,7 @@ def measure(model, tokens) -> list[dict]:
     found, dense = [], None
     for name in METHODS:
         for window in WINDOWS:
-            budgets = {
-                s: Budget.for_selectivity(s, CONTEXT, n_sink=N_SINK, window=window) for s in SHARES
-            }
+            budgets = {s: Budget.for_selectivity(s, CONTEXT, window=window) for s in SHARES}
             first = budgets[SHARES[0]]
             with decoder(model, read, find_method(name)(), first, N_TOKENS) as own:
                 if dense is None:

@@ -19,7 +19,7 @@ from saap.methods import Method, find_method
 from .decoding import decoder, whole
 from .tasks import attention
 from .tasks.base import text_tokens
-from .variants import N_SINK, Point, Variant, window_for
+from .variants import Point, Variant
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3)
 N_QUERIES, TURNS, UNTIMED, STEPS = 32, 5, 2, 6
@@ -113,7 +113,7 @@ def advise(
 
 
 def possible(context: int) -> tuple[float, ...]:
-    least = 1.5 * (N_SINK + window_for(context)) / context
+    least = 1.5 * (Budget.n_sink + Budget.window) / context
     found = tuple(share for share in SHARES if share > least)
     if not found:
         raise ValueError(

@@ -152,7 +152,7 @@ def needle_test() -> Check:
         prompt = make_prompt(text, NEEDLE_BYTES, np.random.default_rng(seed), n_distractors=2)
         read = hf.read_context(model, encode(tokenizer, prompt.context))
         asked = encode(tokenizer, prompt.question, special=False)
-        budget = Budget.for_selectivity(NEEDLE_SHARE, read.length, n_sink=16, window=64)
+        budget = Budget.for_selectivity(NEEDLE_SHARE, read.length)
         for name in answered:
             with decoder(model, read, find_method(name)(), budget, 64) as own:
                 tokens = own.greedy(asked, IN_CODE.answer_tokens)

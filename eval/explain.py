@@ -17,7 +17,7 @@ from saap.kv.ranges import LOCAL
 
 from .tasks.answering import encode
 from .tasks.attention import LayerProblem, layout_of
-from .variants import N_SINK, Variant, usual_budget
+from .variants import Variant
 
 AROUND = 10
 """Tokens on each side of a passage's heaviest one."""
@@ -68,11 +68,11 @@ def explain(
     """
     tokens = encode(tokenizer, prompt.encode())
     n = len(tokens) - 1
-    budget = usual_budget(share, n)
+    budget = Budget.for_selectivity(share, n)
     layout = layout_of(budget)
     read = hf.read_context(model, tokens, n_queries=1)
     weights, visited = [], {variant.label: [] for variant in variants}
-    numbers, first, stop = [], N_SINK, n
+    numbers, first, stop = [], budget.n_sink, n
     for layer in hf.model_layers(model):
         if not layer.is_full:
             continue

@@ -17,7 +17,7 @@ from .records import RUN, RecordFile, is_begun, read_settings
 from .tasks.base import Bench
 from .tasks.chat import ChatTemplate
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
-from .variants import N_SINK, check_method_entry, make_variants, window_for
+from .variants import check_method_entry, make_variants
 from .workers import Crew, crew_for, results, usable_cores
 
 LEAST = {
@@ -34,7 +34,7 @@ class EvalConfig:
     `methods`: names, or mappings with `name`, `build` and `search` (see `saap.eval.variants`).
     `n_questions`: how many of the keys in a prompt are asked for, each as if it were the only one.
     `chat`: ask in the model's chat template.
-    `window`: the newest tokens that every method visits; None: see `variants.window_for`.
+    `window`: the newest tokens that every method visits.
     """
 
     methods: tuple[str | dict, ...]
@@ -42,7 +42,7 @@ class EvalConfig:
     budgets: tuple[float, ...] = (0.05,)
     tasks: tuple[str, ...] = DEFAULT_TASKS
     share: str = "group"
-    window: int | None = None
+    window: int = Budget.window
     n_texts: int = 8
     n_queries: int = 64
     n_prompts: int = 20
@@ -73,7 +73,7 @@ class EvalConfig:
             check_method_entry(entry)
         for task in self.tasks:
             find_task(task)
-        if self.window is not None and not is_integer(self.window, 1):
+        if not is_integer(self.window, 1):
             raise ValueError(f"window must be an integer of at least 1; got {self.window!r}")
         if self.share not in ("group", "head"):
             raise ValueError(f"share must be 'group' or 'head'; got {self.share!r}")
@@ -244,10 +244,11 @@ def open_records(
     )
 
 
-def attention_rows(n: int, window: int | None) -> dict:
+def attention_rows(n: int, window: int) -> dict:
     """The context of the attention task, and what of it every method visits."""
-    layout = Budget(max_tokens=0, n_sink=N_SINK, window=window_for(n, window))
-    return {"context": n, "sinks": N_SINK, "window": n - N_SINK - layout.rows_in_lists(n)}
+    layout = Budget(max_tokens=0, window=window)
+    sinks = layout.n_sink
+    return {"context": n, "sinks": sinks, "window": n - sinks - layout.rows_in_lists(n)}
 
 
 def memory_need(model, context: int) -> int:

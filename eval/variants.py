@@ -14,7 +14,6 @@ from saap.budget import BOUNDS, Budget
 from saap.methods import Method, find_method
 from saap.names import did_you_mean
 
-N_SINK = 16
 SEARCH_FIELDS = (*BOUNDS, "share", "n_sink", "window", "layer_importance", "estimate_rest")
 
 
@@ -39,7 +38,7 @@ class Variant:
     search: tuple[dict, ...] = ({},)
 
     def points(
-        self, shares: tuple[float, ...], n_context: int, share: str, window: int | None = None
+        self, shares: tuple[float, ...], n_context: int, share: str, window: int = Budget.window
     ) -> list[Point]:
         """Those whose search names a bound, and all others at each share of the context."""
         found = []
@@ -47,7 +46,7 @@ class Variant:
             budget = {k: v for k, v in options.items() if k in SEARCH_FIELDS}
             own = {k: v for k, v in options.items() if k not in SEARCH_FIELDS}
             told = " ".join(f"{k}={brief(v)}" for k, v in options.items())
-            places = {"n_sink": N_SINK, "window": window_for(n_context, window), "share": share}
+            places = {"window": window, "share": share}
             places.update({k: v for k, v in budget.items() if k not in BOUNDS})
             bounds = {k: v for k, v in budget.items() if k in BOUNDS}
             if bounds:
@@ -57,19 +56,6 @@ class Variant:
                 at_share = Budget.for_selectivity(part, n_context, **places)
                 found.append(Point(f"{part:g} {told}".strip(), at_share, own))
         return found
-
-
-def window_for(context: int, window: int | None = None) -> int:
-    """How many of the newest tokens every method visits: `window`, or else 1/128 of the context,
-    at least 16 and at most as many as `Budget` has. A wide one takes rows from those that are
-    chosen (`benchmarks.window`)."""
-    return min(max(16, context // 128), Budget.window) if window is None else window
-
-
-def usual_budget(share: float, context: int) -> Budget:
-    """The budget of so many of a context's rows, sinks and window counted in, as `saap eval` has
-    it."""
-    return Budget.for_selectivity(share, context, n_sink=N_SINK, window=window_for(context))
 
 
 def brief(value) -> str:

@@ -16,7 +16,6 @@ from saap.eval.reference import FOLDER, split_held_out
 from saap.eval.tasks import passkey
 from saap.eval.tasks.answering import encode
 from saap.methods import find_method
-from saap.training import default_window
 
 N_TEXTS, N_PROMPTS, N_SINK = 16, 50, 16
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -41,7 +40,7 @@ def attention_shares(model, texts: list[torch.Tensor], n_queries: int = 256) -> 
     totals = 0.0
     for tokens in texts:
         read = hf.read_context(model, tokens, n_queries=n_queries)
-        n, window = len(tokens), default_window(len(tokens))
+        n, window = len(tokens), len(tokens) // 32
         places = torch.arange(n - n_queries, n)[:, None]
         columns = torch.arange(n)
         rows = []
@@ -207,7 +206,7 @@ A named pass key among 8 distractors in source text, all 7 digits, greedy, dense
 {keys}
 
 Share of attention at {CONTEXT:,} on the first {N_SINK} tokens, the middle, and the window of
-{default_window(CONTEXT)}:
+{CONTEXT // 32}:
 
 | layer | head | sinks | middle | window |
 |---|---|---|---|---|

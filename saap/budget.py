@@ -43,7 +43,7 @@ class Budget:
     nprobe: int | None = None
     max_tokens: int | None = None
     n_sink: int = 16
-    window: int = 64
+    window: int = 16
     share: str = "group"
     top_p: float | None = None
     min_weight: float | None = None
@@ -136,8 +136,8 @@ class Budget:
         selectivity: float,
         context: int,
         *,
-        n_sink: int,
-        window: int,
+        n_sink: int = n_sink,
+        window: int = window,
         share: str = "group",
         estimate_rest: bool = True,
     ) -> "Budget":

@@ -12,8 +12,3 @@ def default_nlist(context: int) -> int:
     context is still several buckets.
     """
     return min(1024, max(16, 2 ** round(math.log2(max(context, 1) / 32))))
-
-
-def default_window(context: int) -> int:
-    """The recent window that stays dense: 1/32 of the context, at least 16."""
-    return max(16, context // 32)

@@ -59,7 +59,7 @@ def bad(arguments, message):
         bad(["eval", "reference", "--index", "CUT"], "must be a whole safetensors file"),
         bad(["eval", "./nothing", "--methods", "dense"], "must be a folder with config.json"),
         bad(
-            ["eval", "reference", "--methods", "dense", "--budgets", "0.005"],
+            ["eval", "reference", "--methods", "dense", "--budgets", "0.003"],
             "selectivity must be above",
         ),
         bad(

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from saap.budget import Budget
 from saap.eval import records as records_module
 from saap.eval import reference
 from saap.eval.records import RecordFile, read_run
@@ -128,14 +129,15 @@ def test_bad_configs(options, message):
         EvalConfig(**{"methods": ("dense",), "contexts": (1024,), **options})
 
 
-def test_the_window_is_what_is_asked_for_or_follows_the_context():
+def test_the_window_is_that_of_a_budget_or_what_is_asked_for():
     (variant,) = make_variants(("dense",), None, 0)
-    windows = [
-        variant.points((0.5,), n, "group", given)[0].budget.window
-        for n, given in ((1024, None), (4096, None), (8192, None), (131072, None), (8192, 5))
+    budgets = [
+        variant.points((0.5,), 8192, "group", *given)[0].budget
+        for given in ((), (CONFIG.window,), (5,))
     ]
-    assert windows == [16, 32, 64, 64, 5]
-    assert attention_rows(8192, None)["window"] < attention_rows(8192, 200)["window"]
+    assert [b.window for b in budgets] == [Budget.window, Budget.window, 5]
+    assert {b.n_sink for b in budgets} == {Budget.n_sink}
+    assert attention_rows(8192, 16)["window"] < attention_rows(8192, 200)["window"]
 
 
 def test_contexts():

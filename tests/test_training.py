@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from saap import TrainedIndex, hf, train
 from saap.masses import attention_masses
-from saap.training import default_nlist, default_window
+from saap.training import default_nlist
 
 from .conftest import random_model
 
@@ -133,4 +133,3 @@ def test_bad_training_input(tiny_model, tokens, options, message):
 def test_rules():
     contexts = (100, 2048, 8192, 32768, 500_000)
     assert [default_nlist(n) for n in contexts] == [16, 64, 256, 1024, 1024]
-    assert default_window(8192) == 256

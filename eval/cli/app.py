@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from saap.budget import Budget
+
 from . import advise, decode, doctor, explain, results, train
 
 app = typer.Typer(
@@ -83,12 +85,8 @@ def evaluate(
         ),
     ] = "group",
     window: Annotated[
-        int | None,
-        typer.Option(
-            help="newest tokens that every method visits; if not given, 1/128 of the context, "
-            "but 16 to 64"
-        ),
-    ] = None,
+        int, typer.Option(help="newest tokens that every method visits, counted in the budget")
+    ] = Budget.window,
     texts: Annotated[
         int, typer.Option(help="texts for each context length, in the attention task")
     ] = 8,

@@ -17,7 +17,6 @@ from ..run import EvalConfig, run
 from ..scores import read_scores
 from ..tasks.answering import encode
 from ..tasks.passkey import IN_WORDS, NAMES, insert_lines
-from ..variants import usual_budget
 from .progress import one_bar
 from .terminal import console, plain_table, print_scores, tell_licence
 
@@ -109,7 +108,7 @@ def demo(out: Path, context: int, seed: int) -> None:
 
 def ask(model, tokenizer, read: hf.ReadContext, pairs: list) -> dict[str, list[str]]:
     """What each method answers to each question."""
-    budget = usual_budget(SHARE, read.length)
+    budget = Budget.for_selectivity(SHARE, read.length)
     questions = [
         encode(tokenizer, IN_WORDS.question(name).encode(), special=False) for name, _ in pairs
     ]

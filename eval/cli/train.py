@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from saap.budget import Budget
+
 from .decode import Model
 
 
@@ -37,8 +39,8 @@ def train(
         str, typer.Option(help="what scores buckets for a query: mlp, linear or centroid")
     ] = "mlp",
     window: Annotated[
-        int | None, typer.Option(help="how many recent tokens are always visited")
-    ] = None,
+        int, typer.Option(help="how many recent tokens are always visited")
+    ] = Budget.window,
     steps: Annotated[int, typer.Option(help="optimisation steps of the router")] = 400,
     baselines: Annotated[
         bool, typer.Option(help="also train for methods to compare with: linear, kmeans-rope")

@@ -6,7 +6,7 @@ and `plan` say what is trained on what; `layer` trains one layer; `hidden` and `
 needed between layers and between runs; `processes` lets several processes share the layers.
 """
 
-from .options import N_SEGMENTS, TRAINABLE, TrainingOptions, default_nlist, default_window
+from .options import N_SEGMENTS, TRAINABLE, TrainingOptions, default_nlist
 from .processes import Processes, ProcessLost
 from .whole_model import Training, prepare, run, train, train_file, work_folder_of
 
@@ -18,7 +18,6 @@ __all__ = [
     "Training",
     "TrainingOptions",
     "default_nlist",
-    "default_window",
     "prepare",
     "run",
     "train",

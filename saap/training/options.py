@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from saap.defaults import N_SEGMENTS, default_nlist, default_window
+from saap.budget import Budget
+from saap.defaults import N_SEGMENTS, default_nlist
 from saap.index.routers import TRAINABLE
 
 
@@ -13,8 +14,8 @@ class TrainingOptions:
     nlist: int | None = None
     router: str = "mlp"
     seed: int = 0
-    n_sink: int = 16
-    window: int | None = None
+    n_sink: int = Budget.n_sink
+    window: int = Budget.window
     n_segments: int = N_SEGMENTS
     hidden: int = 64
     steps: int = 400
@@ -35,11 +36,7 @@ class TrainingOptions:
 
     def for_context(self, context: int) -> "TrainingOptions":
         """With what was left open chosen for sequences of `context` tokens."""
-        return replace(
-            self,
-            nlist=default_nlist(context) if self.nlist is None else self.nlist,
-            window=default_window(context) if self.window is None else self.window,
-        )
+        return replace(self, nlist=default_nlist(context) if self.nlist is None else self.nlist)
 
     @property
     def fitted_routers(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saap import __version__, hf
+from saap.budget import Budget
 from saap.hf.layerwise import LayerStream
 from saap.trained_index import TrainedIndex
 
@@ -82,8 +83,8 @@ def train(
     nlist: int | None = None,
     router: str = "mlp",
     seed: int = 0,
-    n_sink: int = 16,
-    window: int | None = None,
+    n_sink: int = Budget.n_sink,
+    window: int = Budget.window,
     n_segments: int = N_SEGMENTS,
     hidden: int = 64,
     steps: int = 400,
@@ -98,9 +99,9 @@ def train(
     to measure the recorded recall. `nlist`: buckets per KV head; if not given, `default_nlist` of
     the longest sequence. `router`: the default router of the result, "mlp" (Saap's classifier),
     "linear" or "centroid" (only k-means is trained). `n_segments`: time segments into which
-    decoding cuts the buckets (`saap.routing`), 1 for whole buckets. `n_sink`, `window`: the first
-    and the last tokens, which decoding always visits; if not given, `default_window`. `hidden`,
-    `steps`: width and optimiser steps of the network. `baselines` also trains what serves for
+    decoding cuts the buckets (`saap.routing`), 1 for whole buckets. `n_sink`, `window`: the
+    first and the last tokens, which decoding always visits. `hidden`, `steps`: width and optimiser
+    steps of the network. `baselines` also trains what serves for
     comparison only: the linear router, and centroids of keys with RoPE left on.
     `progress(what, done, total)` is called as work proceeds. The same seed gives the same index
     on the same machine with the same number of threads.

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, fields
 from numbers import Real
 
+from saap.budget import Budget
+
 VARIABLE = "SAAP_VLLM"
 
 
@@ -17,8 +19,8 @@ class Options:
     """
 
     visited: float = 0.1
-    sinks: int = 16
-    window: int = 64
+    sinks: int = Budget.n_sink
+    window: int = Budget.window
     dense_below: int = 2048
 
     def __post_init__(self):
