@@ -214,13 +214,13 @@ def recall(folder: str, options) -> list[dict]:
     attend = SaapCpuImpl.attend_sparsely
     for context in options.contexts or (4096, 7900):
         for share in (0.05, 0.1, 0.2):
-            mass = Mass(16, 64)
+            chosen = Options(share, dense_below=0)
+            mass = Mass(chosen.sinks, chosen.window)
 
             def measured(impl, *args, mass=mass):
                 mass.look(impl, *args)
                 attend(impl, *args)
 
-            chosen = Options(share, dense_below=0)
             with (
                 mock.patch.object(SaapCpuImpl, "attend_sparsely", measured),
                 mock.patch.object(cpu, "make_plan", planned_with(chosen)),

@@ -176,7 +176,7 @@ def main() -> None:
         parser.error("--index FILE is needed, or --dense")
     config = Config.read(FOLDER)
     weights = {n: w.float() for n, w in load_file(FOLDER / "model.safetensors").items()}
-    budget = Budget(max_tokens=options.max_tokens, window=128)
+    budget = Budget(max_tokens=options.max_tokens)
     stores = make_stores(config, None if options.dense else options.index, budget, options.method)
     decoder = Decoder(config, weights, stores)
     prompt = options.prompt_file.read_bytes() if options.prompt_file else default_prompt()

@@ -72,9 +72,15 @@ class RecordingStore(KVStore):
 
     visited = None
 
-    def with_local(self, *arguments):
-        self.visited = super().with_local(*arguments)
-        return self.visited
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        complete = self._steps.ranges.complete
+
+        def kept(*arguments):
+            self.visited = complete(*arguments)
+            return self.visited
+
+        self._steps.ranges.complete = kept
 
 
 def _visited(store, group) -> list[list[int]]:

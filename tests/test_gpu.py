@@ -74,7 +74,7 @@ def test_steps_replayed_are_steps(dtype):
     for _ in range(50):
         q, same = add(1), add_other(1)
         found = store.attend(q, q)
-        other._steps.forget()  # never the same work twice: nothing is replayed
+        other._steps.moved()  # never the same work twice: nothing is replayed
         other.selector._choice = None
         expected = other.attend(same, same)
         for a, b in zip(found, expected, strict=True):

@@ -5,9 +5,8 @@ because attention does not depend on the order of rows. New tokens go to the tai
 left the window join the middle, some at a time (Saap, arXiv 2502.08246, section 3.3).
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -21,20 +20,19 @@ from saap.kernels.attention.int8_rows import stored_as
 from saap.kernels.rest import Moments, PreparedRest
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
-from saap.selector import Middle, Query, Ranges, Selector
+from saap.selector import Middle, Ranges, Selector
 from saap.stateful import stateful
 
 from .checks import check_append, check_fits, check_kv_dtype, check_query
 from .chunk_attention import ChunkAttention
 from .chunks import OutAndLse
+from .decode_steps import DecodeSteps
 from .file_rows import FileRows
 from .memory import held_bytes
 from .middle_rows import MiddleRows
-from .next_step import NextStep, steps_left
-from .ranges import LOCAL, AllRanges, StepRanges
+from .ranges import AllRanges
 from .rest import RestOfRows
 from .sparse_chunks import RowsRead
-from .steps import StepAttention
 
 
 class KVStore:
@@ -61,8 +59,9 @@ class KVStore:
     rows if these lie in a file.
     """
 
-    debug: ClassVar[bool] = bool(os.environ.get("SAAP_DEBUG"))
-    """Check at every step that the selector's ranges neither overlap nor leave the middle."""
+    debug: ClassVar[bool] = os.environ.get("SAAP_DEBUG") == "1"
+    """Stores made while this is set check at every step that the selector's ranges neither overlap
+    nor leave the middle."""
 
     def __init__(
         self,
@@ -92,12 +91,9 @@ class KVStore:
         self._new: list[int] = []  # tokens of the last append, by sequence
         self._new_dtype: torch.dtype | None = None  # as they were given
         self._length_new = 0
-        self._ranges = StepRanges(budget.n_sink)
-        self._steps = StepAttention(self._ranges)
-        self.rest = RestOfRows(self.rows, budget.n_sink)
-        self.estimated: Moments | None = None
-        """What the last step estimated the rows from that it left out; None if it did not."""
-        self._next: NextStep | None = None
+        self._steps = DecodeSteps(
+            self._lists, selector, budget.n_sink, kv_dtype, checked=self.debug
+        )
         self._resting = False  # whether rows stay where they are, whatever comes
         self._steered = steered
         self._chunks = ChunkAttention(prefill, budget)
@@ -150,7 +146,7 @@ class KVStore:
         and what the selector keeps (codes, pages, graphs)."""
         own = list(self.rows.vectors.values())
         return (
-            self.rows.nbytes + self._lists.nbytes + self._ranges.nbytes + self.rest.nbytes
+            self.rows.nbytes + self._lists.nbytes + self._steps.nbytes
             + held_bytes(self.selector, besides=own)
         )  # fmt: skip
 
@@ -173,12 +169,12 @@ class KVStore:
     @property
     def visited_rows(self) -> float:
         """Rows that the last step visited per head; averaged over heads and sequences."""
-        return self._ranges.visited_rows(self.lengths)
+        return self._steps.ranges.visited_rows(self.lengths)
 
     @property
     def visited_share(self) -> float:
         """Share of all rows that the last step visited; averaged over heads and sequences."""
-        return self._ranges.visited_share(self.lengths)
+        return self._steps.ranges.visited_share(self.lengths)
 
     @property
     def bytes_read(self) -> float:
@@ -188,11 +184,18 @@ class KVStore:
         With `min_weight` sinks and tail are read twice. They count once, because the second time
         they come from the processor's cache.
         """
-        row_bytes = self.k.shape[-1] * (self.k.element_size() + self.v.element_size())
-        choosing = 0 if self.selector is None else self.selector.nbytes
-        rest = 0 if self.estimated is None else self.estimated.nbytes
-        rows = self._ranges.rows_read(self.lengths, self.k.shape[1])
-        return rows * row_bytes + choosing + rest
+        return self._steps.bytes_read(self.lengths)
+
+    @property
+    def rest(self) -> RestOfRows:
+        """How the rows of the middle are spread, from which those that steps leave out are
+        estimated."""
+        return self._steps.rest
+
+    @property
+    def estimated(self) -> Moments | None:
+        """What the last step estimated the rows from that it left out; None if it did not."""
+        return self._steps.estimated
 
     @stateful
     def reserve(self, n: int, like: Float[Tensor, "B Hkv T D"] | None = None) -> None:
@@ -200,7 +203,7 @@ class KVStore:
         if like is None and not self.rows.vectors:
             raise ValueError("reserve needs like=keys before the first append; got none")
         if n > self.rows.capacity:
-            self._next = None
+            self._steps.changed()
         like = self.k if like is None else self._as_stored(like[:, :, :0])
         self.rows.reserve(n, like, self.length)
 
@@ -226,7 +229,7 @@ class KVStore:
         )  # fmt: skip
         batch, _, length, _ = k_rope.shape
         new = [length] * batch if mask is None else mask.sum(1).tolist()
-        self._next = None
+        self._steps.changed()
         self.flush()
         lengths = self.lengths or [0] * batch
         longest = max(a + b for a, b in zip(lengths, new, strict=True))
@@ -286,16 +289,16 @@ class KVStore:
             if self.in_file:
                 self.rows.unmap()
             return found
-        q, qd = q_rope[:, :, 0], q_derope[:, :, 0]
-        chosen = self.select(q, qd, budget, impl=impl)
-        out, lse = self._steps.attend(
-            self.rows, q, *chosen, sm_scale=sm_scale, softcap=softcap, impl=impl
+        self._flush(at_step=True)
+        budget = budget or self.budget
+        out, lse, add = self._steps.attend(
+            q_rope, q_derope, self.lengths, budget, sm_scale=sm_scale, softcap=softcap, impl=impl
         )
-        add = self.adds_rest(budget or self.budget, chosen[1], sm_scale, softcap)
-        if add is not None:
-            out, lse = add(out, lse, q)
-        if impl is None and (budget is None or budget is self.budget):
-            self._next = self._step_after(q_rope, sm_scale, softcap, add)
+        if impl is None and budget is self.budget and min(self._new) > 0:
+            self._steps.prepare(
+                q_rope, self.lengths, budget, self._new_dtype, add,
+                self._terms(sm_scale, softcap), resting=self._resting,
+            )  # fmt: skip
         return out.unsqueeze(2), lse.unsqueeze(2)
 
     def step(
@@ -337,82 +340,33 @@ class KVStore:
         Gives the same result, and spends only a fraction of the time outside the kernels. Returns
         None if the step is not like the last; then nothing has been done: call both.
         """
-        step = self._next
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        if step is None or not step.fits(q_rope, k_rope, v, self._terms(sm_scale, softcap)):
+        step = self._steps.next_for(q_rope, k_rope, v, self._terms(sm_scale, softcap))
+        if step is None:
             return None
         if self.kv_dtype is not None:
             check_fits(k_rope, v, self.kv_dtype)
-        self._next = None  # where this is broken off, the next step is a general one
+        self._steps.changed()  # where this is broken off, the next step is a general one
         if self.selector is not None and not self._resting:
             self.selector.observe(q_rope, self._new)
         found = step(q_rope, k_rope, v, self.lengths)
         self.lengths = [n + 1 for n in self.lengths]
-        self._next = step
+        self._steps.keep(step)
         return found
 
     def _terms(self, sm_scale: float, softcap: float | None) -> dict[str, object]:
         """What two steps must have in common to be alike, besides their tensors."""
         return {
             "sm_scale": sm_scale, "softcap": softcap, "budget": self.budget,
-            "resting": self._resting, "debug": self.debug,
+            "resting": self._resting,
         }  # fmt: skip
-
-    def _step_after(
-        self, q_rope: Tensor, sm_scale: float, softcap: float | None, add: PreparedRest | None
-    ) -> NextStep | None:
-        """A prepared step for the next tokens; None if the next step cannot be prepared."""
-        attend = self._steps.latest
-        if add is not None and attend is not None:
-            attend = add.after(attend)
-        plain = not self.in_file and self.rows.plain
-        if attend is None or not plain or min(self._new) < 1:
-            return None
-        choose, local = None, False
-        if self._chooses(self.budget):
-            local = self.budget.min_weight is not None
-            outside = self._steps.local if local else None
-            choose = self.selector.again(outside)
-            least = max(self.budget.n_sink, self.budget.dense_below + 1)
-            if choose is None or min(self.lengths) < least:
-                return None
-            if self.debug:
-                choose = self._checked(choose)
-        steps = steps_left(
-            None if self._resting else self.selector, self.lengths, self.rows.capacity,
-            lambda b, n: self._lists.due(n) > self.middles[b],
-        )  # fmt: skip
-        if choose is None and self.selector is not None and any(self.middles):
-            steps = min(steps, self.budget.dense_below - max(self.lengths))
-        return NextStep(
-            (self.k, self.v), self._as_stored, self._new_dtype, self._ranges.growing(local),
-            choose, attend, q_rope.shape, q_rope.dtype, self._terms(sm_scale, softcap), steps,
-        )  # fmt: skip
 
     def adds_rest(
         self, budget: Budget, lengths: Tensor, sm_scale: float, softcap: float | None
     ) -> PreparedRest | None:
         """Adds the estimated rest to attention over ranges of these `lengths [n, H, R]`; None if
         nothing is estimated. The first `LOCAL` ranges are sinks and tail."""
-        self.estimated = None
-        if not (budget.estimate_rest and self._chooses(budget) and softcap is None):
-            return None
-        if self.selector is None or not self.selector.visits_best:
-            return None
-        left_out = [n > budget.dense_below for n in self.lengths]
-        self.estimated = self.rest.moments(self.middles, left_out)
-        lengths, moments = lengths[..., LOCAL:], self.estimated
-        if len(lengths) != self.batch:
-            moments = moments.expand(len(lengths))
-        bounds = {
-            "max_tokens": budget.max_tokens,
-            "min_weight": budget.least_weight(self.selector.layer.number),
-        }
-        return PreparedRest(moments, lengths, sm_scale=sm_scale, **bounds)
-
-    def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:
-        middle = self.middle
-        return lambda q: self._ranges.check(choose(q), middle)
+        return self._steps.adds_rest(budget, self.lengths, lengths, sm_scale, softcap)
 
     @stateful
     def select(
@@ -430,36 +384,17 @@ class KVStore:
         sequence, any number of queries, those of the tokens at `positions`. `H` is Hkv, or Hq
         for `share="head"`.
         """
-        self._next = None  # it relies on ranges that are written over here
         self._flush(at_step=True)
-        budget = budget or self.budget
-        chosen = None
-        if self._chooses(budget):
-            # Triton's kernels are of attention alone.
-            impl = None if impl == "triton" else impl
-            query = Query(
-                q_rope,
-                q_derope,
-                [n - 1 for n in self.lengths] if positions is None else positions,
-                impl,
-                functools.partial(
-                    self._steps.local_lse, self.rows, q_rope, self.lengths, self.middles
-                ),
-            )
-            middle = self.middle
-            chosen = self.selector.select(query, middle, budget, self._ranges.room)
-            if self.debug:
-                self._ranges.check(chosen, middle)
-        return self.with_local(chosen, budget.dense_below, len(q_rope))
+        return self._steps.select(
+            q_rope, q_derope, self.lengths, budget or self.budget, positions=positions, impl=impl
+        )
 
     def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
         """All that a step visits: the chosen ranges, sinks and tail; all rows if `chosen` is None.
 
         Sequences of at most `dense_below` tokens are visited whole.
         """
-        return self._ranges.complete(
-            chosen, self.lengths, self.middles, dense_below, n_queries, self.k
-        )
+        return self._steps.with_local(chosen, self.lengths, dense_below, n_queries)
 
     @stateful
     def flush(self) -> None:
@@ -476,17 +411,12 @@ class KVStore:
     def chooses(self) -> bool:
         """Whether a step of one token would leave out rows now; flushes as that step would."""
         self._flush(at_step=True)
-        return self._chooses(self.budget)
+        return self._steps.chooses(self.lengths, self.budget)
 
     def _let_go(self) -> None:
         """Forget everything that refers to rows whose place will change."""
-        self._next = None
-        self._steps.forget()
+        self._steps.moved()
         self._lists.let_go()
-
-    def _chooses(self, budget: Budget) -> bool:
-        some = self.selector is not None and any(self.middles)
-        return some and self.length > budget.dense_below
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -542,8 +472,7 @@ class KVStore:
 
     def reindex(self) -> None:
         """Tell the selector that the middle has changed, and put rows in the order it asks for."""
-        self._next = None
-        self._ranges.forget()
+        self._steps.reindexed()
         self._lists.reindex()
 
     @stateful
@@ -564,7 +493,7 @@ class KVStore:
                 )
         if not any(dropped):
             return
-        self._next = None
+        self._steps.changed()
         moved = self._lists.truncate(self.lengths, left)
         self.rest.truncate(self.middles)
         self.lengths, self._new = left, []
