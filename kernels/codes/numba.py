@@ -114,7 +114,9 @@ def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) ->
     prepare(address)
     for job.step, job.parts in steps:
         job.next_worker = job.next_task = 0
-        run(choose, address, min(workers, job.tasks * job.parts))
+        used = min(workers, job.tasks * job.parts)
+        job.ahead = 1 if job.step == BY_TASK else used
+        run(choose, address, used)
 
 
 def places_of(codes: Codes) -> dict[str, int]:

@@ -17,7 +17,7 @@ FIELDS = (
     "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
     "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
-    "score step parts workspace worker_bytes next_worker next_task"
+    "score step parts ahead workspace worker_bytes next_worker next_task"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
 NEXT_TASK = offset_of(FIELDS, "next_task")

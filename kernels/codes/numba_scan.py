@@ -4,6 +4,7 @@ import numba
 import numpy as np
 from numba import carray
 
+from saap.kernels.cpu.ahead import fetch_ahead, fetch_rows
 from saap.kernels.cpu.calls import call, signature_of
 from saap.kernels.cpu.memory import (
     copy_bytes,
@@ -133,6 +134,8 @@ def weigh_chunk(job, task, chunk, held, space):
     length = min(CHUNK, n - first)
     if length <= 0:
         return
+    later = task * job.chunks + chunk + job.ahead
+    _fetch_chunk(job, later // job.chunks, later % job.chunks)
     rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
     for i in range(length):
         rows[i] = first + i
@@ -151,6 +154,23 @@ def weigh_chunk(job, task, chunk, held, space):
             continue
         vectors = blocks_of(length) * (BLOCK // LANES)
         totals[heads + g, chunk] = exponentials(place, vectors, maxima[heads + g, chunk])
+
+
+@_njit
+def _fetch_chunk(job, task, chunk):
+    """Ask for the coarse words that this worker reads next: each plane is a stream of its own, too
+    short for a processor to foresee."""
+    if task >= job.tasks:
+        return
+    b, kv_head, n = place_of(job, task)
+    first = chunk * CHUNK
+    length = min(CHUNK, n - first)
+    if length <= 0:
+        return
+    coarse = job.coarse + b * job.coarse_batch + kv_head * job.coarse_head + 4 * first
+    for w in range(COARSE_PLANES * words_per_group(job.coordinates)):
+        fetch_ahead(coarse + w * job.coarse_plane, 4 * length)
+    fetch_ahead(job.scale + b * job.scale_batch + kv_head * job.scale_head + first, length)
 
 
 @_njit
@@ -177,6 +197,9 @@ def bring(job, b, kv_head, length, whole, space):
         copy_bytes(scales, scale + first, length)
     else:
         last = np.int64(rows[length - 1])
+        if whole:
+            fine = job.fine + b * job.fine_batch + kv_head * job.fine_head
+            fetch_rows(fine, 4 * FINE_PLANES * n_words, rows_place, length)
         for w in range(COARSE_PLANES * n_words):
             plane = carray(int32_pointer(coarse + w * job.coarse_plane), last + 1)
             words = carray(int32_pointer(space + 4 * CHUNK * w), CHUNK)

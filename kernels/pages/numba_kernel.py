@@ -8,6 +8,7 @@ from numba import carray
 
 from saap.kernels.codes.numba_best import best
 from saap.kernels.codes.numba_simd import BLOCK
+from saap.kernels.cpu.ahead import fetch_ahead
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import (
@@ -19,7 +20,7 @@ from saap.kernels.cpu.memory import (
 )
 
 from .layout import LARGEST, PER_WORD, QUERY_MAX, STEP, ZERO
-from .numba_simd import WIDEST, fetch_ahead, weigh_page
+from .numba_simd import WIDEST, weigh_page
 
 FIELDS = (
     "words scales rows dim kv_heads pages "  # of the codes

@@ -21,7 +21,6 @@ AT_ONCE = 2
 BLOCK = AT_ONCE * LANES
 
 _i64 = types.int64
-_CACHE_LINE = 64
 _VECTOR_BYTES = 4 * LANES
 _HALVES = ((0, 0), (4, PER_WORD // 2))
 """Of a word: shift right of its codes, number of their first coordinate."""
@@ -111,17 +110,3 @@ def weigh_page(typing_context, heads, words, n_words, vectors, scales, count, we
         return context.get_dummy_value()
 
     return types.void(*[_i64] * 13), codegen
-
-
-@intrinsic
-def fetch_ahead(typing_context, address, n_bytes):
-    """Ask for memory that will be read soon: pages lie anywhere, which no processor foresees."""
-
-    def codegen(context, builder, signature, args):
-        emit = Emitter(builder)
-        lines = builder.sdiv(args[1], I64(_CACHE_LINE))
-        with cgutils.for_range(builder, lines) as line:
-            emit.prefetch(emit.at(args[0], builder.mul(line.index, I64(_CACHE_LINE))))
-        return context.get_dummy_value()
-
-    return types.void(_i64, _i64), codegen
