@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from . import huge_pages
+
 GROWTH = 8  # a full buffer grows by an eighth, so that little memory lies idle
 SPARE_ROWS = 64
 MOVED_AT_ONCE = 1024
@@ -93,7 +95,7 @@ class BucketRows:
 
     @staticmethod
     def _grow(owner: dict, name: str, shape: tuple, dtype, device, used: int) -> None:
-        new = torch.empty(shape, dtype=dtype, device=device)
+        new = huge_pages.empty(shape, dtype, device)
         if used:
             new[:, :, :used] = owner[name][:, :, :used]
         owner[name] = new
@@ -177,7 +179,7 @@ def _is_of_memory(error: RuntimeError) -> bool:
 
 
 def _taken(buffer: Tensor, chosen: list[int], used: int) -> Tensor:
-    new = buffer.new_empty(len(chosen), *buffer.shape[1:])
+    new = huge_pages.empty((len(chosen), *buffer.shape[1:]), buffer.dtype, buffer.device)
     for mine, source in enumerate(chosen):
         new[mine, :, :used] = buffer[source, :, :used]
     return new

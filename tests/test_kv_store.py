@@ -552,13 +552,13 @@ def test_rows_in_lists_never_fall_and_the_tail_is_short(every):
         # By default 8 tokens at most wait beside the window, or 1/128 of a long context.
         assert spare - rows < (every or max(8, spare / 128))
         before = rows
-    assert Budget(nprobe=4).rows_in_lists(16 + 64 + 5 * 8 + 7) == 5 * 8
+    assert Budget(nprobe=4).rows_in_lists(16 + 16 + 5 * 8 + 7) == 5 * 8
 
 
 def test_the_tail_of_the_default_leaves_room_in_a_small_share():
-    """5.4 % of 8,192 tokens can be visited: sinks and tail alone are less."""
+    """1 % of 8,192 tokens can be visited: sinks and tail alone are less."""
     budget = Budget(max_tokens=0)
-    assert 8192 - budget.rows_in_lists(8192) < 0.037 * 8192
+    assert 8192 - budget.rows_in_lists(8192) < 0.008 * 8192
 
 
 def test_bytes_of_codes_are_told():
