@@ -9,6 +9,7 @@ Bits are then spent on the first ones. Nothing about single keys is learned, but
 keys and queries in other directions: a context that grows has to be learned from again.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +89,7 @@ class RecentQueries:
 
     def __init__(self, n_kv: int, sums: Tensor | float = 0.0, count: float = 0.0):
         self.n_kv, self.sums, self.count = n_kv, sums, count
-        self._waiting: Tensor | None = None
-        self._n_waiting = 0
+        self._waiting: list[Tensor] = []
 
     def copy(self) -> "RecentQueries":
         self._add_waiting()
@@ -98,24 +98,17 @@ class RecentQueries:
     def add(self, q: Float[Tensor, "Hq n D"]) -> None:
         """Queries of n tokens, or of as many keys that stand in for them."""
         if q.shape[1] == 1:
-            self._wait(q)
+            self._waiting.append(q.clone())
+            if len(self._waiting) == self.WAITING:
+                self._add_waiting()
             return
         self._add_waiting()
         self._add(q[:, -MOST_OBSERVED:])
 
-    def _wait(self, q: Float[Tensor, "Hq 1 D"]) -> None:
-        if self._waiting is None:
-            shape = (q.shape[0], self.WAITING, q.shape[2])
-            self._waiting = torch.empty(shape, device=q.device)
-        self._waiting[:, self._n_waiting] = q[:, 0]
-        self._n_waiting += 1
-        if self._n_waiting == self.WAITING:
-            self._add_waiting()
-
     def _add_waiting(self) -> None:
-        if self._n_waiting:
-            waited, self._n_waiting = self._n_waiting, 0
-            self._add(self._waiting[:, :waited])
+        if self._waiting:
+            waited, self._waiting = self._waiting, []
+            self._add(torch.cat(waited, 1))
 
     def _add(self, q: Float[Tensor, "Hq n D"]) -> None:
         left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
@@ -163,10 +156,13 @@ class Coordinates:
         maps, n_kv, coordinates, _ = self.of_queries.shape
         if maps == n:  # of a decode step: one product without broadcasting, a quarter faster
             own = q.float().reshape(n * n_kv, heads // n_kv, dim)
-            found = torch.bmm(own, self.of_queries.view(n * n_kv, coordinates, dim).mT)
-            return found.view(n, heads, coordinates)
+            return torch.bmm(own, self._for_queries).view(n, heads, coordinates)
         own = q.float().unflatten(1, (n_kv, -1))
         return (own @ self.of_queries.mT).flatten(1, 2)
+
+    @functools.cached_property
+    def _for_queries(self) -> Float[Tensor, "maps D P"]:
+        return self.of_queries.flatten(0, 1).mT
 
     def left_out(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
         """What the mean adds to a query's inner product with every key."""
@@ -179,7 +175,8 @@ class Coordinates:
 
     def of_sequence(self, b: int) -> "Coordinates":
         """Those of one sequence."""
-        b = 0 if len(self.mean) == 1 else b
+        if len(self.mean) == 1:
+            return self
         return Coordinates(**{name: t[b : b + 1] for name, t in self.tensors().items()})
 
     @classmethod

@@ -10,6 +10,7 @@ import saap
 from saap.budget import Budget
 from saap.hf import over
 from saap.kv import KVStore
+from saap.kv.rest import counted
 from saap.methods import find_method
 from saap.selector import LayerInfo
 from tests.conftest import random_model
@@ -58,8 +59,8 @@ def error(found, tensors, n):
 
 
 def moments_of(store, b=0):
-    """Directly, in float64, from the rows of the middle."""
-    n = store.middles[b]
+    """Directly, in float64, from the rows of the middle that count."""
+    n = counted(store.middles[b])
     rows = torch.cat([t[b, :, 4 : 4 + n] for t in (store.k, store.v)], -1).double()
     mean = rows.mean(1, keepdim=True)
     return (rows - mean)[..., :DIM].mT @ (rows - mean) / n, mean[:, 0]
@@ -82,6 +83,18 @@ def test_the_estimate_brings_attention_nearer(method):
     true = exact(tensors, 1200)[1]
     far = [float((found[b][1][:, :, 0] - true).abs().max()) for b in (BUDGET, WITHOUT)]
     assert far[0] < 0.5 * far[1]
+
+
+def test_nearly_all_rows_are_counted_and_seldom_others():
+    before, changes = 0, 0
+    for n in range(20_000):
+        now = counted(n)
+        assert before <= now <= n
+        assert n - now <= n // 32
+        assert n >= 64 or now == n
+        changes += now != before
+        before = now
+    assert changes < 500
 
 
 @pytest.mark.parametrize("cuts", [[900], [899, 900], [300, 301, 700, 900]])
@@ -181,8 +194,9 @@ def test_single_keys_far_from_all_others_do_not_count():
     store = store_of()
     found = read(store, tensors, [1199, 1200])
     without = read(store_of(budget=WITHOUT), tensors, [1199, 1200])
-    near = torch.tensor([n not in (300, 700, 1000) for n in range(4, 4 + store.middles[0])])
-    rows = torch.cat([k, v], -1)[0, :, 4 : 4 + store.middles[0]][:, near].double()
+    last = 4 + counted(store.middles[0])
+    near = torch.tensor([n not in (300, 700, 1000) for n in range(4, last)])
+    rows = torch.cat([k, v], -1)[0, :, 4:last][:, near].double()
     mean = rows.mean(1, keepdim=True)
     spread = (rows - mean)[..., :DIM].mT @ (rows - mean) / rows.shape[1]
     found_spread, found_means = store.estimated.spread[0], store.estimated.means[0]

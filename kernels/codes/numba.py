@@ -57,12 +57,10 @@ class Prepared:
         n, heads, group, coordinates = shape
         most = max(n_rows)
         self.tasks = tasks = n * heads
-        chunks = -(-most // numba_job.CHUNK)
-        threads = min(torch.get_num_threads(), tasks * chunks)
         least = 0 if min_weight is None else bits_of(min_weight)
-        whole, every = n_candidates >= most, max_tokens >= most and not least
-        candidates = 0 if whole else min(most, group * n_candidates)
-        listed_chunks = -(-candidates // numba_job.CHUNK)
+        self._bounds = max_tokens, n_candidates, least, group
+        chunks, whole, every, listed_chunks = self._sizes = _sizes(most, *self._bounds)
+        threads = min(torch.get_num_threads(), tasks * chunks)
         # With a task to each thread at a time, its scores stay in the cache.
         by_task = tasks % threads == 0 or tasks >= 8 * threads
         if by_task or every:
@@ -77,7 +75,9 @@ class Prepared:
             {
                 "counts": 8 * tasks,
                 **numba_job.common_bytes(tasks, group, coordinates, workers, worker_bytes),
-                **numba_job.kept_bytes(workers if by_task else tasks, group, most, candidates),
+                **numba_job.kept_bytes(
+                    workers if by_task else tasks, group, most, numba_job.CHUNK * listed_chunks
+                ),
             }
         )
         starts, lengths = out
@@ -94,6 +94,17 @@ class Prepared:
             listed_chunks=listed_chunks, **places_of(codes),
         )  # fmt: skip
 
+    def follows(self, n_rows: list[int]) -> bool:
+        """Whether it can choose among so many rows, of as many sequences; it does from then on."""
+        codes, starts, *_ = self.kept
+        most, least = max(n_rows), min(n_rows)
+        if least < 0 or most > codes.n or min(most, self._bounds[0]) > starts.shape[2]:
+            return False
+        if _sizes(most, *self._bounds) != self._sizes:
+            return False
+        self.rows[:] = n_rows
+        return True
+
     def __call__(self, a: Tensor, outside: Tensor | None = None) -> int:
         """Writes ranges and counts where it was told; returns the most ranges of a selection."""
         a = a.resolve_neg().contiguous()
@@ -105,6 +116,16 @@ class Prepared:
             job.outside = outside.data_ptr()
         run_steps(job, self.steps, self.workers)
         return max(_integers(self.tasks).from_address(job.counts)[:])
+
+
+def _sizes(
+    most: int, max_tokens: int, n_candidates: int, least: int, group: int
+) -> tuple[int, bool, bool, int]:
+    """What buffers and steps depend on: chunks of rows, whether all are candidates, whether all
+    are chosen, chunks of candidates."""
+    whole, every = n_candidates >= most, max_tokens >= most and not least
+    candidates = 0 if whole else min(most, group * n_candidates)
+    return -(-most // numba_job.CHUNK), whole, every, -(-candidates // numba_job.CHUNK)
 
 
 def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) -> None:

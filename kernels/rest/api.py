@@ -110,6 +110,15 @@ class PreparedRest(Preparation):
         self._given, self._options = (moments, lengths), options
         self._prepared = None
 
+    def fits(self, moments: Moments, lengths: Tensor, **options) -> bool:
+        """Whether this was made for these very tensors, and options like these."""
+        own, held = self._given
+        return (
+            moments is own and options == self._options
+            and lengths.data_ptr() == held.data_ptr() and lengths.shape == held.shape
+            and lengths.stride() == held.stride() and lengths.device == held.device
+        )  # fmt: skip
+
     def __call__(self, out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """`out, lse` of all rows; those that are given may be written over."""
         prepared = self._prepared

@@ -52,6 +52,7 @@ class DecodeSteps:
         self.rest = RestOfRows(self._rows, n_sink)
         self.estimated: Moments | None = None
         """What the last step estimated the rows from that it left out; None if it did not."""
+        self._adds: PreparedRest | None = None
         self._next: NextStep | None = None
 
     @property
@@ -165,11 +166,13 @@ class DecodeSteps:
         counts, moments = counts[..., LOCAL:], self.estimated
         if len(counts) != len(lengths):
             moments = moments.expand(len(counts))
-        bounds = {
-            "max_tokens": budget.max_tokens,
+        options = {
+            "sm_scale": sm_scale, "max_tokens": budget.max_tokens,
             "min_weight": budget.least_weight(self._selector.layer.number),
-        }
-        return PreparedRest(moments, counts, sm_scale=sm_scale, **bounds)
+        }  # fmt: skip
+        if self._adds is None or not self._adds.fits(moments, counts, **options):
+            self._adds = PreparedRest(moments, counts, **options)
+        return self._adds
 
     def next_for(self, q: Tensor, k: Tensor, v: Tensor, terms: dict) -> NextStep | None:
         """The step that was prepared, if it is that of these tensors on these terms."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saap.kernels.append import PreparedAppend
 from saap.kernels.attention.int8_rows import head_dim
 from saap.kernels.backends.prepared import Preparation
 from saap.selector import Selector
@@ -50,7 +51,7 @@ class NextStep(Preparation):
         terms: dict[str, object],
         steps: int,
     ):
-        self._buffers, self._as_stored, self._growing = buffers, as_stored, growing
+        self._as_stored, self._append = as_stored, PreparedAppend(buffers, growing)
         self._choose, self._attend = choose, attend
         k = buffers[0]
         self._fits = shape, dtype, (len(k), k.shape[1], 1, head_dim(k)), new_dtype, k.device
@@ -79,16 +80,7 @@ class NextStep(Preparation):
 
     def write(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """The token's row, behind the others of the tail."""
-        alike = len(set(lengths)) == 1
-        written = self._as_stored(k), self._as_stored(v)
-        for buffer, new in zip(self._buffers, written, strict=True):
-            if alike:
-                buffer.select(2, lengths[0]).copy_(new.squeeze(2))
-                continue
-            for b, n in enumerate(lengths):
-                buffer[b, :, n] = new[b, :, 0]
-        for counts in self._growing:
-            counts.add_(1)
+        self._append((self._as_stored(k), self._as_stored(v)), lengths)
 
     def choose(self, q: Tensor) -> None:
         if self._choose is not None:

@@ -13,12 +13,22 @@ from .file_rows import FileRows
 AT_ONCE = 4096
 """Rows that are held as floats at once."""
 
+PART = 32
+"""The newest rows that are not summed up yet are fewer than one in so many."""
+
+
+def counted(n: int) -> int:
+    """How many of the n rows of a middle are summed up: all but a few of the newest, which change
+    means and covariances less than it costs to add them as they come."""
+    every = 1 << max(0, (n // PART).bit_length() - 1)
+    return n - n % every
+
 
 class RestOfRows:
     """`Moments` of the middle of each sequence, whose rows are in time order.
 
     Sums are of what rows differ by from the first ones, so that little cancels; rows that are new
-    are added when `moments` is asked for.
+    are added when `moments` is asked for. Sums are over `counted` rows, however these came.
     """
 
     def __init__(self, rows: BucketRows | FileRows, n_sink: int):
@@ -39,7 +49,7 @@ class RestOfRows:
             return self._moments
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
-        sums = self.sums(middles)
+        sums = self.sums([counted(n) for n in middles])
         if self._moments is None or len(self._moments.means) != batch:
             self._moments = Moments(
                 torch.zeros(batch, n_kv, dim, 2 * dim, dtype=torch.bfloat16, device=k.device),
@@ -49,18 +59,18 @@ class RestOfRows:
             self._held = None
         found = self._moments
         for b, n in enumerate(middles):
-            if n and (self._held is None or self._held[0][b] != n):
+            if n and (self._held is None or counted(self._held[0][b]) != counted(n)):
                 found.spread[b], found.means[b] = sums[b].moments()
         self._held = list(middles), list(left_out)
-        counted = [n * left for n, left in zip(middles, left_out, strict=True)]
-        found.n_rows.copy_(torch.tensor(counted, dtype=torch.int32))
+        n_rows = [n * left for n, left in zip(middles, left_out, strict=True)]
+        found.n_rows.copy_(torch.tensor(n_rows, dtype=torch.int32))
         return found
 
-    def sums(self, middles: list[int]) -> list["RowSums"]:
-        """Over all rows of each sequence's middle."""
-        if len(self._sums) != len(middles):
-            self._sums = [RowSums() for _ in middles]
-        for b, n in enumerate(middles):
+    def sums(self, counts: list[int]) -> list["RowSums"]:
+        """Over the first so many rows of each sequence's middle, no fewer than before."""
+        if len(self._sums) != len(counts):
+            self._sums = [RowSums() for _ in counts]
+        for b, n in enumerate(counts):
             sums = self._sums[b]
             for first in range(sums.n, n, AT_ONCE):
                 sums.add(self._read(b, first, min(first + AT_ONCE, n)))
@@ -80,7 +90,7 @@ class RestOfRows:
     def truncate(self, middles: list[int]) -> None:
         """Rows behind these have gone: what is summed up of them cannot be told apart."""
         for b, n in enumerate(middles[: len(self._sums)]):
-            if self._sums[b].n > n:
+            if self._sums[b].n > counted(n):
                 self._sums[b], self._held = RowSums(), None
 
     def select_sequences(self, chosen: list[int]) -> None:
@@ -92,7 +102,7 @@ class RestOfRows:
         """What is saved of a store that has estimated its rest."""
         if not self._sums or not all(middles):
             return {}
-        sums = self.sums(middles)
+        sums = self.sums([counted(n) for n in middles])
         return {name: torch.stack([s.tensors()[name] for s in sums]) for name in RowSums.NAMES}
 
     def restore(self, state: dict[str, Tensor], middles: list[int]) -> None:
@@ -115,7 +125,7 @@ class RestOfRows:
             if own.isnan().any():
                 raise ValueError(f"{name} of the rest must be numbers; got NaN")
         self._sums = [
-            RowSums(n, {name: state[name][b].clone() for name in expected})
+            RowSums(counted(n), {name: state[name][b].clone() for name in expected})
             for b, n in enumerate(middles)
         ]
 

@@ -125,10 +125,11 @@ class SaapSelector(Selector):
         for b, n in enumerate(n_new):
             if not n:
                 continue
-            new = q_rope[b, :, -min(n, MOST_OBSERVED) :]
+            new = q_rope[b]
             if b in self.learned:
-                self.recent[b].add(new)
+                self.recent[b].add(new if new.shape[1] == n else new[:, -n:])
                 continue
+            new = new[:, -min(n, MOST_OBSERVED) :]
             new = new.float().clone(memory_format=torch.contiguous_format)
             own = self.observed.setdefault(b, [])
             own.append(new)

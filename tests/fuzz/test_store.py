@@ -13,6 +13,7 @@ from saap.kernels.rest import Moments
 from saap.kernels.rest.reference import add_rest
 from saap.kv import KVStore, attend_chunk, state
 from saap.kv.ranges import LOCAL
+from saap.kv.rest import counted
 from saap.methods.saap import SaapSelector
 
 from ..conftest import random_model
@@ -126,11 +127,12 @@ class Twin:
             if n == 0:
                 assert torch.equal(found[0][b], visited[0][b])
                 continue
-            k, v = (t[:, budget.n_sink : budget.n_sink + n].double() for t in self.held[b])
+            first, last = budget.n_sink, budget.n_sink + counted(n)
+            k, v = (t[:, first:last].double() for t in self.held[b])
             rows = torch.cat([k, v], -1)
             means = rows.mean(1)
             apart = rows - means[:, None]
-            spread = apart[..., :DIM].mT @ apart / n
+            spread = apart[..., :DIM].mT @ apart / rows.shape[1]
             moments = Moments(spread[None], means[None], torch.tensor([n]))
             true = add_rest(
                 *(t[b : b + 1].double() for t in (*visited, q)), moments,

@@ -114,11 +114,44 @@ def test_a_choice_fits_the_very_tensors_alone():
     codes, q = coded(), random(1, 4, 64)
     prepared, options = choice(codes, q)
     assert prepared.fits(q, codes, [N], **options)
-    assert not prepared.fits(q, codes, [N - 1], **options)
+    assert prepared.fits(q, codes, [N - 1], **options)
+    assert not prepared.fits(q, codes, [N + 1], **options)
+    assert not prepared.fits(q, codes, [-1], **options)
+    assert not prepared.fits(q, codes, [N, N], **options)
     assert not prepared.fits(q, copy.deepcopy(codes), [N], **options)
     assert not prepared.fits(q, codes, [N], **{**options, "first_row": 3})
     other = tuple(t.clone() for t in options["out"])
     assert not prepared.fits(q, codes, [N], **{**options, "out": other})
+
+
+@pytest.mark.parametrize(("max_tokens", "n_candidates"), [(20, 50), (20, 600), (450, 600)])
+def test_a_choice_follows_the_rows(max_tokens, n_candidates):
+    """As rows join, which the codes have room for, until other buffers are needed."""
+    n, batch = 1200, 2
+    codes = encode(random(batch, 2, n, 64), torch.ones(batch, 2, 64))
+    q = random(batch, 4, 64)
+    room = torch.zeros(2, batch, 2, max_tokens, dtype=torch.int32)
+    options = {
+        "max_tokens": max_tokens, "n_candidates": n_candidates, "share": "group", "impl": "numba"
+    }  # fmt: skip
+    places = {"out": tuple(room), "scored": torch.zeros(batch, 2, dtype=torch.int64)}
+    prepared, n_made = None, 0
+    for n_rows in ([460, 9], [470, 460], [500, 0], [512, 3], [513, 512], [700, 900], [1200, 1]):
+        if prepared is None or not prepared.fits(q, codes, n_rows, **places, **options):
+            prepared = PreparedChoice(q, codes, n_rows, **places, **options)
+            n_made += 1
+        scored = torch.zeros_like(places["scored"])
+        starts, lengths = select_rows(q, codes, n_rows, scored=scored, **options)
+        found = prepared(q)
+        used = starts.shape[2]
+        assert torch.equal(found[0][..., :used], starts)
+        assert torch.equal(found[1][..., :used], lengths)
+        assert not found[1][..., used:].any()
+        assert torch.equal(places["scored"], scored)
+    assert 3 <= n_made <= 4
+    narrow = {**places, "out": tuple(t[..., :5].contiguous() for t in room)}
+    small = PreparedChoice(q, codes, [5, 5], **narrow, **options)
+    assert not small.fits(q, codes, [6, 5], **narrow, **options)
 
 
 def test_a_copy_is_no_preparation():
