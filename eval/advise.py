@@ -22,7 +22,9 @@ from .tasks.base import text_tokens
 from .variants import Point, Variant
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3)
-N_QUERIES, TURNS, UNTIMED, STEPS = 32, 5, 2, 6
+N_QUERIES, TURNS, UNTIMED = 32, 5, 2
+STEPS = 16
+"""Of a turn: in contexts of up to 8k tokens rows join the middle in one of them, or in two."""
 OUTSTANDING = 3.0
 """A layer is told apart when its output error is so many times the median layer's."""
 
