@@ -15,8 +15,8 @@ from vllm import LLM, SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from saap.eval.corpora import read_named
-from saap.eval.tasks.base import prompt_of_tokens
-from saap.eval.tasks.passkey import is_right, make_prompt, wording_of
+from saap.eval.tasks.asking import prompts_of_tokens
+from saap.eval.tasks.passkey import is_right, make_prompts, wording_of
 from saap.vllm import cpu
 from saap.vllm import decode as plugin
 from saap.vllm.cpu import SaapCpuBuilder, SaapCpuImpl
@@ -247,9 +247,9 @@ def pass_keys(folder: str, options) -> list[dict]:
 
         def make(n_bytes, number=number, depth=depth):
             rng = np.random.default_rng(number)
-            return make_prompt(text, n_bytes, rng, depth=depth, wording=wording)
+            return make_prompts(text, n_bytes, rng, depth=depth, wording=wording)
 
-        prompt = prompt_of_tokens(make, tokenizer, 8192 - 24, len(text))
+        prompt, *_ = prompts_of_tokens(make, tokenizer, 8192 - 24, len(text))
         ids = tokenizer(prompt.text.decode())["input_ids"]
         for name in ("saap", "stock"):
             with stock() if name == "stock" else ExitStack():

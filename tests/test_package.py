@@ -1,6 +1,7 @@
 """Wheel, sdist and editable install of a copy of the tree hold what they should, offline."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -113,3 +114,23 @@ def test_editable_install_maps_every_folder(tree, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == [str(tree / place) for place in places.values()]
+
+
+SCRIPTS = [p for folder in ("benchmarks", "examples", "reference_training", "docs")
+           for p in sorted((ROOT / folder).rglob("*.py"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_script_takes_from_saap_is_there(script):
+    """Most scripts need what no test has: a GPU, vLLM, hours."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "saap":
+            continue
+        try:
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+        except ModuleNotFoundError as error:  # of a package that is not installed, such as vLLM
+            if error.name is None or error.name.startswith("saap"):
+                raise

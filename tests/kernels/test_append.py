@@ -60,12 +60,12 @@ def test_rows_that_lie_apart_and_other_dtypes_are_written_as_well():
     write = PreparedAppend(buffers, [])
     apart = torch.randn(1, 2, 1, 32)[..., ::2]
     wide = torch.randn(1, 2, 1, 16, dtype=torch.float64)
-    write([apart, wide], [3])
-    assert torch.equal(buffers[0][:, :, 3], apart[:, :, 0])
-    assert torch.equal(buffers[1][:, :, 3], wide[:, :, 0].float())
-    negative = torch.complex(apart, apart.contiguous()).conj().imag.contiguous()
-    write([negative, apart], [4])
-    assert torch.equal(buffers[0][:, :, 4], -apart[:, :, 0])
+    negative = torch.view_as_complex(torch.randn(1, 2, 1, 16, 2)).conj().imag
+    assert negative.is_neg()
+    for place, rows in enumerate([(apart, apart), (wide, wide), (negative, negative.clone())]):
+        write(rows, [place])
+        for buffer, new in zip(buffers, rows, strict=True):
+            assert torch.equal(buffer[:, :, place], new[:, :, 0].float())
 
 
 def test_a_buffer_whose_rows_are_farther_apart_than_they_are_wide():

@@ -184,6 +184,19 @@ def test_prepared(heads):
     assert copy.deepcopy(prepared) is None
 
 
+def test_what_a_prepared_estimate_fits():
+    own = case()
+    options = {"sm_scale": SCALE, "max_tokens": 9, "min_weight": None}
+    prepared = PreparedRest(own.moments, own.lengths, **options)
+    assert prepared.fits(own.moments, own.lengths, **options)
+    assert prepared.fits(own.moments, own.lengths[:], **options)  # another view of the same
+    assert not prepared.fits(own.moments, own.lengths.clone(), **options)
+    assert not prepared.fits(own.moments, own.lengths[..., :-1], **options)
+    assert not prepared.fits(dataclasses.replace(own.moments), own.lengths, **options)
+    for name, value in (("sm_scale", 0.2), ("max_tokens", 8), ("min_weight", 0.1)):
+        assert not prepared.fits(own.moments, own.lengths, **{**options, name: value})
+
+
 def test_functions_of_the_normal_distribution():
     x = torch.linspace(-60, 8, 999, dtype=torch.float64)
     assert (log_cdf(x) - torch.special.log_ndtr(x)).abs().max() < 2e-7
