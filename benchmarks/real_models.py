@@ -34,8 +34,8 @@
 Scores of all folders, with `--add` beside those that are there, go to
 `benchmarks/results/<device>/real_models.json`, raw records stay where they are. Runs of a model at
 one context make one table; of what two of them measured, the later one counts, but questions that
-were asked with different seeds count together. The text that is judged is another than any that a
-method learned from.
+were asked with different seeds count together. What has another window in the table was run with
+that `--window`. The text that is judged is another than any that a method learned from.
 """
 
 import json
@@ -75,7 +75,7 @@ def summary(folder: Path) -> dict:
     scores = [
         {name: s[name] for name in KEPT if s.get(name) is not None} for s in score_run(folder)
     ]
-    kept = ("n_texts", "n_prompts", "n_queries", "n_scored", "seed")
+    kept = ("n_texts", "n_prompts", "n_queries", "n_scored", "seed", "window")
     config = {k: run["config"][k] for k in kept}
     return {
         "model": Path(run["model"]).name,
@@ -94,7 +94,9 @@ def tables(found: list[dict]) -> str:
     for run in found:
         for score in run["scores"]:
             place = run["model"], run["chat"], score["context"]
-            places.setdefault(place, []).append({**score, "seed": run["config"].get("seed", 0)})
+            config = run["config"]
+            own = {"seed": config.get("seed", 0), "window": window_of(config, score["context"])}
+            places.setdefault(place, []).append({**score, **own})
     models = list(dict.fromkeys(run["model"] for run in found))
     parts = []
     for model, chat, context in sorted(places, key=lambda p: (models.index(p[0]), *p[1:])):
@@ -104,6 +106,12 @@ def tables(found: list[dict]) -> str:
             f"**{model}, {context:,} tokens** ({asked}{counted(scores)}):\n\n{table(scores)}"
         )
     return "\n\n".join(parts)
+
+
+def window_of(config: dict, context: int) -> int:
+    """The most recent tokens that every method visited; of runs that do not say, by the rule of
+    their time."""
+    return config.get("window") or min(max(16, context // 128), 64)
 
 
 def pooled(scores: list[dict]) -> list[dict]:
@@ -147,10 +155,10 @@ def table(scores: list[dict]) -> str:
         rows.setdefault((budget, s["method"]), {})[s["task"]] = s
     order = sorted(rows, key=lambda row: (visited(*row, rows[row]), row[0]))
     head = [
-        "rows", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
+        "rows", "window", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
         "nats over dense", "nats from dense",
     ]  # fmt: skip
-    return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=2)
+    return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=3)
 
 
 def visited(budget: str, method: str, of_task: dict[str, dict]) -> float:
@@ -173,8 +181,10 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         options = told_search(budget).split() if by_share else []
         rows = f"{visited(budget, method, of_task):{'.0%' if by_share else '.1%'}}"
         rows += "" if by_share else ", by weight"
+    windows = sorted({s["window"] for s in of_task.values()})
     return [
         rows,
+        "–" if method == "dense" else ", ".join(map(str, windows)),
         ", ".join(f"`{name}`" for name in (method, *options)),
         cell(attention.get("recall_middle"), "{:.1%}"),
         cell(attention.get("output_error"), "{:.3f}"),
