@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from saap import hf
+from saap.budget import Budget
 from saap.eval.corpus import read_corpus
 from saap.eval.tasks.answering import encode
 

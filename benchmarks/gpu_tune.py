@@ -40,7 +40,7 @@ def tune(bench: Bench) -> None:
     shapes = {
         "dense": (1, long, dense_ranges(bench, np.full(1, long)), KV_HEADS * long),
         "ragged": (batch, long, dense_ranges(bench, lengths), KV_HEADS * int(lengths.sum())),
-        "selection": (1, context, selected, int(arrays[1].sum())),
+        "selection": (1, bench.context("171k"), selected, int(arrays[1].sum())),
     }
     for blocks in candidates:
         if bench.left_s() < 5:

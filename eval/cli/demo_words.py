@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from saap import hf
+from saap.budget import Budget
 from saap.methods import find_method
 
 from ..decoding import decoder
