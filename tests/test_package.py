@@ -134,3 +134,15 @@ def test_what_a_script_takes_from_saap_is_there(script):
         except ModuleNotFoundError as error:  # of a package that is not installed, such as vLLM
             if error.name is None or error.name.startswith("saap"):
                 raise
+
+
+def test_lint():
+    """Above all names that are not there, in what no test runs."""
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("needs ruff")
+    done = subprocess.run(
+        [ruff, "check", "--no-cache", "--output-format", "concise", "."],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
