@@ -13,6 +13,8 @@ from torch import Tensor
 from saap.kernels import backends
 from saap.kernels.backends.prepared import Preparation
 
+from . import reference
+
 
 class PreparedAppend(Preparation):
     """Writes rows into the same buffers again and again, and counts them.
@@ -44,23 +46,7 @@ class PreparedAppend(Preparation):
         """`rows`: of each buffer's dtype and device. `places`: the row of each sequence, within
         the capacity. The caller answers for both."""
         if self._write is None or not self._write(rows, places):
-            append(*self._tensors, rows, places)
-
-
-def append(
-    buffers: Sequence[Tensor], counts: Sequence[Tensor], rows: Sequence[Tensor],
-    places: Sequence[int],
-) -> None:  # fmt: skip
-    """What `PreparedAppend` does, with PyTorch's operators."""
-    alike = len(set(places)) == 1
-    for buffer, new in zip(buffers, rows, strict=True):
-        if alike:
-            buffer.select(2, places[0]).copy_(new.squeeze(2))
-            continue
-        for b, n in enumerate(places):
-            buffer[b, :, n] = new[b, :, 0]
-    for own in counts:
-        own.add_(1)
+            reference.append(*self._tensors, rows, places)
 
 
 def _check(buffers, counts) -> None:

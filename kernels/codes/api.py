@@ -142,10 +142,18 @@ class PreparedChoice(Preparation):
         if not same or n_rows == self._n_rows:
             return same
         follows = getattr(self._choose, "follows", None)
-        if follows is None or len(n_rows) != len(self._n_rows) or not follows(n_rows):
+        if follows is None or not self._holds(n_rows) or not follows(n_rows):
             return False
         self._n_rows = list(n_rows)
         return True
+
+    def _holds(self, n_rows) -> bool:
+        """Whether codes and `out` have room for so many rows, of as many sequences."""
+        most, max_tokens = max(n_rows), self._options["max_tokens"]
+        return (
+            len(n_rows) == len(self._n_rows) and min(n_rows) >= 0 and most <= self._codes.n
+            and min(max_tokens, most) <= self._out[0].shape[2]
+        )  # fmt: skip
 
     def __call__(
         self, q: Float[Tensor, "n Hq P"], outside: Float[Tensor, "n Hq"] | None = None

@@ -95,12 +95,8 @@ class Prepared:
         )  # fmt: skip
 
     def follows(self, n_rows: list[int]) -> bool:
-        """Whether it can choose among so many rows, of as many sequences; it does from then on."""
-        codes, starts, *_ = self.kept
-        most, least = max(n_rows), min(n_rows)
-        if least < 0 or most > codes.n or min(most, self._bounds[0]) > starts.shape[2]:
-            return False
-        if _sizes(most, *self._bounds) != self._sizes:
+        """Whether its buffers and steps are those for so many rows; it chooses among them then."""
+        if _sizes(max(n_rows), *self._bounds) != self._sizes:
             return False
         self.rows[:] = n_rows
         return True

@@ -67,7 +67,6 @@ class Prepared:
         self.a = torch.empty(shape, device=scored.device)
         self.outside: Tensor | None = None
         self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a))
-        self.most = min(out[0].shape[2], codes.n), codes.n
         self.options = {
             "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
             "first_row": first_row, "out": out, "scored": scored, "most": codes.n,
@@ -75,15 +74,10 @@ class Prepared:
         }  # fmt: skip
         self.codes = codes
         self.run = None
-        if not self.follows(n_rows):
-            raise AssertionError(f"{n_rows} rows do not fit what was checked")
+        self.follows(n_rows)
 
     def follows(self, n_rows: list[int]) -> bool:
-        """Whether it is for so many rows from now on: the codes and `out` have to hold them."""
-        capacity, held = self.most
-        most = max(n_rows)
-        if most > held or min(self.options["max_tokens"], most) > capacity:
-            return False
+        """It is for so many rows from now on."""
         for own, new in zip(self.counts, _counts_of(n_rows, self.a), strict=True):
             own.copy_(new)
         return True

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saap.kernels.append import PreparedAppend
-from saap.kernels.append.api import append
+from saap.kernels.append.reference import append
 
 CASES = [  # batch, heads, capacity, widths, places
     (1, 1, 5, (16, 16), [4]),
