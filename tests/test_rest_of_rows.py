@@ -10,7 +10,8 @@ import saap
 from saap.budget import Budget
 from saap.hf import over
 from saap.kv import KVStore
-from saap.kv.rest import counted
+from saap.kv.rest import clustered, counted
+from saap.kv.row_sums import N_CLUSTERS, Clusters, RowSums, membership
 from saap.methods import find_method
 from saap.selector import LayerInfo
 from tests.conftest import random_model
@@ -58,19 +59,31 @@ def error(found, tensors, n):
     return float((found[0][:, :, 0] - true).norm() / true.norm())
 
 
-def moments_of(store, b=0):
-    """Directly, in float64, from the rows of the middle that count."""
-    n = counted(store.middles[b])
-    rows = torch.cat([t[b, :, 4 : 4 + n] for t in (store.k, store.v)], -1).double()
+def middle_of(store, b=0):
+    """Keys beside values of the rows of the middle that count, float64."""
+    last = 4 + counted(store.middles[b])
+    return torch.cat([t[b, :, 4:last] for t in (store.k, store.v)], -1).double()
+
+
+def moments_of(rows):
+    """Covariances of these rows with their keys, and means, directly."""
     mean = rows.mean(1, keepdim=True)
-    return (rows - mean)[..., :DIM].mT @ (rows - mean) / n, mean[:, 0]
+    return (rows - mean)[..., :DIM].mT @ (rows - mean) / rows.shape[1], mean[:, 0]
+
+
+def told(store, b=0):
+    """What the estimate knows: the covariances within clusters and between them, and the means."""
+    found = {name: t[b].double() for name, t in vars(store.estimated).items()}
+    share = found["sizes"][:, :1]
+    between = (found["keys"] * share) @ torch.cat([found["keys"].mT, found["values"]], -1)
+    return found["spread"] + between, found["means"]
 
 
 def assert_counted(store, b=0):
-    spread, means = moments_of(store, b)
-    torch.testing.assert_close(store.estimated.means[b].double(), means, rtol=1e-5, atol=1e-6)
-    found = store.estimated.spread[b].double()
-    torch.testing.assert_close(found, spread, rtol=2**-8, atol=1e-6)
+    spread, means = moments_of(middle_of(store, b))
+    found_spread, found_means = told(store, b)
+    torch.testing.assert_close(found_means, means, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found_spread, spread, rtol=2**-7, atol=2e-3)
     assert int(store.estimated.n_rows[b]) == store.middles[b]
 
 
@@ -95,6 +108,59 @@ def test_nearly_all_rows_are_counted_and_seldom_others():
         changes += now != before
         before = now
     assert changes < 500
+
+
+def test_clusters_are_found_anew_as_the_rows_grow():
+    before, changes = 0, 0
+    for n in range(1, 20_000):
+        now = clustered(n)
+        assert before <= now <= n
+        assert now > 0.8 * n
+        changes += n > 1000 and now != before
+        before = now
+    assert changes < 20
+
+
+def test_sums_of_clusters():
+    """Each row in that of its nearest centroid; all that is said follows from the rows."""
+    rng = torch.Generator().manual_seed(0)
+    centers = 4 * torch.randn(HKV, 6, 2 * DIM, generator=rng)
+    number = torch.randint(0, 6, (3000,), generator=rng)
+    size = torch.linspace(0.2, 0.6, 6)[number, None]
+    rows = centers[:, number] + size * torch.randn(HKV, 3000, 2 * DIM, generator=rng)
+    clusters = Clusters.of(rows[:, ::2])
+    sums = RowSums(clusters)
+    for part in rows.split(1100, 1):
+        sums.add(part)
+    keys = (rows - clusters.origin)[..., :DIM]
+    own = torch.cdist(keys, clusters.centroids).argmin(-1)
+    assert torch.equal(membership(keys, clusters.centroids).argmax(-1), own)
+    alike = clusters.centroids[:, :1].expand(-1, 3, -1)
+    assert torch.equal(membership(keys, alike), torch.full((HKV, 3000, 3), 1 / 3))
+    found = sums.moments()
+    rows = rows.double()
+    for head in range(HKV):
+        within = torch.zeros(DIM, 2 * DIM, dtype=torch.float64)
+        spreads = torch.zeros(N_CLUSTERS, dtype=torch.float64)
+        for c in range(N_CLUSTERS):
+            mine = rows[head, own[head] == c]
+            share = float(found["sizes"][head, 0, c])
+            assert share == pytest.approx(len(mine) / 3000)
+            if len(mine):
+                mean = mine.mean(0)
+                told = torch.cat([found["keys"][head, :, c], found["values"][head, c]])
+                torch.testing.assert_close(found["means"][head] + told, mean, rtol=1e-5, atol=1e-5)
+                off = mine - mean
+                within += off[:, :DIM].mT @ off / 3000
+                spreads[c] = off[:, :DIM].square().sum() / len(mine)
+        torch.testing.assert_close(found["spread"][head], within, rtol=1e-4, atol=1e-5)
+        share = found["sizes"][head, 0]
+        expected = torch.where(share > 0, spreads / (share * spreads).sum(), 0.0)
+        torch.testing.assert_close(found["sizes"][head, 1] * (share > 0), expected, rtol=1e-3,
+                                   atol=1e-4)  # fmt: skip
+        labels = own[head]
+        purity = sum(int(number[labels == c].bincount().max()) for c in labels.unique()) / 3000
+        assert purity > 0.99
 
 
 @pytest.mark.parametrize("cuts", [[900], [899, 900], [300, 301, 700, 900]])
@@ -196,12 +262,10 @@ def test_single_keys_far_from_all_others_do_not_count():
     without = read(store_of(budget=WITHOUT), tensors, [1199, 1200])
     last = 4 + counted(store.middles[0])
     near = torch.tensor([n not in (300, 700, 1000) for n in range(4, last)])
-    rows = torch.cat([k, v], -1)[0, :, 4:last][:, near].double()
-    mean = rows.mean(1, keepdim=True)
-    spread = (rows - mean)[..., :DIM].mT @ (rows - mean) / rows.shape[1]
-    found_spread, found_means = store.estimated.spread[0], store.estimated.means[0]
-    torch.testing.assert_close(found_spread.double(), spread, rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(found_means.double(), mean[:, 0], rtol=1e-4, atol=1e-5)
+    spread, means = moments_of(torch.cat([k, v], -1)[0, :, 4:last][:, near].double())
+    found_spread, found_means = told(store)
+    torch.testing.assert_close(found_spread, spread, rtol=2**-7, atol=2e-3)
+    torch.testing.assert_close(found_means, means, rtol=1e-4, atol=1e-5)
     assert error(found, tensors, 1200) < 1.05 * error(without, tensors, 1200)
 
 
@@ -255,10 +319,11 @@ def test_bytes_are_told():
     store, without = store_of(), store_of(budget=WITHOUT)
     for own in (store, without):
         read(own, tensors, [799, 800])
-    moments = HKV * (DIM * 2 * DIM * 2 + 2 * DIM * 4)
+    clusters = N_CLUSTERS
+    moments = HKV * (2 * 2 * DIM * (DIM + clusters) + 4 * (2 * DIM + 2 * clusters))
     assert store.bytes_read - without.bytes_read == moments
-    sums = HKV * 8 * (DIM * 2 * DIM + 2 * DIM + 1) + HKV * 4 * (2 * DIM + 1)
-    assert store.nbytes - without.nbytes == moments + sums
+    sums = 8 * (DIM * 2 * DIM + clusters * (2 * DIM + 2)) + 4 * (2 * DIM + clusters * DIM + 1)
+    assert store.nbytes - without.nbytes == moments + 4 + HKV * sums
 
 
 def test_a_copy_goes_its_own_way():
@@ -301,7 +366,7 @@ def test_steps_after_saving_know_the_rows_that_joined_before_it():
     store = store_of()
     read(store, tensors, [700, 701, 740])
     store.settle()
-    assert store.rest.state(store.middles)["kept"][0, 0] > store.estimated.n_rows[0]
+    assert store.rest.state(store.middles)["counts"][0, 0].sum() > store.estimated.n_rows[0]
     read(store, tensors, [741], start=740)
     assert_counted(store)
 

@@ -24,6 +24,7 @@ int32_pointer = _pointer_to(types.int32)
 int64_pointer = _pointer_to(types.int64)
 int8_pointer = _pointer_to(types.int8)
 uint8_pointer = _pointer_to(types.uint8)
+uint16_pointer = _pointer_to(types.uint16)
 
 
 @intrinsic

@@ -1,20 +1,24 @@
 """Attention over the rows with the largest scores, and an estimate of all others.
 
 Of the rows that a step does not visit it knows how many there are, and how keys and values of all
-rows are spread: their means, the covariance of the keys and that of keys with values. If keys were
-normally distributed, the scores of a query would be, too, those that are left out being the lower
-ones of them; their attention in all and their mean value then follow in closed form. Scores are
-not quite normal, but what is added up here are thousands of rows with little weight each.
+rows are spread: in clusters of near keys, each with its mean key and mean value, within which keys
+and values vary together, in all clusters alike but for a factor. If keys were normally distributed
+within a cluster, the scores of a query would be, too, those that are left out being the lower
+ones; their attention in all and their mean value then follow in closed form. Scores are not quite
+normal, but what is added up here are thousands of rows with little weight each.
 
-For a query q (scaled), `s = q.k` has mean `m = q.E[k]` and variance `v = q.Cov(k, k) q`. Of n rows
-the k largest are visited, so the others lie below `t = m + sqrt(v) z`, z the normal quantile of
+For a query q (scaled) the scores `s = q.k` of cluster c have mean `m = q.E_c[k]` and variance
+`v = f_c q.Cov(k, k) q`, and all scores together the mean M and the variance V. Of n rows the k
+largest are visited, so the others lie below `t = M + sqrt(V) z`, z the normal quantile of
 `1 - k / n`. Besides, none of them weighs more than the least of the visited ones, which is at most
 the k-th part of all: where scores are far from normal, this bounds t. With Phi, phi the normal
-distribution and density, and `x = (t - m) / sqrt(v) - sqrt(v)`:
+distribution and density, `z_c = (t - m) / sqrt(v)` and `x = z_c - sqrt(v)`:
 
-    log-sum-exp of the rest   log n + m + v / 2 + log Phi(x)
-    mean score in it          m + c v,  c = 1 - phi(x) / (Phi(x) sqrt(v))
-    mean value in it          E[v] + c Cov(v, k) q
+    log-sum-exp of the rest   log n_c + m + v / 2 + log Phi(x)
+    mean score in it          m + h v,  h = 1 - phi(x) / (Phi(x) sqrt(v))
+    mean value in it          E_c[v] + h f_c Cov(v, k) q
+
+The rest as a whole is the clusters' parts, weighed by their sums.
 
 Scatterbrain (Chen et al., arXiv 2110.15343) adds a sparse and a low-rank part of attention, too;
 RetroInfer (arXiv 2505.02922) estimates far clusters from their means.
@@ -33,32 +37,40 @@ from saap.kernels.backends.prepared import Preparation
 
 Impl = Literal["reference", "numba", "triton"]
 BACKENDS = ("reference", "numba", "triton")
+_DTYPES = {
+    "spread": torch.bfloat16, "means": torch.float32, "keys": torch.bfloat16,
+    "values": torch.bfloat16, "sizes": torch.float32, "n_rows": torch.int32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Moments:
-    """How the rows that a query may leave out are spread, for B sequences.
+    """How the rows that a query may leave out are spread, for B sequences, in K clusters.
 
-    `spread [B, Hkv, D, 2 D]` bfloat16: row i holds the covariance of dimension i of a key with all
-    dimensions of the key, then with those of the value. `means [B, Hkv, 2 D]` float32: the mean
-    key, then the mean value. `n_rows [B]` int32: how many rows there are; where there are 0
-    nothing is estimated.
+    `spread [B, Hkv, D, 2 D]` bfloat16: row i holds the covariance, within a cluster, of dimension
+    i of a key with all dimensions of the key, then with those of the value. `means [B, Hkv, 2 D]`
+    float32: the mean key of all, then the mean value. `keys [B, Hkv, D, K]` and `values [B, Hkv,
+    K, D]` bfloat16: what the means of a cluster differ by from these. `sizes [B, Hkv, 2, K]`
+    float32: a cluster's share of the rows, and the factor of `spread` in it. `n_rows [B]` int32:
+    how many rows there are; where there are 0 nothing is estimated.
     """
 
     spread: Float[Tensor, "B Hkv D twice_D"]
     means: Float[Tensor, "B Hkv twice_D"]
+    keys: Float[Tensor, "B Hkv D K"]
+    values: Float[Tensor, "B Hkv K D"]
+    sizes: Float[Tensor, "B Hkv 2 K"]
     n_rows: Int[Tensor, " B"]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a step reads for each sequence."""
-        return self.spread[0].nbytes + self.means[0].nbytes
+        parts = (self.spread, self.means, self.keys, self.values, self.sizes)
+        return sum(part[0].nbytes for part in parts)
 
     def expand(self, n: int) -> "Moments":
         """Those of one sequence, for n queries."""
-        return Moments(
-            self.spread.expand(n, -1, -1, -1), self.means.expand(n, -1, -1), self.n_rows.expand(n)
-        )
+        return Moments(*(t.expand(n, *t.shape[1:]) for t in vars(self).values()))
 
 
 def add_rest(
@@ -151,7 +163,7 @@ def _bounds(
 
 def _check(out: Tensor, lse: Tensor, q: Tensor, moments: Moments, lengths: Tensor) -> None:
     batch, heads, dim = q.shape
-    spread, means = moments.spread, moments.means
+    spread = moments.spread
     n_kv = spread.shape[1]
     if out.shape != q.shape or lse.shape != q.shape[:2]:
         raise ValueError(
@@ -163,22 +175,29 @@ def _check(out: Tensor, lse: Tensor, q: Tensor, moments: Moments, lengths: Tenso
             f"spread must be [{batch}, Hkv, {dim}, {2 * dim}], {heads} query heads a multiple of "
             f"Hkv; got {tuple(spread.shape)}"
         )
-    if means.shape != (batch, n_kv, 2 * dim):
-        raise ValueError(f"means must be {(batch, n_kv, 2 * dim)}; got {tuple(means.shape)}")
+    clusters = moments.keys.shape[-1]
+    for name, shape in (
+        ("means", (batch, n_kv, 2 * dim)), ("keys", (batch, n_kv, dim, clusters)),
+        ("values", (batch, n_kv, clusters, dim)), ("sizes", (batch, n_kv, 2, clusters)),
+    ):  # fmt: skip
+        if getattr(moments, name).shape != shape:
+            got = tuple(getattr(moments, name).shape)
+            raise ValueError(f"{name} must be {shape}; got {got}")
     if len(moments.n_rows) != batch:
         raise ValueError(f"n_rows must be [{batch}]; got {tuple(moments.n_rows.shape)}")
     if len(lengths) != batch or lengths.shape[1] not in (n_kv, heads):
         raise ValueError(
             f"lengths must be [{batch}, {n_kv} or {heads}, R]; got {tuple(lengths.shape)}"
         )
-    if means.dtype != torch.float32 or lse.dtype != torch.float32:
-        raise ValueError(f"means and lse must be float32; got {means.dtype} and {lse.dtype}")
-    if spread.dtype != torch.bfloat16:
-        raise ValueError(f"spread must be bfloat16; got {spread.dtype}")
-    if lengths.dtype != torch.int32 or moments.n_rows.dtype != torch.int32:
-        raise ValueError(
-            f"lengths and n_rows must be int32; got {lengths.dtype} and {moments.n_rows.dtype}"
-        )
-    devices = {t.device for t in (out, lse, q, spread, means, moments.n_rows, lengths)}
+    if lse.dtype != torch.float32:
+        raise ValueError(f"lse must be float32; got {lse.dtype}")
+    for name, dtype in _DTYPES.items():
+        if getattr(moments, name).dtype != dtype:
+            raise ValueError(
+                f"{name} must be {str(dtype)[6:]}; got {getattr(moments, name).dtype}"
+            )
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"lengths must be int32; got {lengths.dtype}")
+    devices = {t.device for t in (out, lse, q, lengths, *vars(moments).values())}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device; got {sorted(map(str, devices))}")

@@ -15,14 +15,20 @@ from torch import Tensor
 from saap.kernels.backends.prepared import Preparation
 from saap.kernels.cpu.functions import compiled, run, stamp_of
 from saap.kernels.cpu.jobs import job_type, offset_of
-from saap.kernels.cpu.memory import fetch_increment, float32_pointer, int32_pointer
+from saap.kernels.cpu.memory import (
+    fetch_increment,
+    float32_pointer,
+    int32_pointer,
+    uint16_pointer,
+)
 
 from . import normal
 
 _FIELDS = (
-    "out lse q spread means n_rows lengths "  # addresses
-    "max_tokens tasks n_kv group dim heads ranges "
-    "length_batch length_head spread_batch means_batch rows_batch next_task"
+    "out lse q spread means keys values sizes n_rows lengths "  # addresses
+    "max_tokens tasks n_kv group dim clusters heads ranges "
+    "length_batch length_head spread_batch means_batch keys_batch values_batch sizes_batch "
+    "rows_batch next_task"
 ).split()
 _NEXT_TASK = offset_of(_FIELDS, "next_task")
 _Job, _SIGNATURE = job_type(_FIELDS, ("sm_scale", "min_weight"))
@@ -32,9 +38,11 @@ _PER_THREAD = 1 << 16  # products that are worth a thread
 _njit = numba.njit(error_model="numpy")
 _A0, _A1, _A2 = normal.QUANTILE_TOP
 _B0, _B1, _B2 = normal.QUANTILE_BOTTOM
-_ERFC = np.array(normal.ERFC)
+(_ERFC_0, _ERFC_1, _ERFC_2, _ERFC_3, _ERFC_4, _ERFC_5, _ERFC_6, _ERFC_7, _ERFC_8, _ERFC_9) = (
+    np.float32(c) for c in normal.ERFC
+)
+_PER_ROOT_2_PI = np.float32(math.exp(-normal.LOG_ROOT_2_PI))
 _LEAST, _TINY = normal.LEAST_VISITED, normal.TINY
-_LOG_ROOT_2_PI, _LOG_2 = normal.LOG_ROOT_2_PI, normal.LOG_2
 
 
 def refusal(out: Tensor, q: Tensor) -> str | None:
@@ -78,26 +86,26 @@ class Prepared(Preparation):
 def _job_of(q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float):
     """A job without its outputs and queries, threads that are worth it, and what it points to."""
     batch, heads, dim = q.shape
-    spread, means = moments.spread, moments.means
-    n_kv = means.shape[1]
-    if spread.stride()[1:] != (2 * dim * dim, 2 * dim, 1):
-        spread = spread.contiguous()
-    if means.stride()[1:] != (2 * dim, 1):
-        means = means.contiguous()
+    n_kv, clusters = moments.keys.shape[1], moments.keys.shape[3]
+    parts = {}
+    for name in ("spread", "means", "keys", "values", "sizes"):
+        part = getattr(moments, name)
+        parts[name] = part if part[0].is_contiguous() else part.contiguous()
     if lengths.shape[2] > 1 and lengths.stride(2) != 1:
         lengths = lengths.contiguous()
+    places = {name: part.data_ptr() for name, part in parts.items()}
+    strides = {f"{n}_batch": part.stride(0) * part.element_size() for n, part in parts.items()}
     job = _Job(
-        spread=spread.data_ptr(), means=means.data_ptr(), n_rows=moments.n_rows.data_ptr(),
+        n_rows=moments.n_rows.data_ptr(),
         lengths=lengths.data_ptr(), tasks=batch * n_kv, n_kv=n_kv, group=heads // n_kv,
-        dim=dim, heads=lengths.shape[1], ranges=lengths.shape[2],
+        dim=dim, clusters=clusters, heads=lengths.shape[1], ranges=lengths.shape[2],
         length_batch=4 * lengths.stride(0), length_head=4 * lengths.stride(1),
-        spread_batch=2 * spread.stride(0), means_batch=4 * means.stride(0),
         rows_batch=4 * moments.n_rows.stride(0),
-        max_tokens=max_tokens, sm_scale=sm_scale, min_weight=min_weight,
+        max_tokens=max_tokens, sm_scale=sm_scale, min_weight=min_weight, **places, **strides,
     )  # fmt: skip
-    products = 2 * dim * dim * heads * batch
+    products = 2 * dim * (dim + clusters) * heads * batch
     threads = min(batch * n_kv, 1 + products // _PER_THREAD)
-    return job, threads, (spread, means, moments.n_rows, lengths)
+    return job, threads, (parts, moments.n_rows, lengths)
 
 
 def _entry(stamp):
@@ -114,8 +122,11 @@ def _entry(stamp):
 def _work(jobs):
     job = jobs[0]
     counters = jobs.ctypes.data
-    even, odd = np.empty(job.dim, np.float32), np.empty(job.dim, np.float32)
-    both = np.empty(2 * job.dim, np.float32)
+    dim, clusters = job.dim, job.clusters
+    even, odd = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    both, scores = np.empty(2 * dim, np.float32), np.empty(clusters, np.float32)
+    weights, tilts = np.empty(clusters, np.float32), np.empty(clusters, np.float32)
+    value = np.empty(dim, np.float32)
     while True:
         task = fetch_increment(counters + _NEXT_TASK)
         if task >= job.tasks:
@@ -124,10 +135,16 @@ def _work(jobs):
         n = carray(int32_pointer(job.n_rows + b * job.rows_batch), 1)[0]
         if n <= 0:
             continue
-        place = job.spread + b * job.spread_batch + kv_head * 4 * job.dim * job.dim
-        spread = carray(int32_pointer(place), (job.dim, job.dim))
-        place = job.means + b * job.means_batch + kv_head * 8 * job.dim
-        means = carray(float32_pointer(place), 2 * job.dim)
+        place = job.spread + b * job.spread_batch + kv_head * 4 * dim * dim
+        spread = carray(int32_pointer(place), (dim, dim))
+        place = job.means + b * job.means_batch + kv_head * 8 * dim
+        means = carray(float32_pointer(place), 2 * dim)
+        place = job.keys + b * job.keys_batch + kv_head * 2 * dim * clusters
+        keys = carray(uint16_pointer(place), (dim, clusters))
+        place = job.values + b * job.values_batch + kv_head * 2 * dim * clusters
+        values = carray(uint16_pointer(place), (clusters, dim))
+        place = job.sizes + b * job.sizes_batch + kv_head * 8 * clusters
+        sizes = carray(float32_pointer(place), (2, clusters))
         visited = np.int64(-1)
         for g in range(job.group):
             head = kv_head * job.group + g
@@ -136,8 +153,14 @@ def _work(jobs):
                 visited = _sum(job.lengths + b * job.length_batch + own * job.length_head,
                                job.ranges)  # fmt: skip
             if visited < n:
-                _turn(job, b * job.n_kv * job.group + head, spread, even, odd, both)
-                _add(job, b * job.n_kv * job.group + head, n, visited, means, both)
+                query = b * job.n_kv * job.group + head
+                _turn(job, query, spread, even, odd, both)
+                _score(job, query, keys, scores)
+                log_rest, tilt = _estimate(
+                    job, query, n, visited, means, sizes, both, scores, weights, tilts
+                )
+                _average(weights, values, means, tilt, both, value)
+                _add(job, query, log_rest, tilt, value)
 
 
 @_njit
@@ -168,43 +191,150 @@ def _turn(job, query, spread, even, odd, both):
 
 
 @_njit
-def _add(job, query, n, visited, means, both):
-    """The rest of one query head, added to its output."""
-    dim = job.dim
+def _score(job, query, keys, scores):
+    """A query's products with what each cluster's mean key differs by from the mean of all."""
+    q = carray(float32_pointer(job.q + 4 * query * job.dim), job.dim)
+    scale = np.float32(job.sm_scale)
+    for c in range(job.clusters):
+        scores[c] = np.float32(0.0)
+    for i in range(job.dim):
+        factor = scale * q[i]
+        row = keys[i]
+        for c in range(job.clusters):
+            scores[c] += factor * _widened(row[c])
+
+
+@_njit
+def _widened(bits):
+    """A number of bfloat16 as float32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_njit
+def _estimate(job, query, n, visited, means, sizes, both, scores, weights, tilts):
+    """Log-sum-exp of the rest of a query head, and the factor of `Cov(v, k) q` in its mean value.
+
+    scores: of the clusters; they are written over. weights: becomes the clusters' parts in the
+    rest. tilts: room for as many numbers.
+    """
+    dim, clusters = job.dim, job.clusters
     q = carray(float32_pointer(job.q + 4 * query * dim), dim)
+    lse = carray(float32_pointer(job.lse + 4 * query), 1)[0]
     scale = np.float32(job.sm_scale)
     mean, variance = 0.0, 0.0
     for i in range(dim):
         factor = scale * q[i]
         mean += factor * means[i]
         variance += factor * both[i]
-    variance = max(variance, _TINY)
-    deviation = math.sqrt(variance)
-    out = carray(float32_pointer(job.out + 4 * query * dim), dim)
-    lse = carray(float32_pointer(job.lse + 4 * query), 1)
+    of_all = variance
+    for c in range(clusters):
+        of_all += sizes[0, c] * scores[c] ** 2
     counted = max(np.float64(visited), _LEAST)
     most = (job.n_kv * job.group // job.heads) / counted
     if job.min_weight > 0 and visited < job.max_tokens:
         most = job.min_weight
-    z = _quantile(counted / n)
-    if lse[0] > -np.inf:
-        z = min(z, (lse[0] + math.log(most) - mean) / deviation)
-    x = z - deviation
-    log_below = _log_cdf(x)
-    log_rest = math.log(n) + mean + variance / 2 + log_below
-    share = 1 - math.exp(-x * x / 2 - _LOG_ROOT_2_PI - log_below) / deviation
-    check = log_rest + share
+    most_score = _quantile(counted / n) * math.sqrt(max(of_all, _TINY))
+    if lse > -np.inf:
+        most_score = min(most_score, lse + math.log(most) - mean)
+    _weigh_below(np.float32(most_score), np.float32(variance), sizes, scores, weights, tilts)
+    top = np.float32(-np.inf)
+    for c in range(clusters):
+        top = max(top, scores[c] if sizes[0, c] > 0 else np.float32(-np.inf))
+    total, tilt = 0.0, 0.0
+    for c in range(clusters):
+        weights[c] *= _exp(min(scores[c] - top, np.float32(0.0)))
+    for c in range(clusters):
+        total += weights[c]
+        tilt += weights[c] * tilts[c] if weights[c] > 0 else np.float32(0.0)
+    for c in range(clusters):
+        weights[c] /= np.float32(total)
+    return math.log(n) + mean + top + math.log(total), tilt / total
+
+
+@_njit
+def _weigh_below(most, variance, sizes, scores, weights, tilts):
+    """`below` of the reference for all clusters, in a form that vectors can do.
+
+    The part of a cluster in the rest becomes `weights[c] exp(scores[c])`, its share of the rows
+    counted in, and the factor of `Cov(v, k) q` in its mean value `tilts[c]`.
+    """
+    half, one = np.float32(0.5), np.float32(1.0)
+    for c in range(len(scores)):
+        own = max(variance * sizes[1, c], np.float32(_TINY))
+        deviation = np.sqrt(own)
+        z = (most - scores[c]) / deviation
+        x = z - deviation
+        size = half * x * x
+        t = one / (one + np.abs(x) * np.float32(0.5 / math.sqrt(2.0)))
+        series = _ERFC_9
+        series = _ERFC_8 + t * series
+        series = _ERFC_7 + t * series
+        series = _ERFC_6 + t * series
+        series = _ERFC_5 + t * series
+        series = _ERFC_4 + t * series
+        series = _ERFC_3 + t * series
+        series = _ERFC_2 + t * series
+        series = _ERFC_1 + t * series
+        series = _ERFC_0 + t * series
+        tail = half * t * _exp(series)  # Phi(-|x|) exp(x^2 / 2)
+        density = _exp(-size)
+        part = one - min(tail * density, half)
+        upper = x > 0
+        ratio = density / part if upper else one / tail
+        weights[c] = sizes[0, c] * (part if upper else tail)
+        tilts[c] = sizes[1, c] * (one - ratio * _PER_ROOT_2_PI / deviation)
+        scores[c] += half * own if upper else z * deviation - half * z * z
+
+
+@_njit
+def _exp(x):
+    """exp of a float32 not above 88: Cephes' polynomial; 0 where it is below the least normal."""
+    kept = max(x, np.float32(-87.3))
+    power = np.floor(kept * np.float32(1.44269504) + np.float32(0.5))
+    r = kept - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    found = (p * r * r + r + np.float32(1.0)) * np.int32(
+        (np.int32(power) + np.int32(127)) << np.int32(23)
+    ).view(np.float32)
+    return found if x >= np.float32(-87.3) else np.float32(0.0)
+
+
+@_njit
+def _average(weights, values, means, tilt, both, value):
+    """The mean value of the rest."""
+    clusters, dim = values.shape
     for j in range(dim):
-        check += means[dim + j] + share * both[dim + j]
+        value[j] = means[dim + j] + np.float32(tilt) * both[dim + j]
+    for c in range(clusters):
+        weight = np.float32(weights[c])
+        if weight != 0:  # also where it is NaN
+            row = values[c]
+            for j in range(dim):
+                value[j] += weight * _widened(row[j])
+
+
+@_njit
+def _add(job, query, log_rest, tilt, value):
+    """The rest of one query head, added to its output."""
+    dim = job.dim
+    out = carray(float32_pointer(job.out + 4 * query * dim), dim)
+    lse = carray(float32_pointer(job.lse + 4 * query), 1)
+    check = log_rest + tilt
+    for j in range(dim):
+        check += value[j]
     if not abs(check) < np.inf:
         return
     top = max(np.float64(lse[0]), log_rest)
     before, added = math.exp(lse[0] - top), math.exp(log_rest - top)
     total = before + added
     for j in range(dim):
-        value = means[dim + j] + share * both[dim + j]
         kept = before * out[j] if before > 0 else 0.0
-        out[j] = (kept + added * value) / total
+        out[j] = (kept + added * value[j]) / total
     lse[0] = top + math.log(total)
 
 
@@ -214,17 +344,6 @@ def _quantile(above):
     s = math.sqrt(-2 * math.log(small))
     z = s - (_A0 + s * (_A1 + s * _A2)) / (1 + s * (_B0 + s * (_B1 + s * _B2)))
     return -z if above > 0.5 else z
-
-
-@_njit
-def _log_cdf(x):
-    size = abs(x) / math.sqrt(2.0)
-    t = 1 / (1 + size / 2)
-    series = _ERFC[-1]
-    for i in range(len(_ERFC) - 2, -1, -1):
-        series = _ERFC[i] + t * series
-    log_tail = math.log(t) + series - size * size - _LOG_2
-    return math.log1p(-math.exp(log_tail)) if x > 0 else log_tail
 
 
 @functools.cache

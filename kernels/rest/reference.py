@@ -11,13 +11,16 @@ def add_rest(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, dim = q.shape
     n_kv = moments.means.shape[1]
+    group = heads // n_kv
     dtype = torch.promote_types(q.dtype, torch.float32)
     scaled = (sm_scale * q.to(dtype)).unflatten(1, (n_kv, -1))  # [B, Hkv, G, D]
     means = moments.means.to(dtype)
     both = (scaled @ moments.spread.to(dtype)).flatten(1, 2)
     turned, tilt = both[..., :dim], both[..., dim:]
-    mean = (scaled @ means[..., :dim, None]).flatten(1, 3)
-    variance = (turned * scaled.flatten(1, 2)).sum(-1).clamp(min=normal.TINY)
+    mean = (scaled @ means[..., :dim, None]).flatten(1)
+    variance = (turned * scaled.flatten(1, 2)).sum(-1)
+    off = (scaled @ moments.keys.to(dtype)).flatten(1, 2)  # [B, Hq, K]
+    share, factor = moments.sizes.to(dtype).repeat_interleave(group, 1).unbind(2)
     n = moments.n_rows.to(dtype)[:, None].expand(batch, heads)
     visited = lengths.sum(-1).to(dtype)
     together = heads // visited.shape[1]
@@ -26,8 +29,17 @@ def add_rest(
     if min_weight > 0:
         most = torch.where(visited < max_tokens, min_weight, most)
     bound = torch.where(lse == -torch.inf, torch.inf, lse.to(dtype) + most.log())
-    log_rest, share = rest_of(n, visited, mean, variance, bound)
-    value = means[..., dim:].repeat_interleave(heads // n_kv, 1) + share[..., None] * tilt
+    of_all = (variance + (share * off**2).sum(-1)).clamp(min=normal.TINY)
+    z = quantile(visited.clamp(min=normal.LEAST_VISITED) / n)
+    most_score = torch.minimum(mean + z * of_all.sqrt(), bound)
+    log_rest, shift = below(most_score[..., None] - mean[..., None] - off,
+                            (variance[..., None] * factor).clamp(min=normal.TINY))  # fmt: skip
+    log_rest = log_rest + (n.log() + mean)[..., None] + off + share.log()
+    weights = log_rest.softmax(-1)
+    log_rest = log_rest.logsumexp(-1)
+    shift = (weights * shift * factor).sum(-1)
+    own = (weights.unflatten(1, (n_kv, -1)) @ moments.values.to(dtype)).flatten(1, 2)
+    value = means[..., dim:].repeat_interleave(group, 1) + own + shift[..., None] * tilt
     usable = (n > visited) & log_rest.isfinite() & value.isfinite().all(-1)
     log_rest = torch.where(usable, log_rest, -torch.inf)
     value = torch.where(usable[..., None], value, 0.0)
@@ -42,18 +54,22 @@ def add_rest(
     return merged.to(out.dtype), whole.to(lse.dtype)
 
 
-def rest_of(
-    n: Tensor, visited: Tensor, mean: Tensor, variance: Tensor, bound: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the n - visited lower of n normal scores, all below `bound`, and c of
-    `api`."""
+def below(most: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the mean exponential of normal numbers about 0, where those above `most` count as
+    nothing; and h of `api`."""
     deviation = variance.sqrt()
-    z = quantile(visited.clamp(min=normal.LEAST_VISITED) / n)
-    x = torch.minimum(z, (bound - mean) / deviation) - deviation
-    log_below = log_cdf(x)
-    log_rest = n.log() + mean + variance / 2 + log_below
-    ratio = (-x * x / 2 - normal.LOG_ROOT_2_PI - log_below).exp()
-    return log_rest, 1 - ratio / deviation
+    z = most / deviation
+    x = z - deviation
+    size = x.abs() / 2**0.5
+    t = 1 / (1 + size / 2)
+    series = torch.full_like(t, normal.ERFC[-1])
+    for c in reversed(normal.ERFC[:-1]):
+        series = c + t * series
+    scaled = t.log() + series - normal.LOG_2  # log Phi(-|x|) and x^2 / 2, which cancel below
+    above = torch.log1p(-(scaled - size * size).clamp(max=-normal.LOG_2).exp())
+    log_mean = torch.where(x > 0, variance / 2 + above, z * deviation - z * z / 2 + scaled)
+    ratio = torch.where(x > 0, -size * size - above, -scaled) - normal.LOG_ROOT_2_PI
+    return log_mean, 1 - ratio.exp() / deviation
 
 
 def quantile(above: Tensor) -> Tensor:
@@ -65,14 +81,3 @@ def quantile(above: Tensor) -> Tensor:
     bottom = 1 + s * (b[0] + s * (b[1] + s * b[2]))
     z = s - top / bottom
     return torch.where(above > 0.5, -z, z)
-
-
-def log_cdf(x: Tensor) -> Tensor:
-    """log Phi(x)."""
-    size = x.abs() / 2**0.5
-    t = 1 / (1 + size / 2)
-    series = torch.full_like(t, normal.ERFC[-1])
-    for c in reversed(normal.ERFC[:-1]):
-        series = c + t * series
-    log_tail = t.log() + series - size * size - normal.LOG_2
-    return torch.where(x > 0, torch.log1p(-log_tail.exp()), log_tail)

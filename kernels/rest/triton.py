@@ -35,19 +35,21 @@ def launch(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> Launch:
     batch, heads, dim = q.shape
-    spread, means = (
-        t if t[0].is_contiguous() else t.contiguous() for t in (moments.spread, moments.means)
-    )
-    n_kv, (_, own, ranges) = means.shape[1], lengths.shape
+    parts = {}
+    for name in ("spread", "means", "keys", "values", "sizes"):
+        part = getattr(moments, name)
+        parts[name] = part if part[0].is_contiguous() else part.contiguous()
+    n_kv, clusters = parts["keys"].shape[1], parts["keys"].shape[3]
+    _, own, ranges = lengths.shape
     arguments = {
-        "out": out, "lse": lse, "q": q, "spread": spread, "means": means,
-        "n_rows": moments.n_rows, "lengths": lengths,
-        "spread_batch": spread.stride(0), "means_batch": means.stride(0),
+        "out": out, "lse": lse, "q": q, **parts, "n_rows": moments.n_rows, "lengths": lengths,
+        **{f"{name}_batch": part.stride(0) for name, part in parts.items()},
         "rows_batch": moments.n_rows.stride(0), "length_batch": lengths.stride(0),
         "length_head": lengths.stride(1), "length_range": lengths.stride(2), "heads": heads,
         "group": heads // n_kv, "heads_of_a_list": heads // own, "ranges": ranges,
         "sm_scale": sm_scale, "max_tokens": max_tokens, "min_weight": min_weight,
-        "DIM": dim, "DIM_BLOCK": triton.next_power_of_2(dim), "ROWS": 16, "RANGES_BLOCK": 256,
+        "CLUSTERS": clusters, "CLUSTERS_BLOCK": triton.next_power_of_2(clusters), "DIM": dim,
+        "DIM_BLOCK": triton.next_power_of_2(dim), "ROWS": 16, "RANGES_BLOCK": 256,
     }  # fmt: skip
     return Launch(_add, (batch * heads,), arguments, {"num_warps": 4})
 
@@ -60,6 +62,9 @@ def launch(
         "ranges",
         "spread_batch",
         "means_batch",
+        "keys_batch",
+        "values_batch",
+        "sizes_batch",
         "rows_batch",
     ]
 )
@@ -69,10 +74,16 @@ def _add(
     q,
     spread,
     means,
+    keys,
+    values,
+    sizes,
     n_rows,
     lengths,
     spread_batch,
     means_batch,
+    keys_batch,
+    values_batch,
+    sizes_batch,
     rows_batch,
     length_batch,
     length_head,
@@ -84,6 +95,8 @@ def _add(
     sm_scale,
     max_tokens,
     min_weight,
+    CLUSTERS: tl.constexpr,
+    CLUSTERS_BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -121,8 +134,21 @@ def _add(
             tilt += tl.sum(factor[:, None] * of_values, 0)
         scaled = sm_scale * tl.load(q + dims, mask=used, other=0.0).to(tl.float32)
         mean = tl.sum(scaled * tl.load(own_means, mask=used, other=0.0), 0)
-        variance = tl.maximum(tl.sum(scaled * turned, 0), TINY)
-        deviation = tl.sqrt(variance)
+        variance = tl.sum(scaled * turned, 0)
+        cluster = tl.arange(0, CLUSTERS_BLOCK)
+        there = cluster < CLUSTERS
+        keys += b.to(tl.int64) * keys_batch + kv_head * (DIM * CLUSTERS)
+        off = tl.zeros([CLUSTERS_BLOCK], tl.float32)
+        for first in range(0, DIM, ROWS):
+            row = first + tl.arange(0, ROWS)
+            factor = sm_scale * tl.load(q + row, mask=row < DIM, other=0.0).to(tl.float32)
+            place = keys + row[:, None] * CLUSTERS + cluster[None, :]
+            some = (row < DIM)[:, None] & there[None, :]
+            off += tl.sum(factor[:, None] * tl.load(place, mask=some, other=0.0).to(tl.float32), 0)
+        own_sizes = sizes + b.to(tl.int64) * sizes_batch + kv_head * (2 * CLUSTERS) + cluster
+        share = tl.load(own_sizes, mask=there, other=0.0)
+        factors = tl.load(own_sizes + CLUSTERS, mask=there, other=0.0)
+        of_all = tl.maximum(variance + tl.sum(share * off * off, 0), TINY)
         counted = tl.maximum(visited.to(tl.float32), LEAST_VISITED)
         above = counted / n
         small = tl.maximum(tl.minimum(above, 1 - above), 1e-30)
@@ -132,18 +158,25 @@ def _add(
         most = heads_of_a_list / counted
         most = tl.where((min_weight > 0) & (visited < max_tokens), min_weight, most)
         before_lse = tl.load(lse + query)
-        bound = (before_lse + tl.log(most) - mean) / deviation
-        x = tl.where(before_lse > float("-inf"), tl.minimum(z, bound), z) - deviation
-        size = tl.abs(x) / ROOT_2
-        t = 1 / (1 + size / 2)
-        series = E6 + t * (E7 + t * (E8 + t * E9))
-        series = E0 + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * series)))))
-        log_tail = tl.log(t) + series - size * size - LOG_2
-        log_below = tl.where(x > 0, tl.log(1 - tl.exp(tl.minimum(log_tail, -LOG_2))), log_tail)
-        log_rest = tl.log(n.to(tl.float32)) + mean + variance / 2 + log_below
-        share = 1 - tl.exp(-x * x / 2 - LOG_ROOT_2_PI - log_below) / deviation
-        value = tl.load(own_means + DIM, mask=used, other=0.0) + share * tilt
-        check = log_rest + share + tl.sum(value, 0)
+        most_score = z * tl.sqrt(of_all)
+        bound = before_lse + tl.log(most) - mean
+        most_score = tl.where(
+            before_lse > float("-inf"), tl.minimum(most_score, bound), most_score
+        )
+        own_variance = tl.maximum(variance * factors, TINY)
+        log_part, shift = _below(most_score - off, own_variance)
+        log_part = tl.where(share > 0, log_part + off + tl.log(share), float("-inf"))
+        largest = tl.max(log_part, 0)
+        weight = tl.exp(log_part - largest)
+        whole = tl.sum(weight, 0)
+        share_of_tilt = tl.sum(tl.where(weight > 0, weight * factors * shift, 0.0), 0) / whole
+        log_rest = tl.log(n.to(tl.float32)) + mean + largest + tl.log(whole)
+        value = tl.load(own_means + DIM, mask=used, other=0.0) + share_of_tilt * tilt
+        values += b.to(tl.int64) * values_batch + kv_head * (DIM * CLUSTERS)
+        place = values + cluster[:, None] * DIM + dims[None, :]
+        of_clusters = tl.load(place, mask=there[:, None] & used[None, :], other=0.0)
+        value += tl.sum((weight / whole)[:, None] * of_clusters.to(tl.float32), 0)
+        check = log_rest + share_of_tilt + tl.sum(value, 0)
         if tl.abs(check) < float("inf"):
             top = tl.maximum(before_lse, log_rest)
             before = tl.exp(before_lse - top)
@@ -154,3 +187,20 @@ def _add(
             found = (known + added * value) / total
             tl.store(out + dims, found.to(out.dtype.element_ty), mask=used)
             tl.store(lse + query, top + tl.log(total))
+
+
+@triton.jit
+def _below(most, variance):
+    """As `below` of the reference."""
+    deviation = tl.sqrt(variance)
+    z = most / deviation
+    x = z - deviation
+    size = tl.abs(x) / ROOT_2
+    t = 1 / (1 + size / 2)
+    series = E6 + t * (E7 + t * (E8 + t * E9))
+    series = E0 + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * series)))))
+    tail = tl.log(t) + series - LOG_2
+    above = tl.log(1 - tl.exp(tl.minimum(tail - size * size, -LOG_2)))
+    log_mean = tl.where(x > 0, variance / 2 + above, z * deviation - z * z / 2 + tail)
+    ratio = tl.where(x > 0, -size * size - above, -tail) - LOG_ROOT_2_PI
+    return log_mean, 1 - tl.exp(ratio) / deviation

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.kernels.rest import Moments, add_rest
-from saap.kv.rest import as_moments, counted
+from saap.kv.rest import clustered, counted, empty_moments, sample_step
+from saap.kv.row_sums import Clusters, RowSums
 from saap.kv.store import KVStore
 
 from .group import Group
@@ -14,13 +15,14 @@ from .group import Group
 class SplitRest:
     """Estimates from the rows of all ranks, the same on all of them.
 
-    Sums of all ranks are added up as the middle grows (`saap.kv.rest.counted`). What they leave
-    out, keys very far from the others, each rank judges by its own first rows.
+    Clusters are found among rows of all ranks, and sums of all ranks are added up as the middle
+    grows, when `saap.kv.rest` says.
     """
 
     def __init__(self, group: Group):
         self.group = group
         self._moments: Moments | None = None
+        self._clusters: Clusters | None = None
         self._n = 0  # rows that they are of: on the host, so that no step waits for a GPU
 
     @property
@@ -48,20 +50,34 @@ class SplitRest:
 
     def _moments_of(self, own: KVStore, n: int, before: int, n_kv: int, q: Tensor) -> Moments:
         if self._moments is None or counted(self._n) != counted(n):
-            dim, device = q.shape[2], q.device
-            flat = torch.zeros(n_kv, 1 + 2 * dim + 2 * dim * dim, dtype=torch.float64)
-            held = max(0, min(counted(n) - before, *own.middles)) if own.middles else 0
-            if held:
-                (sums,) = own.rest.sums([held])
-                flat = torch.cat([t.flatten(1) for t in sums.about_zero()], 1)
-            flat = self.group.add(flat.to(device).contiguous())
-            kept, total, products = flat.split([1, 2 * dim, 2 * dim * dim], 1)
-            spread, means = as_moments(
-                kept[:, None], total[:, None], products.view(n_kv, dim, 2 * dim)
-            )
-            rows = torch.zeros(1, dtype=torch.int32, device=device)
-            self._moments = Moments(spread[None].bfloat16(), means[None].float(), rows)
+            dim = q.shape[2]
+            if self._moments is None:
+                self._moments = empty_moments(1, n_kv, dim, q.device)
+            if self._clusters is None or clustered(counted(self._n)) != clustered(counted(n)):
+                self._clusters = self._clusters_of(own, counted(n), before, n_kv, q)
+            sums = RowSums(self._clusters)
+            held = min(counted(n) - before, *own.middles) if own.middles else 0
+            if held > 0:
+                sums = own.rest.sums_in(self._clusters, held).copy()
+            parts = [getattr(sums, name) for name in RowSums.ADDED]
+            flat = self.group.add(torch.cat([part.flatten() for part in parts]))
+            for part, own_part in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+                part.copy_(own_part.view_as(part))
+            for name, found in sums.moments().items():
+                getattr(self._moments, name)[0] = found
         if self._n != n:
             self._moments.n_rows.fill_(n)
             self._n = n
         return self._moments
+
+    def _clusters_of(self, own: KVStore, n: int, before: int, n_kv: int, q: Tensor) -> Clusters:
+        """The same on all ranks: each has some rows of the sample, and zeros for the others."""
+        last = clustered(n)
+        step = sample_step(last)
+        sample = torch.zeros(n_kv, -(-last // step), 2 * q.shape[2], device=q.device)
+        held = min(last, before + (own.middles[0] if own.middles else 0))
+        first = -(-before // step)
+        if first * step < held:
+            rows = own.rest.every(0, first * step - before, held - before, step)
+            sample[:, first : first + rows.shape[1]] = rows
+        return Clusters.of(self.group.add(sample))

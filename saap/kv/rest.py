@@ -9,6 +9,7 @@ from saap.kernels.attention.int8_rows import dequantize_rows, head_dim
 from saap.kernels.rest import Moments
 
 from .file_rows import FileRows
+from .row_sums import N_CLUSTERS, SAMPLE, Clusters, RowSums
 
 AT_ONCE = 4096
 """Rows that are held as floats at once."""
@@ -24,24 +25,48 @@ def counted(n: int) -> int:
     return n - n % every
 
 
+def clustered(n: int) -> int:
+    """How many of the first of n rows their clusters are found among: more than four fifths, and
+    others only after the rows have grown by an eighth or more, since all are summed up anew
+    then."""
+    every = 1 << max(0, n.bit_length() - 3)
+    return n - n % every
+
+
+def sample_step(n: int) -> int:
+    """How far apart of n rows those are that clusters are found among."""
+    return -(-n // SAMPLE)
+
+
+def empty_moments(batch: int, n_kv: int, dim: int, device: torch.device) -> Moments:
+    bfloats = {"dtype": torch.bfloat16, "device": device}
+    return Moments(
+        torch.zeros(batch, n_kv, dim, 2 * dim, **bfloats),
+        torch.zeros(batch, n_kv, 2 * dim, device=device),
+        torch.zeros(batch, n_kv, dim, N_CLUSTERS, **bfloats),
+        torch.zeros(batch, n_kv, N_CLUSTERS, dim, **bfloats),
+        torch.zeros(batch, n_kv, 2, N_CLUSTERS, device=device),
+        torch.zeros(batch, dtype=torch.int32, device=device),
+    )
+
+
 class RestOfRows:
     """`Moments` of the middle of each sequence, whose rows are in time order.
 
-    Sums are of what rows differ by from the first ones, so that little cancels; rows that are new
-    are added when `moments` is asked for. Sums are over `counted` rows, however these came.
+    Sums are over `counted` rows, in clusters that were found among the `clustered` first ones of
+    these, however they came; rows that are new are added when `moments` is asked for.
     """
 
     def __init__(self, rows: BucketRows | FileRows, n_sink: int):
         self._rows, self._n_sink = rows, n_sink
-        self._sums: list[RowSums] = []  # of each sequence
+        self._sums: list[RowSums | None] = []  # of each sequence
         self._moments: Moments | None = None
         self._held: tuple[list[int], list[bool]] | None = None
 
     @property
     def nbytes(self) -> int:
-        own = self._moments
-        held = 0 if own is None else own.spread.nbytes + own.means.nbytes
-        return held + sum(s.nbytes for s in self._sums)
+        own = [] if self._moments is None else vars(self._moments).values()
+        return sum(t.nbytes for t in own) + sum(s.nbytes for s in self._sums if s is not None)
 
     def moments(self, middles: list[int], left_out: list[bool]) -> Moments:
         """`left_out`: whether a step leaves out rows of that sequence at all."""
@@ -49,61 +74,77 @@ class RestOfRows:
             return self._moments
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
-        sums = self.sums([counted(n) for n in middles])
         if self._moments is None or len(self._moments.means) != batch:
-            self._moments = Moments(
-                torch.zeros(batch, n_kv, dim, 2 * dim, dtype=torch.bfloat16, device=k.device),
-                torch.zeros(batch, n_kv, 2 * dim, device=k.device),
-                torch.zeros(batch, dtype=torch.int32, device=k.device),
-            )
+            self._moments = empty_moments(batch, n_kv, dim, k.device)
             self._held = None
         found = self._moments
         for b, n in enumerate(middles):
             if n and (self._held is None or counted(self._held[0][b]) != counted(n)):
-                found.spread[b], found.means[b] = sums[b].moments()
+                for name, own in self.sums(b, n).moments().items():
+                    getattr(found, name)[b] = own
         self._held = list(middles), list(left_out)
         n_rows = [n * left for n, left in zip(middles, left_out, strict=True)]
         found.n_rows.copy_(torch.tensor(n_rows, dtype=torch.int32))
         return found
 
-    def sums(self, counts: list[int]) -> list["RowSums"]:
-        """Over the first so many rows of each sequence's middle, no fewer than before."""
-        if len(self._sums) != len(counts):
-            self._sums = [RowSums() for _ in counts]
-        for b, n in enumerate(counts):
-            sums = self._sums[b]
-            for first in range(sums.n, n, AT_ONCE):
-                sums.add(self._read(b, first, min(first + AT_ONCE, n)))
-        return self._sums
+    def sums(self, b: int, n: int) -> RowSums:
+        """Over the `counted` of the first n rows of a sequence's middle."""
+        if b >= len(self._sums):
+            self._sums += [None] * (b + 1 - len(self._sums))
+        held, n = self._sums[b], counted(n)
+        if held is None or held.n > n or clustered(held.n) != clustered(n):
+            last = clustered(n)
+            self._sums[b] = RowSums(Clusters.of(self.every(b, 0, last, sample_step(last))))
+        return self._extended(b, n)
 
-    def _read(self, b: int, first: int, last: int) -> Float[Tensor, "Hkv n twice_D"]:
-        """Keys beside values of these rows of the middle."""
+    def sums_in(self, clusters: Clusters, n: int) -> RowSums:
+        """Over the first n rows of the one sequence, in clusters that others have found."""
+        held = self._sums[0] if self._sums else None
+        if held is None or held.clusters is not clusters or held.n > n:
+            self._sums = [RowSums(clusters)]
+        return self._extended(0, n)
+
+    def _extended(self, b: int, n: int) -> RowSums:
+        sums = self._sums[b]
+        for first in range(sums.n, n, AT_ONCE):
+            sums.add(self._read(b, first, min(first + AT_ONCE, n)))
+        return sums
+
+    def every(self, b: int, first: int, last: int, step: int) -> Float[Tensor, "Hkv n twice_D"]:
+        """Every `step`-th of these rows of the middle, floats, keys beside values."""
+        at_once = max(1, AT_ONCE // step) * step
+        starts = range(first, last, at_once)
+        return torch.cat([self._read(b, n, min(n + at_once, last), step) for n in starts], 1)
+
+    def _read(self, b: int, first: int, last: int, step: int = 1) -> Tensor:
+        """Keys beside values of these rows of the middle, `[Hkv, n, 2 D]`; every `step`-th."""
         first, last = self._n_sink + first, self._n_sink + last
         if isinstance(self._rows, FileRows):
-            read = self._rows.file.read(first, last)  # [n, Hkv, 2, width]
+            read = self._rows.file.read(first, last)[::step]  # [n, Hkv, 2, width]
             parts = read[:, :, 0].transpose(0, 1), read[:, :, 1].transpose(0, 1)
         else:
-            parts = (self._rows.vectors[name][b, :, first:last] for name in ("k", "v"))
+            parts = (self._rows.vectors[name][b, :, first:last:step] for name in ("k", "v"))
         floats = [dequantize_rows(t) if t.dtype == torch.int8 else t for t in parts]
         return torch.cat([t.float() for t in floats], -1)
 
     def truncate(self, middles: list[int]) -> None:
         """Rows behind these have gone: what is summed up of them cannot be told apart."""
         for b, n in enumerate(middles[: len(self._sums)]):
-            if self._sums[b].n > counted(n):
-                self._sums[b], self._held = RowSums(), None
+            if self._sums[b] is not None and self._sums[b].n > counted(n):
+                self._sums[b] = self._held = None
 
     def select_sequences(self, chosen: list[int]) -> None:
         if self._sums:
-            self._sums = [self._sums[b].copy() for b in chosen]
+            own = [self._sums[b] for b in chosen]
+            self._sums = [None if s is None else s.copy() for s in own]
         self._moments = self._held = None
 
     def state(self, middles: list[int]) -> dict[str, Tensor]:
         """What is saved of a store that has estimated its rest."""
         if not self._sums or not all(middles):
             return {}
-        sums = self.sums([counted(n) for n in middles])
-        return {name: torch.stack([s.tensors()[name] for s in sums]) for name in RowSums.NAMES}
+        sums = [self.sums(b, n).tensors() for b, n in enumerate(middles)]
+        return {name: torch.stack([own[name] for own in sums]) for name in RowSums.NAMES}
 
     def restore(self, state: dict[str, Tensor], middles: list[int]) -> None:
         """As saved, where it was; else rows are read again at the first step. ValueError where
@@ -113,94 +154,18 @@ class RestOfRows:
         k = self._rows.vectors["k"]
         batch, n_kv, dim = len(middles), k.shape[1], head_dim(k)
         expected = {
-            "origin": (batch, n_kv, 1, 2 * dim), "limit": (batch, n_kv, 1),
-            "kept": (batch, n_kv, 1, 1), "sum": (batch, n_kv, 1, 2 * dim),
-            "products": (batch, n_kv, dim, 2 * dim),
+            "origin": (1, 2 * dim), "centroids": (N_CLUSTERS, dim), "limit": (1,),
+            "counts": (N_CLUSTERS, 1), "sums": (N_CLUSTERS, 2 * dim), "squares": (N_CLUSTERS, 1),
+            "products": (dim, 2 * dim),
         }  # fmt: skip
-        for name, shape in expected.items():
-            own = state.get(name)
+        for name, own_shape in expected.items():
+            own, shape = state.get(name), (batch, n_kv, *own_shape)
             if own is None or own.shape != shape or not own.is_floating_point():
                 found = None if own is None else (tuple(own.shape), own.dtype)
                 raise ValueError(f"{name} of the rest must be {shape}, floats; got {found}")
             if own.isnan().any():
                 raise ValueError(f"{name} of the rest must be numbers; got NaN")
         self._sums = [
-            RowSums(counted(n), {name: state[name][b].clone() for name in expected})
+            RowSums.restored(counted(n), {name: state[name][b].clone() for name in expected})
             for b, n in enumerate(middles)
         ]
-
-
-class RowSums:
-    """Sums over n rows `[Hkv, n, 2 D]`, key beside value: of what they differ by from the mean of
-    the first ones, and of its products with that of the key; float64.
-
-    Keys that are very far from the others are not counted. A query that meets one either visits
-    its row or hardly looks at it, while a single one can make the variance of all scores many
-    times what it is for the others (some models have such keys at separators).
-    """
-
-    NAMES = ("origin", "limit", "kept", "sum", "products")
-    FAR = 4.0
-    """Times the median distance of keys from their mean."""
-
-    def __init__(self, n: int = 0, held: dict[str, Tensor] | None = None):
-        self.n, self._held = n, held or {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """`origin, sum [Hkv, 1, 2 D]`, `limit [Hkv, 1]`, `kept [Hkv, 1, 1]`, `products [Hkv, D,
-        2 D]`."""
-        return self._held
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._held.values())
-
-    def copy(self) -> "RowSums":
-        return RowSums(self.n, {name: t.clone() for name, t in self._held.items()})
-
-    def add(self, rows: Float[Tensor, "Hkv n twice_D"]) -> None:
-        dim = rows.shape[2] // 2
-        if self.n == 0:
-            origin = rows.double().mean(1, keepdim=True).float()
-            distance = (rows - origin)[..., :dim].norm(dim=2).median(1, keepdim=True).values
-            zero = torch.zeros_like(origin, dtype=torch.float64)
-            self._held = {
-                "origin": origin,
-                "limit": torch.where(distance > 0, self.FAR * distance, torch.inf),
-                "kept": zero[..., :1].clone(),
-                "sum": zero,
-                "products": zero.repeat(1, dim, 1),
-            }
-        held = self._held
-        own = rows - held["origin"]
-        near = own[..., :dim].norm(dim=2) <= held["limit"]
-        own = torch.where(near[..., None], own, 0.0)
-        self.n += rows.shape[1]
-        held["kept"] += near.sum(1, dtype=torch.float64)[:, None, None]
-        held["sum"] += own.sum(1, keepdim=True, dtype=torch.float64)
-        held["products"] += own[..., :dim].mT @ own
-
-    def moments(self) -> tuple[Float[Tensor, "Hkv D twice_D"], Float[Tensor, "Hkv twice_D"]]:
-        """`spread` and `means` of `Moments`."""
-        held = self._held
-        spread, mean = as_moments(held["kept"], held["sum"], held["products"])
-        return spread, held["origin"][:, 0] + mean
-
-    def about_zero(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`kept`, `sum` and `products` of the rows themselves, not of what they differ by, so that
-        those of other rows can be added."""
-        kept, total, products = (self._held[name] for name in ("kept", "sum", "products"))
-        origin, dim = self._held["origin"].double(), products.shape[1]
-        both = total[..., :dim].mT * origin + origin[..., :dim].mT * (total + kept * origin)
-        return kept, total + kept * origin, products + both
-
-
-def as_moments(
-    kept: Float[Tensor, "Hkv 1 1"],
-    total: Float[Tensor, "Hkv 1 twice_D"],
-    products: Float[Tensor, "Hkv D twice_D"],
-) -> tuple[Float[Tensor, "Hkv D twice_D"], Float[Tensor, "Hkv twice_D"]]:
-    """Covariances and means of so many rows with these sums."""
-    kept = kept.clamp(min=1)
-    mean = total / kept
-    return products / kept - mean[..., : products.shape[1]].mT * mean, mean[:, 0]

@@ -13,7 +13,8 @@ from saap.kernels.rest import Moments
 from saap.kernels.rest.reference import add_rest
 from saap.kv import KVStore, attend_chunk, state
 from saap.kv.ranges import LOCAL
-from saap.kv.rest import counted
+from saap.kv.rest import clustered, counted, sample_step
+from saap.kv.row_sums import Clusters, RowSums
 from saap.methods.saap import SaapSelector
 
 from ..conftest import random_model
@@ -127,19 +128,18 @@ class Twin:
             if n == 0:
                 assert torch.equal(found[0][b], visited[0][b])
                 continue
-            first, last = budget.n_sink, budget.n_sink + counted(n)
-            k, v = (t[:, first:last].double() for t in self.held[b])
-            rows = torch.cat([k, v], -1)
-            means = rows.mean(1)
-            apart = rows - means[:, None]
-            spread = apart[..., :DIM].mT @ apart / rows.shape[1]
-            moments = Moments(spread[None], means[None], torch.tensor([n]))
+            rows = torch.cat(self.held[b], -1)[:, budget.n_sink :][:, : counted(n)]
+            sample = rows[:, : clustered(counted(n))]
+            sums = RowSums(Clusters.of(sample[:, :: sample_step(sample.shape[1])]))
+            sums.add(rows)
+            parts = {name: t[None].double() for name, t in sums.moments().items()}
+            moments = Moments(**parts, n_rows=torch.tensor([n]))
             true = add_rest(
                 *(t[b : b + 1].double() for t in (*visited, q)), moments,
                 lengths[b : b + 1, :, LOCAL:], DIM**-0.5, small.max_tokens, 0.0,
             )  # fmt: skip
             for got, exact in zip(found, true, strict=True):
-                # Covariances are kept with 8 bits.
+                # Covariances and the clusters' means are kept with 8 bits.
                 assert (got[b] - exact[0]).abs().max() < 0.02 * (1 + exact.abs().max())
 
     def flush(self):

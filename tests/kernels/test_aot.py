@@ -263,8 +263,12 @@ def test_the_choice_of_a_paged_cache_fits_the_chip(capability, dim, group, rows,
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_estimate_of_the_rest(capability, dim, dtype, tmp_path):
     q = meta(4, 32, dim, dtype=dtype)
-    spread = meta(4, 8, dim, 2 * dim, dtype=torch.bfloat16)
-    moments = Moments(spread, meta(4, 8, 2 * dim, dtype=torch.float32), meta(4))
+    bfloats, floats = {"dtype": torch.bfloat16}, {"dtype": torch.float32}
+    moments = Moments(
+        meta(4, 8, dim, 2 * dim, **bfloats), meta(4, 8, 2 * dim, **floats),
+        meta(4, 8, dim, 32, **bfloats), meta(4, 8, 32, dim, **bfloats),
+        meta(4, 8, 2, 32, **floats), meta(4),
+    )  # fmt: skip
     launch = rest_backend.launch(
         meta(4, 32, dim, dtype=dtype), meta(4, 32, dtype=torch.float32), q, moments,
         meta(4, 8, 1024), dim**-0.5, 1024, 0.0,

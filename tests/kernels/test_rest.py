@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saap.kernels.rest import Moments, PreparedRest, add_rest
-from saap.kernels.rest.reference import log_cdf, quantile, rest_of
+from saap.kernels.rest.reference import below, quantile
 
 SCALE = 0.3
 CAN_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,17 +38,29 @@ class Case:
         return tuple(t.cpu() for t in found)
 
 
-def moments_of(k, v):
-    """Of keys and values `[B, Hkv, n, D]`."""
-    batch, _, n, dim = k.shape
+def moments_of(k, v, clusters=5):
+    """Of keys and values `[B, Hkv, n, D]`, clusters being parts of different length."""
+    batch, n_kv, n, dim = k.shape
     rows = torch.cat([k, v], -1).double()
     mean = rows.mean(2, keepdim=True)
-    spread = (rows - mean)[..., :dim].mT @ (rows - mean) / n
-    n_rows = torch.full((batch,), n, dtype=torch.int32)
-    return Moments(spread.bfloat16(), mean[:, :, 0].float(), n_rows)
+    off = rows - mean
+    number = (torch.arange(n) / n).sqrt().mul(clusters).long().clamp(max=clusters - 1)
+    one = torch.nn.functional.one_hot(number, clusters).double()
+    count = one.sum(0)
+    parts = (one.mT @ off) / count.clamp(min=1)[:, None]  # [B, Hkv, K, 2 D]
+    within = off - parts[:, :, number]
+    spread = within[..., :dim].mT @ within / n
+    own = (one.mT @ within[..., :dim].square().sum(-1, keepdim=True))[..., 0]
+    own = own / count.clamp(min=1) / (own.sum(-1, keepdim=True) / n)
+    share = (count / n).expand(batch, n_kv, -1)
+    return Moments(
+        spread.bfloat16(), mean[:, :, 0].float(),
+        parts[..., :dim].mT.contiguous().bfloat16(), parts[..., dim:].contiguous().bfloat16(),
+        torch.stack([share, own], 2).float(), torch.full((batch,), n, dtype=torch.int32),
+    )  # fmt: skip
 
 
-def case(batch=2, n_kv=2, group=3, dim=16, n=500, heads=None, seed=0):
+def case(batch=2, n_kv=2, group=3, dim=16, n=500, heads=None, seed=0, clusters=5):
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -56,11 +68,15 @@ def case(batch=2, n_kv=2, group=3, dim=16, n=500, heads=None, seed=0):
 
     size = (16 / dim) ** 0.5  # scores are as far apart whatever the dimensions
     k = draw(batch, n_kv, n, dim) @ draw(dim, dim) * 0.3 * size + draw(dim) * size
+    k = (
+        k * torch.linspace(0.5, 1.5, n)[:, None]
+        + draw(n // 50, dim).repeat_interleave(50, 0) * size
+    )
     v = draw(batch, n_kv, n, dim) + k @ draw(dim, dim) * 0.2
     lengths = torch.randint(0, 3, (batch, heads or n_kv, 40), generator=rng, dtype=torch.int32)
     q = draw(batch, n_kv * group, dim)
     lse = draw(batch, n_kv * group) + math.log(n)
-    return Case(draw(*q.shape), lse, q, moments_of(k, v), lengths)
+    return Case(draw(*q.shape), lse, q, moments_of(k, v, clusters), lengths)
 
 
 def close(found, expected, atol=2e-5):
@@ -71,9 +87,9 @@ def close(found, expected, atol=2e-5):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("dim", [1, 8, 64, 80])
-@pytest.mark.parametrize("heads", [None, 6])
-def test_implementations_agree(impl, dim, heads):
-    own = case(dim=dim, heads=heads)
+@pytest.mark.parametrize(("heads", "clusters"), [(None, 5), (6, 1), (None, 32)])
+def test_implementations_agree(impl, dim, heads, clusters):
+    own = case(dim=dim, heads=heads, clusters=clusters)
     exact = own.run("reference", torch.float64)
     close(own.run(impl), exact)
     assert not torch.allclose(exact[0], own.out.double())  # something was added
@@ -197,27 +213,72 @@ def test_what_a_prepared_estimate_fits():
         assert not prepared.fits(own.moments, own.lengths, **{**options, name: value})
 
 
-def test_functions_of_the_normal_distribution():
-    x = torch.linspace(-60, 8, 999, dtype=torch.float64)
-    assert (log_cdf(x) - torch.special.log_ndtr(x)).abs().max() < 2e-7
+def test_the_quantile():
     above = torch.linspace(1e-4, 1 - 1e-4, 999, dtype=torch.float64)
     exact = torch.special.ndtri(1 - above)
     assert (quantile(above) - exact).abs().max() < 4.6e-4
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("visited", [0.01, 0.05, 0.3])
-def test_the_lower_of_normal_scores(spread, visited):
-    n = 200_000
-    scores = 0.7 + spread * torch.special.ndtri((torch.arange(n).double() + 0.5) / n)
-    lower = scores[: n - round(visited * n)]
-    log_rest, share = rest_of(
-        *(torch.tensor(x).double() for x in (n, round(visited * n), 0.7, spread**2, torch.inf))
-    )
-    weights = lower.softmax(0)
-    assert float(log_rest) == pytest.approx(float(lower.logsumexp(0)), abs=2e-3)
-    mean = float((weights * lower).sum())
-    assert 0.7 + float(share) * spread**2 == pytest.approx(mean, abs=2e-3 * spread)
+@pytest.mark.parametrize("deviations", [-1.5, 0.5, 2.5])
+def test_the_lower_of_normal_scores(spread, deviations):
+    n, most = 200_000, deviations * spread
+    scores = spread * torch.special.ndtri((torch.arange(n).double() + 0.5) / n)
+    lower = scores[scores < most]
+    log_mean, shift = below(torch.tensor(most).double(), torch.tensor(spread**2).double())
+    assert float(log_mean) == pytest.approx(float(lower.exp().sum().log()) - math.log(n), abs=2e-3)
+    mean = float((lower.softmax(0) * lower).sum())
+    assert float(shift) * spread**2 == pytest.approx(mean, abs=2e-3 * spread)
+
+
+def test_scores_far_apart_are_as_exact_as_near_ones():
+    """In float32, where the terms of the formula are millions and cancel."""
+    most, variance = torch.meshgrid(torch.linspace(-3, 4, 30), torch.logspace(-6, 7, 30),
+                                    indexing="ij")  # fmt: skip
+    most = most * variance.sqrt()
+    for found, exact in zip(below(most, variance), below(most.double(), variance.double()),
+                            strict=True):  # fmt: skip
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_clusters_that_nobody_is_in(impl):
+    """They change nothing, whatever is said of them."""
+    own = case()
+    parts = vars(own.moments)
+    wider = {
+        name: torch.cat([parts[name], torch.full_like(parts[name], 7.0)], axis)
+        for name, axis in (("keys", 3), ("values", 2), ("sizes", 3))
+    }
+    wider["sizes"][:, :, 0, 5:] = 0
+    found = own.run(impl, moments=dataclasses.replace(own.moments, **wider))
+    for a, b in zip(found, own.run(impl), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_in_clusters_are_found_as_dense_attention_finds_them():
+    """Where there are clusters, knowing them is worth more than all rows' mean and covariance."""
+    torch.manual_seed(0)
+    n, dim, clusters = 20_000, 16, 8
+    number = (torch.arange(n) / n).sqrt().mul(clusters).long()
+    centers = torch.randn(clusters, 2 * dim)
+    k, v = (torch.randn(n, dim) * 0.5 + own for own in centers[number].split(dim, 1))
+    q = torch.randn(1, 1, dim) * 3
+    scores = SCALE * (k @ q[0, 0])
+    best = scores.topk(n // 50).indices
+    exact = scores.softmax(0) @ v
+    out, lse = scores[best].softmax(0) @ v[best], scores[best].logsumexp(0)
+    visited = torch.tensor([[[len(best)]]], dtype=torch.int32)
+    errors = []
+    for known in (1, clusters):
+        found, _ = add_rest(
+            out[None, None].clone(), lse[None, None].clone(), q,
+            moments_of(k[None, None], v[None, None], known), visited, sm_scale=SCALE,
+        )  # fmt: skip
+        errors.append(float((found[0, 0] - exact).norm() / exact.norm()))
+    assert errors[1] < 0.03
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_normal_rows_are_found_as_dense_attention_finds_them():
@@ -247,7 +308,7 @@ def test_normal_rows_are_found_as_dense_attention_finds_them():
     ("change", "message"),
     [
         ({"lse": torch.zeros(2, 5)}, "out and lse must be"),
-        ({"lse": torch.zeros(2, 6, dtype=torch.float64)}, "must be float32; got .*float64"),
+        ({"lse": torch.zeros(2, 6, dtype=torch.float64)}, "lse must be float32; got .*float64"),
         (
             {"lengths": torch.zeros(2, 4, 3, dtype=torch.int32)},
             r"lengths must be \[2, 2 or 6, R\]",
@@ -269,7 +330,11 @@ def test_moments_that_do_not_fit():
         ({"spread": own.moments.spread[:, :, 1:]}, r"spread must be \[2, Hkv, 16, 32\]"),
         ({"spread": own.moments.spread.float()}, "spread must be bfloat16; got torch.float32"),
         ({"means": own.moments.means[:, :, 1:]}, r"means must be \(2, 2, 32\)"),
-        ({"means": own.moments.means.double()}, "means and lse must be float32; got .*float64"),
+        ({"means": own.moments.means.double()}, "means must be float32; got .*float64"),
+        ({"keys": own.moments.keys[:, :, 1:]}, r"keys must be \(2, 2, 16, 5\); got .*15, 5\)"),
+        ({"values": own.moments.values[:, :, 1:]}, r"values must be \(2, 2, 5, 16\)"),
+        ({"sizes": own.moments.sizes[:, :, 1:]}, r"sizes must be \(2, 2, 2, 5\)"),
+        ({"values": own.moments.values.float()}, "values must be bfloat16; got torch.float32"),
         ({"n_rows": own.moments.n_rows[1:]}, r"n_rows must be \[2\]"),
         ({"n_rows": own.moments.n_rows.long()}, "must be int32; got .*int64"),
     ):
