@@ -8,9 +8,11 @@ import torch
 
 import saap
 from saap.budget import Budget
+from saap.distributed.rest import put_sample
 from saap.hf import over
+from saap.index.rows import BucketRows
 from saap.kv import KVStore
-from saap.kv.rest import clustered, counted
+from saap.kv.rest import RestOfRows, clustered, counted, sample_step
 from saap.kv.row_sums import N_CLUSTERS, Clusters, RowSums, membership
 from saap.methods import find_method
 from saap.selector import LayerInfo
@@ -121,6 +123,27 @@ def test_clusters_are_found_anew_as_the_rows_grow():
     assert changes < 20
 
 
+@pytest.mark.parametrize("cuts", [(5000,), (1, 2501), (2500, 1, 999), (3000, 4000)])
+def test_ranks_draw_the_sample_of_one_process(cuts):
+    k, v = torch.randn(2, 1, HKV, 8000, DIM, generator=torch.Generator().manual_seed(0))
+
+    def rest_of(first, n):
+        rows = BucketRows(("k", "v"))
+        rows.vectors = {name: t[:, :, first : first + n] for name, t in (("k", k), ("v", v))}
+        return RestOfRows(rows, 0)
+
+    last = clustered(counted(8000))
+    step = sample_step(last)
+    assert step > 1
+    expected = rest_of(0, 8000).every(0, 0, last, step)
+    found, before = torch.zeros_like(expected), 0
+    for held in (*cuts, 8000 - sum(cuts)):
+        rank = torch.zeros_like(expected)
+        put_sample(rank, rest_of(before, held), last, before, held)
+        found, before = found + rank, before + held
+    assert torch.equal(found, expected)
+
+
 def test_sums_of_clusters():
     """Each row in that of its nearest centroid; all that is said follows from the rows."""
     rng = torch.Generator().manual_seed(0)
@@ -174,6 +197,17 @@ def test_moments_are_those_of_the_rows(cuts):
     assert_counted(alone)
 
 
+@pytest.mark.parametrize("cuts", [[300, 301, 959, 960], [700, 701, 959, 960], range(500, 961)])
+def test_clusters_depend_on_the_rows_and_not_on_how_they_came(cuts):
+    tensors = drawn(960)
+    grown, at_once = store_of(), store_of()
+    read(grown, tensors, cuts)
+    read(at_once, tensors, [959, 960])
+    for name, found in vars(grown.estimated).items():
+        expected = getattr(at_once.estimated, name).double()
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-4)
+
+
 def test_steps_like_the_one_before_are_the_same():
     tensors = drawn(1000)
     k, v, q = tensors
@@ -199,15 +233,16 @@ def test_a_sequence_is_the_same_in_a_batch():
             torch.testing.assert_close(a[0], t[b], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("left", [690, 500, 300])
-def test_truncated_rows_are_forgotten(left):
+def test_truncated_rows_are_forgotten(left, at_once):
     tensors, other = drawn(900), drawn(900, seed=5)
     store = store_of()
     read(store, tensors, [700, 701])
     store.truncate(701 - left)
     mixed = tuple(torch.cat([t[:, :, :left], o[:, :, left:]], 2)
                   for t, o in zip(tensors, other, strict=True))  # fmt: skip
-    read(store, mixed, range(left + 1, 760), start=left)
+    read(store, mixed, [758, 759] if at_once else range(left + 1, 760), start=left)
     assert_counted(store)
 
 

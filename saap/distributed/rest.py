@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.kernels.rest import Moments, add_rest
-from saap.kv.rest import clustered, counted, empty_moments, sample_step
+from saap.kv.rest import RestOfRows, clustered, counted, empty_moments, sample_step
 from saap.kv.row_sums import Clusters, RowSums
 from saap.kv.store import KVStore
 
@@ -73,11 +73,18 @@ class SplitRest:
     def _clusters_of(self, own: KVStore, n: int, before: int, n_kv: int, q: Tensor) -> Clusters:
         """The same on all ranks: each has some rows of the sample, and zeros for the others."""
         last = clustered(n)
-        step = sample_step(last)
-        sample = torch.zeros(n_kv, -(-last // step), 2 * q.shape[2], device=q.device)
-        held = min(last, before + (own.middles[0] if own.middles else 0))
-        first = -(-before // step)
-        if first * step < held:
-            rows = own.rest.every(0, first * step - before, held - before, step)
-            sample[:, first : first + rows.shape[1]] = rows
+        sample = torch.zeros(n_kv, -(-last // sample_step(last)), 2 * q.shape[2], device=q.device)
+        held = own.middles[0] if own.middles else 0
+        if held:
+            put_sample(sample, own.rest, last, before, held)
         return Clusters.of(self.group.add(sample))
+
+
+def put_sample(sample: Tensor, rest: RestOfRows, last: int, before: int, held: int) -> None:
+    """Those of every so many of the first `last` rows that are here: `held` rows, behind those of
+    other ranks, which are `before`."""
+    step = sample_step(last)
+    first, end = -(-before // step), min(last, before + held)
+    if first * step < end:
+        rows = rest.every(0, first * step - before, end - before, step)
+        sample[:, first : first + rows.shape[1]] = rows
