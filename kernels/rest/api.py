@@ -65,8 +65,12 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Bytes that a step reads for each sequence."""
-        parts = (self.spread, self.means, self.keys, self.values, self.sizes)
-        return sum(part[0].nbytes for part in parts)
+        return sum(part[0].nbytes for part in self.parts().values())
+
+    def parts(self) -> dict[str, Tensor]:
+        """All but `n_rows`, contiguous for each sequence."""
+        own = {name: t for name, t in vars(self).items() if name != "n_rows"}
+        return {n: t if t[0].is_contiguous() else t.contiguous() for n, t in own.items()}
 
     def expand(self, n: int) -> "Moments":
         """Those of one sequence, for n queries."""

@@ -87,10 +87,7 @@ def _job_of(q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: f
     """A job without its outputs and queries, threads that are worth it, and what it points to."""
     batch, heads, dim = q.shape
     n_kv, clusters = moments.keys.shape[1], moments.keys.shape[3]
-    parts = {}
-    for name in ("spread", "means", "keys", "values", "sizes"):
-        part = getattr(moments, name)
-        parts[name] = part if part[0].is_contiguous() else part.contiguous()
+    parts = moments.parts()
     if lengths.shape[2] > 1 and lengths.stride(2) != 1:
         lengths = lengths.contiguous()
     places = {name: part.data_ptr() for name, part in parts.items()}
@@ -311,7 +308,7 @@ def _average(weights, values, means, tilt, both, value):
     for j in range(dim):
         value[j] = means[dim + j] + np.float32(tilt) * both[dim + j]
     for c in range(clusters):
-        weight = np.float32(weights[c])
+        weight = weights[c]
         if weight != 0:  # also where it is NaN
             row = values[c]
             for j in range(dim):

@@ -35,10 +35,7 @@ def launch(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> Launch:
     batch, heads, dim = q.shape
-    parts = {}
-    for name in ("spread", "means", "keys", "values", "sizes"):
-        part = getattr(moments, name)
-        parts[name] = part if part[0].is_contiguous() else part.contiguous()
+    parts = moments.parts()
     n_kv, clusters = parts["keys"].shape[1], parts["keys"].shape[3]
     _, own, ranges = lengths.shape
     arguments = {
