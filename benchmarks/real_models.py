@@ -174,7 +174,7 @@ def visited(budget: str, method: str, of_task: dict[str, dict]) -> float:
 def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
     budget, method = row
     text, attention = of_task.get("perplexity", {}), of_task.get("attention", {})
-    bytes_of = text or next(iter(of_task.values()))
+    bytes_of = attention or text or next(iter(of_task.values()))
     options, rows = [], "100%"
     if method != "dense":
         by_share = share_of(budget) is not None

@@ -9,7 +9,6 @@ Bits are then spent on the first ones. Nothing about single keys is learned, but
 keys and queries in other directions: a context that grows has to be learned from again.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -143,26 +142,12 @@ class Coordinates:
     mean: Float[Tensor, "B Hkv D"]
     importance: Float[Tensor, "B Hkv P"]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a step reads per sequence: the map of queries. Keys are mapped once."""
-        return self.of_queries[0].nbytes
-
     def keys(self, k: Float[Tensor, "B Hkv n D"]) -> Float[Tensor, "B Hkv n P"]:
         return (k.float() - self.mean[:, :, None]) @ self.of_keys.mT
 
     def queries(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq P"]:
-        n, heads, dim = q.shape
-        maps, n_kv, coordinates, _ = self.of_queries.shape
-        if maps == n:  # of a decode step: one product without broadcasting, a quarter faster
-            own = q.float().reshape(n * n_kv, heads // n_kv, dim)
-            return torch.bmm(own, self._for_queries).view(n, heads, coordinates)
-        own = q.float().unflatten(1, (n_kv, -1))
+        own = q.float().unflatten(1, (self.of_queries.shape[1], -1))
         return (own @ self.of_queries.mT).flatten(1, 2)
-
-    @functools.cached_property
-    def _for_queries(self) -> Float[Tensor, "maps D P"]:
-        return self.of_queries.flatten(0, 1).mT
 
     def left_out(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
         """What the mean adds to a query's inner product with every key."""

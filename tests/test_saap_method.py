@@ -9,7 +9,6 @@ import torch
 
 from saap.budget import Budget
 from saap.index.coordinates import (
-    Coordinates,
     Moments,
     MomentSums,
     RecentQueries,
@@ -384,10 +383,18 @@ def test_only_rows_bound_it():
         KVStore(selector, Budget(min_weight=0.01))
 
 
-def test_coordinates_of_an_index_are_used():
-    found = balanced(Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=1)))
-    assert isinstance(found, Coordinates)
-    assert found.nbytes == HKV * padded(DIM) * DIM * 4
+def test_the_map_of_queries_is_that_of_the_coordinates():
+    """Scaled as scores are, and a new one when coordinates are learned again."""
+    selector = find_method("saap")().selector(LayerInfo(0.3))
+    q = random(1, 2 * HKV, DIM, seed=5)
+    for seed in (1, 2):
+        selector.coordinates = balanced(
+            Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=seed))
+        )
+        found, expected = selector.query_map(q), 0.3 * selector.coordinates.queries(q)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert selector.query_map is selector.query_map
+    assert selector.query_map.nbytes == HKV * padded(DIM) * (2 * DIM + 4)
 
 
 def turned(x, first, base=10_000.0):

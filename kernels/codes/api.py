@@ -13,6 +13,7 @@ from saap.kernels.backends import chosen
 from saap.kernels.backends.prepared import Preparation
 
 from .layout import COARSE_PLANES, CODED, Codes
+from .query_map import QueryMap
 
 Impl = Literal["reference", "numba", "triton"]
 Ranges = tuple[Int32[Tensor, "n H R"], Int32[Tensor, "n H R"]]
@@ -20,12 +21,13 @@ BACKENDS = ("reference", "numba", "triton")
 
 
 def select_rows(
-    q: Float[Tensor, "n Hq P"],
+    q: Float[Tensor, "n Hq P"] | Float[Tensor, "n Hq D"],
     codes: Codes,
     n_rows: list[int],
     *,
     max_tokens: int,
     n_candidates: int,
+    query_map: QueryMap | None = None,
     min_weight: float | None = None,
     outside: Float[Tensor, "n Hq"] | None = None,
     share: Literal["group", "head"] = "group",
@@ -43,13 +45,15 @@ def select_rows(
     for each head; where one is NaN or infinite, all rows are equal to it.
 
     Args:
-        q: `[n, Hq, P]` float32, queries in the coordinates of the codes, scaled so that their
-            product with a key's coordinates is the attention score.
+        q: float32, queries `[n, Hq, P]` in the coordinates of the codes, scaled so that their
+            product with a key's coordinates is the attention score; or queries `[n, Hq, D]` of
+            which `query_map` makes such.
         codes: of `B` sequences; `B` is n, or 1 for queries that share one context. `Hq` is a
             multiple of their `Hkv`.
         n_rows: rows of each sequence, at most `codes.n`; rows after them hold anything.
         max_tokens: rows to choose, all if there are no more.
         n_candidates: rows that each head lets through to its fine codes; at least `max_tokens`.
+        query_map: of the codes' KV heads, for n sequences or 1.
         min_weight: the least sum of a row that is chosen; None: any.
         outside: float32, for each head the log-sum-exp of the scores of rows that attention visits
             in any case, which takes its part of the softmax; NaN counts as -inf, as no rows do.
@@ -69,7 +73,7 @@ def select_rows(
     Raises:
         ValueError: an argument that does not fit, or that `impl` cannot do, naming its value.
     """
-    n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, share)
+    n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map)
     _check_min_weight(min_weight)
     _check_outside(outside, q)
     heads = codes.scale.shape[1] if share == "group" else n_heads
@@ -87,8 +91,8 @@ def select_rows(
     backend = _backend(impl, q, codes, out)
     return backend.select_rows(
         q.unflatten(1, (heads, -1)), codes, n_rows, max_tokens=max_tokens,
-        n_candidates=max(n_candidates, max_tokens), min_weight=min_weight, outside=outside,
-        first_row=first_row, out=out, scored=scored,
+        n_candidates=max(n_candidates, max_tokens), query_map=query_map,
+        min_weight=min_weight, outside=outside, first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
 
 
@@ -107,8 +111,9 @@ class PreparedChoice(Preparation):
 
     def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
         n, n_heads, _ = _check(
-            q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share"))
-        )
+            q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share")),
+            options.get("query_map"),
+        )  # fmt: skip
         _check_min_weight(options.get("min_weight"))
         heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
         capacity = min(options["max_tokens"], max(n_rows, default=0))
@@ -125,7 +130,7 @@ class PreparedChoice(Preparation):
                 (n, heads, n_heads // heads, q.shape[2]), codes, n_rows,
                 max_tokens=options["max_tokens"],
                 n_candidates=max(options["n_candidates"], options["max_tokens"]),
-                min_weight=options.get("min_weight"),
+                query_map=options.get("query_map"), min_weight=options.get("min_weight"),
                 first_row=options.get("first_row", 0), out=out, scored=scored,
             )  # fmt: skip
 
@@ -156,7 +161,7 @@ class PreparedChoice(Preparation):
         )  # fmt: skip
 
     def __call__(
-        self, q: Float[Tensor, "n Hq P"], outside: Float[Tensor, "n Hq"] | None = None
+        self, q: Float[Tensor, "n Hq PorD"], outside: Float[Tensor, "n Hq"] | None = None
     ) -> Ranges:
         """`out` whole, of float32 queries that this fits."""
         if self._choose is not None:
@@ -178,16 +183,18 @@ def _backend(impl, q, codes, out):
     )  # fmt: skip
 
 
-def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> torch.Size:
+def _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map) -> torch.Size:
     """The shape of q."""
     if codes.fault is not None:
         raise ValueError(codes.fault)
     batch, n_kv, n = codes.scale.shape
     words = codes.coarse.shape[2] // COARSE_PLANES
-    if q.ndim != 3 or q.shape[2] != CODED * words or q.shape[1] % n_kv or q.shape[1] == 0:
-        raise ValueError(
-            f"q must be [n, a multiple of {n_kv}, {CODED * words}]; got {tuple(q.shape)}"
-        )
+    dim = CODED * words
+    if query_map is not None:
+        _check_map(query_map, q, n_kv, dim)
+        dim = query_map.weights.shape[2]
+    if q.ndim != 3 or q.shape[2] != dim or q.shape[1] % n_kv or q.shape[1] == 0:
+        raise ValueError(f"q must be [n, a multiple of {n_kv}, {dim}]; got {tuple(q.shape)}")
     if q.dtype != torch.float32:
         raise ValueError(f"q must be float32; got {q.dtype}")
     if batch not in (1, len(q)) or len(n_rows) != batch:
@@ -204,6 +211,21 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share) -> torch.Size:
     if share not in ("group", "head"):
         raise ValueError(f"share must be 'group' or 'head'; got {share!r}")
     return q.shape
+
+
+def _check_map(query_map, q, n_kv, coordinates) -> None:
+    if query_map.fault is not None:
+        raise ValueError(query_map.fault)
+    batch, heads, _, found = query_map.weights.shape
+    if batch not in (1, len(q)) or (heads, found) != (n_kv, coordinates):
+        raise ValueError(
+            f"query_map must be of 1 sequence or of {len(q)}, of {n_kv} KV heads and of "
+            f"{coordinates} coordinates; got {batch}, {heads} and {found}"
+        )
+    if query_map.weights.device != q.device:
+        raise ValueError(
+            f"query_map must be on q's device, {q.device}; got {query_map.weights.device}"
+        )
 
 
 def _check_min_weight(min_weight) -> None:

@@ -13,7 +13,11 @@ from saap.kernels.cpu.scratch import Layout
 
 from . import numba_choice, numba_job, numba_scan
 from .layout import Codes
-from .numba_job import BY_TASK, CANDIDATES, SCAN, WEIGH
+from .numba_job import BY_TASK, CANDIDATES, PREPARE, SCAN, WEIGH
+from .query_map import QueryMap
+
+PER_THREAD = 1 << 18
+"""Products of a map of queries that are worth a thread."""
 
 
 def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
@@ -30,13 +34,14 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor,
+    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
+    """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
+    the H selections."""
     prepared = Prepared(
         a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates,
-        min_weight=min_weight, first_row=first_row, out=out, scored=scored,
+        query_map=query_map, min_weight=min_weight, first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
     used = prepared(a, outside)
     starts, lengths = out
@@ -51,10 +56,11 @@ class Prepared:
 
     def __init__(
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
-        n_candidates: int, min_weight: float | None, first_row: int,
-        out: tuple[Tensor, Tensor], scored: Tensor,
+        n_candidates: int, query_map: QueryMap | None, min_weight: float | None,
+        first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
-        n, heads, group, coordinates = shape
+        n, heads, group, dim = shape
+        coordinates = codes.coordinates
         most = max(n_rows)
         self.tasks = tasks = n * heads
         least = 0 if min_weight is None else bits_of(min_weight)
@@ -66,15 +72,18 @@ class Prepared:
         if by_task or every:
             self.steps = [(BY_TASK, 1)]
         elif whole:
-            self.steps = [(SCAN, chunks), (BY_TASK, 1)]
+            self.steps = [(PREPARE, 1), (SCAN, chunks), (BY_TASK, 1)]
         else:
-            self.steps = [(SCAN, chunks), (CANDIDATES, group), (WEIGH, listed_chunks)]
+            finding = (CANDIDATES, group), (WEIGH, listed_chunks)
+            self.steps = [(PREPARE, 1), (SCAN, chunks), *finding]
         self.workers = workers = min(threads, tasks * max(parts for _, parts in self.steps))
         worker_bytes = numba_job.worker_bytes(coordinates, most)
         self.layout = Layout(
             {
                 "counts": 8 * tasks,
-                **numba_job.common_bytes(tasks, group, coordinates, workers, worker_bytes),
+                **numba_job.common_bytes(
+                    tasks, group, coordinates, workers, worker_bytes, query_map is not None
+                ),
                 **numba_job.kept_bytes(
                     workers if by_task else tasks, group, most, numba_job.CHUNK * listed_chunks
                 ),
@@ -82,16 +91,16 @@ class Prepared:
         )
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
-        self.kept = codes, starts, lengths, scored  # addresses of theirs follow
+        self.kept = codes, starts, lengths, scored, query_map  # addresses of theirs follow
         self.job = numba_job.Job(
             rows=ctypes.addressof(self.rows), scored=scored.data_ptr(),
             starts=starts.data_ptr(), lengths=lengths.data_ptr(),
-            tasks=tasks, heads=heads, group=group, chunks=chunks,
+            tasks=tasks, heads=heads, group=group, dim=dim, chunks=chunks,
             by_sequence=len(n_rows) > 1, by_task=by_task, whole=whole,
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
             least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
-            listed_chunks=listed_chunks, **places_of(codes),
+            listed_chunks=listed_chunks, **places_of(codes), **_places_of_map(query_map),
         )  # fmt: skip
 
     def follows(self, n_rows: list[int]) -> bool:
@@ -107,6 +116,8 @@ class Prepared:
         # A job of this call alone, since several threads may use one preparation.
         job, _held = self.layout.copy_of(self.job)  # held to the end of this call
         job.q = a.data_ptr()
+        if not job.map:
+            job.mapped = job.q
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
@@ -126,12 +137,14 @@ def _sizes(
 
 def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) -> None:
     """The steps of a job, each in so many parts of every task, by at most so many workers."""
-    prepare, choose, job.score = _functions()
+    choose, job.score = _functions()
     address = ctypes.addressof(job)
-    prepare(address)
     for job.step, job.parts in steps:
         job.next_worker = job.next_task = 0
         used = min(workers, job.tasks * job.parts)
+        if job.step == PREPARE:
+            products = job.tasks * job.group * job.coordinates * job.dim
+            used = min(used, 1 + products // PER_THREAD)
         job.ahead = 1 if job.step == BY_TASK else used
         run(choose, address, used)
 
@@ -149,6 +162,19 @@ def places_of(codes: Codes) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _places_of_map(query_map: QueryMap | None) -> dict[str, int]:
+    """A job's fields that say where a map lies, if there is one."""
+    if query_map is None:
+        return {}
+    weights, scale = query_map.weights, query_map.scale
+    several = len(weights) > 1
+    return {
+        "map": weights.data_ptr(), "map_scale": scale.data_ptr(),
+        "map_batch": 2 * weights.stride(0) * several,
+        "map_scale_batch": 4 * scale.stride(0) * several,
+    }  # fmt: skip
+
+
 def bits_of(weight: float) -> int:
     """As an int32: weights, which are float32 not below 0, are in the order of their bits."""
     return max(1, ctypes.c_int32.from_buffer(ctypes.c_float(weight)).value)
@@ -160,11 +186,11 @@ def _integers(count: int) -> type:
 
 
 @functools.cache
-def _functions() -> tuple[Callable, Callable, int]:
-    """What prepares a job, what does a step of it, and the address of what scores a chunk."""
+def _functions() -> tuple[Callable, int]:
+    """What does a step of a job, and the address of what scores a chunk."""
     stamp = stamp_of(Path(__file__).parent)
-    entries = [numba_scan.prepare_entry(stamp), numba_choice.entry(stamp)]
     scores = [numba_scan.score_entry(stamp)]
     score = compiled("scores of coded rows", numba_scan.SCORE_SIGNATURE, scores)[0]
-    prepare, choose = compiled("choice of coded rows", numba_job.SIGNATURE, entries)
-    return prepare, choose, ctypes.cast(score, ctypes.c_void_p).value
+    entries = [numba_choice.entry(stamp)]
+    choose = compiled("choice of coded rows", numba_job.SIGNATURE, entries)[0]
+    return choose, ctypes.cast(score, ctypes.c_void_p).value

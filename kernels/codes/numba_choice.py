@@ -28,12 +28,14 @@ from .numba_job import (
     CHUNK,
     NEXT_TASK,
     NEXT_WORKER,
+    PREPARE,
     SCAN,
     STEPS,
     blocks_of,
     place_of,
     planes_bytes,
 )
+from .numba_queries import prepare
 from .numba_scan import bring, score, weigh_chunk
 from .numba_simd import BLOCK, WIDEST
 from .numba_vectors import (
@@ -76,6 +78,8 @@ def _work(jobs):
             break
         if job.step == BY_TASK:
             _choose_alone(job, task, worker if job.by_task else task, space)
+        elif job.step == PREPARE:
+            prepare(job, task)
         elif job.step == SCAN:
             weigh_chunk(job, task, part, task, space)
         elif job.step == CANDIDATES:
@@ -98,6 +102,7 @@ def _is_last(job, task):
 def _choose_alone(job, task, held, space):
     n = place_of(job, task)[2]
     if job.by_task and not _takes_all(job, n):
+        prepare(job, task)
         for chunk in range(job.chunks):
             weigh_chunk(job, task, chunk, held, space)
     if not job.whole:

@@ -22,7 +22,7 @@ from saap.kernels.cpu.memory import (
 )
 
 from .layout import PER_WORD, SCALE_BASE, SCALE_SHIFT, STEP_2, STEP_4, Codes
-from .numba_scan import nearest
+from .numba_queries import nearest
 
 _FIELDS = (
     "x importance coarse fine scale "  # addresses; the last three of the first row

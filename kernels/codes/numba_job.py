@@ -12,10 +12,12 @@ from .layout import COARSE_PLANES, FINE_PLANES, PER_WORD
 from .numba_simd import BLOCK, WIDEST
 
 FIELDS = (
-    "q coarse fine scale rows weights factors scores maxima totals starts lengths "  # addresses
-    "counts scored outside marks listed listed_scores listed_maxima found finished "
-    "tasks heads kv_heads group coordinates chunks by_sequence by_task whole "
-    "coarse_batch coarse_head coarse_plane fine_batch fine_head scale_batch scale_head "  # bytes
+    "q map map_scale mapped coarse fine scale rows weights factors scores maxima "  # addresses
+    "totals starts lengths counts scored outside marks listed listed_scores listed_maxima "
+    "found finished "
+    "tasks heads kv_heads group coordinates dim chunks by_sequence by_task whole "
+    "map_batch map_scale_batch coarse_batch coarse_head coarse_plane fine_batch "  # bytes
+    "fine_head scale_batch scale_head "
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
     "score step parts ahead workspace worker_bytes next_worker next_task"
 ).split()
@@ -27,8 +29,8 @@ Job, SIGNATURE = job_type(FIELDS, ("unused",))
 CHUNK = 512
 """Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""
 
-STEPS = 4
-BY_TASK, SCAN, CANDIDATES, WEIGH = range(STEPS)
+STEPS = 5
+BY_TASK, PREPARE, SCAN, CANDIDATES, WEIGH = range(STEPS)
 """Steps of a choice: all for a task at a time, or one after the other, in `parts` of each task."""
 
 _njit = numba.njit(error_model="numpy")
@@ -63,10 +65,11 @@ def worker_bytes(coordinates: int, listed: int = 0) -> int:
 
 
 def common_bytes(
-    tasks: int, group: int, coordinates: int, workers: int, worker_bytes: int
+    tasks: int, group: int, coordinates: int, workers: int, worker_bytes: int, mapped: bool
 ) -> dict[str, int]:
-    """Bytes that every job needs, whatever its steps are."""
+    """Bytes that every job needs, whatever its steps are. mapped: whether it has a map."""
     return {
+        **({"mapped": 4 * tasks * group * coordinates} if mapped else {}),
         "finished": 8 * STEPS * tasks,
         "workspace": workers * worker_bytes,
         "weights": 2 * tasks * group * coordinates,

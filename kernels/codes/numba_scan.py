@@ -1,4 +1,4 @@
-"""Weights of rows by their codes: queries in bytes, chunks of rows brought together, scored."""
+"""Weights of rows by their codes: chunks of rows brought together, scored."""
 
 import numba
 import numpy as np
@@ -9,38 +9,24 @@ from saap.kernels.cpu.calls import call, signature_of
 from saap.kernels.cpu.memory import (
     copy_bytes,
     float32_pointer,
-    int8_pointer,
     int32_pointer,
-    int64_pointer,
     uint8_pointer,
 )
 
-from .layout import (
-    COARSE_PLANES,
-    COARSE_STEPS,
-    COARSE_ZEROS,
-    FINE_PLANES,
-    QUERY_MAX,
-    WHOLE_STEPS,
-    WHOLE_ZEROS,
-)
+from .layout import COARSE_PLANES, FINE_PLANES
 from .numba_job import (
     CHUNK,
-    STEPS,
     blocks_of,
     chunk_bytes,
     place_of,
     planes_bytes,
     words_per_group,
 )
+from .numba_queries import weights_at
 from .numba_simd import BLOCK, LANES, WIDEST, fine_planes, scan
 from .numba_vectors import exponentials
 
 _njit = numba.njit(error_model="numpy")
-
-# Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
-_STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
-_ZEROS = np.array([COARSE_ZEROS, WHOLE_ZEROS], "f4")
 
 
 def score_entry(stamp):
@@ -56,70 +42,6 @@ def score_entry(stamp):
 
 
 SCORE_SIGNATURE = signature_of(14)
-
-
-def prepare_entry(stamp):
-    """C function to compile; `stamp` becomes a part of the cache's key."""
-
-    def prepare(jobs):
-        _ = stamp
-        job = carray(jobs, 1)[0]
-        for task in range(job.tasks):
-            _prepare(job, task)
-        finished = carray(int64_pointer(job.finished), STEPS * job.tasks)
-        for i in range(len(finished)):
-            finished[i] = 0
-
-    return prepare
-
-
-_ROUNDER = np.float32(1.5 * 2**23)
-
-
-@_njit
-def nearest(x):
-    """The whole number, float32 below 2 ** 22, to even at halves: unlike `np.rint` no call."""
-    return (x + _ROUNDER) - _ROUNDER
-
-
-@_njit
-def weights_at(job, task, whole):
-    """Addresses of a task's rounded queries, of their offsets and of their factors."""
-    number = 2 * task + whole
-    weights = job.weights + number * job.group * job.coordinates
-    offsets = job.factors + number * job.group * 8
-    return weights, offsets, offsets + 4 * job.group
-
-
-@_njit
-def _prepare(job, task):
-    q = carray(float32_pointer(job.q + 4 * task * job.group * job.coordinates),
-               (job.group, job.coordinates))  # fmt: skip
-    quarter = job.coordinates // 4
-    for whole in range(2):
-        place, offset_place, factor_place = weights_at(job, task, whole)
-        weights = carray(int8_pointer(place), (job.group, job.coordinates))
-        offsets = carray(float32_pointer(offset_place), job.group)
-        factors = carray(float32_pointer(factor_place), job.group)
-        for g in range(job.group):
-            largest = np.float32(0.0)
-            for part in range(4):
-                step = _STEPS[whole, part]
-                for d in range(part * quarter, (part + 1) * quarter):
-                    size = abs(q[g, d] * step)
-                    largest = size if size > largest or np.isnan(size) else largest
-            usable = largest > 0 and largest < np.inf
-            factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
-            offset = np.float32(0.0)
-            for part in range(4):
-                step, total = _STEPS[whole, part], np.int32(0)
-                for d in range(part * quarter, (part + 1) * quarter):
-                    weight = nearest(q[g, d] * step / factor)
-                    rounded = np.int32(weight) if usable else np.int32(0)
-                    weights[g, d] = rounded
-                    total += rounded
-                offset += np.float32(total) * _ZEROS[whole, part]
-            offsets[g], factors[g] = offset, factor
 
 
 @_njit

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import numba_job
 from .layout import Codes
 from .numba import _integers, places_of, run_steps
-from .numba_job import CHUNK, SCAN
+from .numba_job import CHUNK, PREPARE, SCAN
 
 
 def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor, Tensor]:
@@ -24,16 +24,16 @@ def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor,
     weights = torch.empty(heads, group, chunks, CHUNK)
     maxima, totals = torch.empty(2, heads, group, chunks)
     rows = _integers(1)(n)
-    sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes)
+    sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes, False)
     held = {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
     job = numba_job.Job(
-        q=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
+        mapped=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
-        group=group, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
+        group=group, dim=coordinates, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
         **places_of(codes),
     )  # fmt: skip
-    run_steps(job, [(SCAN, chunks)], threads)
+    run_steps(job, [(PREPARE, 1), (SCAN, chunks)], threads)
     largest = maxima.amax(-1)
     if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
         bits = weights.flatten(2)[..., :n].view(torch.int32)

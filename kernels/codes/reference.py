@@ -15,14 +15,18 @@ from .layout import (
     decode,
     decode_coarse,
 )
+from .query_map import QueryMap
 
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor,
+    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
+    """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
+    the H selections."""
+    if query_map is not None:
+        a = query_map(a.flatten(1, 2)).unflatten(1, a.shape[1:3])
     starts, lengths = out
     starts.zero_()
     lengths.zero_()

@@ -20,6 +20,7 @@ from saap.kernels.backends.launches import Launch, launch_all
 
 from . import triton_choice as choice
 from .layout import CODED, Codes
+from .query_map import QueryMap
 from .reference import tables
 from .triton_kernels import score_codes
 from .triton_shared import (
@@ -29,6 +30,7 @@ from .triton_shared import (
     digits_of_weights,
     find_kth,
     heaviest,
+    mapped_queries,
     padded,
     queries_in_bytes,
 )
@@ -61,16 +63,16 @@ class Prepared:
 
     def __init__(
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
-        n_candidates: int, min_weight: float | None, first_row: int,
-        out: tuple[Tensor, Tensor], scored: Tensor,
+        n_candidates: int, query_map: QueryMap | None, min_weight: float | None,
+        first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
         self.a = torch.empty(shape, device=scored.device)
         self.outside: Tensor | None = None
         self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a))
         self.options = {
-            "max_tokens": max_tokens, "n_candidates": n_candidates, "min_weight": min_weight,
-            "first_row": first_row, "out": out, "scored": scored, "most": codes.n,
-            "counts": self.counts,
+            "max_tokens": max_tokens, "n_candidates": n_candidates, "query_map": query_map,
+            "min_weight": min_weight, "first_row": first_row, "out": out, "scored": scored,
+            "most": codes.n, "counts": self.counts,
         }  # fmt: skip
         self.codes = codes
         self.run = None
@@ -83,7 +85,7 @@ class Prepared:
         return True
 
     def __call__(self, q: Tensor, outside: Tensor | None) -> None:
-        """q: `[n, Hq, P]` float32; outside: `[n, Hq]`."""
+        """q: `[n, Hq, P]` float32, or with a map `[n, Hq, D]`; outside: `[n, Hq]`."""
         if self.run is None:
             if outside is not None:
                 self.outside = torch.empty_like(outside, memory_format=torch.contiguous_format)
@@ -101,15 +103,16 @@ class Prepared:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor,
+    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
+    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`a [n, H, G, P]`: scaled queries of the G heads that share each of the H selections."""
+    """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
+    the H selections."""
     most = max(n_rows)
     _choose(
-        a, codes, max_tokens=max_tokens, n_candidates=n_candidates, min_weight=min_weight,
-        outside=outside, first_row=first_row, out=out, scored=scored, most=most,
-        counts=_counts_of(n_rows, a),
+        a, codes, max_tokens=max_tokens, n_candidates=n_candidates, query_map=query_map,
+        min_weight=min_weight, outside=outside, first_row=first_row, out=out, scored=scored,
+        most=most, counts=_counts_of(n_rows, a),
     )  # fmt: skip
     k = min(max_tokens, most)
     return out[0][..., :k], out[1][..., :k]
@@ -120,16 +123,16 @@ def _choose(a: Tensor, codes: Codes, **options: Any) -> None:
 
 
 def launches(
-    a: Tensor, codes: Codes, *, max_tokens: int, n_candidates: int, min_weight: float | None,
-    outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
-    most: int, counts: tuple[Tensor, Tensor],
+    a: Tensor, codes: Codes, *, max_tokens: int, n_candidates: int, query_map: QueryMap | None,
+    min_weight: float | None, outside: Tensor | None, first_row: int,
+    out: tuple[Tensor, Tensor], scored: Tensor, most: int, counts: tuple[Tensor, Tensor],
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels of a choice with all their arguments, on memory that is made here.
 
     `counts`: int32, rows of each task and of each sequence; none is above `most`.
     """
-    n, heads, group, coordinates = a.shape
-    tasks, device = n * heads, a.device
+    n, heads, group, dim = a.shape
+    tasks, device, coordinates = n * heads, a.device, codes.coordinates
     k, n_candidates = min(max_tokens, most), min(n_candidates, most)
     all_rows, of_sequences = counts
     listed, n_listed = None, all_rows
@@ -140,9 +143,11 @@ def launches(
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, device=device)
 
-    in_bytes, queries = queries_in_bytes(
-        a.float().contiguous().view(-1, coordinates), _tables(coordinates, device)
-    )
+    mapped = a.float().contiguous().view(-1, dim)
+    if query_map is not None:
+        mapping, mapped = mapped_queries(mapped, query_map, heads * group)
+        yield mapping
+    in_bytes, queries = queries_in_bytes(mapped, _tables(coordinates, device))
     yield in_bytes
     about = {
         "counts": of_sequences, "heads": heads, "by_sequence": int(len(of_sequences) > 1),

@@ -12,6 +12,30 @@ _TWOS, _BITS = tl.constexpr(0x03030303), tl.constexpr(0x01010101)
 
 
 @triton.jit
+def map_queries(
+    queries, weights, scale, out, heads, group, weights_batch, scale_batch, D,
+    P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`QueryMap` of a query head, `BLOCK` of its coordinates.
+
+    queries: float32 `[tasks * group, D]`, of `heads` a sequence, `group` a KV head; weights: int16
+    `[B, Hkv, D, P]`; scale: float32 `[B, Hkv, P]`; out: float32 `[tasks * group, P]`.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b, kv_head = head // heads, head % heads // group
+    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    own = weights + b * weights_batch + kv_head * D * P
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, D, ROWS):
+        d = first + tl.arange(0, ROWS)
+        q = tl.load(queries + head * D + d, d < D, other=0.0)
+        rows = tl.load(own + d[:, None] * P + p[None, :], (d < D)[:, None], other=0)
+        total += tl.sum(q[:, None] * rows.to(tl.float32), 0)
+    total *= tl.load(scale + b * scale_batch + kv_head * P + p)
+    tl.store(out + head * P + p, total)
+
+
+@triton.jit
 def query_bytes(
     queries, tables, packed, offsets, factors, P: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip

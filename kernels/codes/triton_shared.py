@@ -14,11 +14,30 @@ from torch import Tensor
 from saap.kernels.backends.launches import Launch
 
 from . import triton_choice as choice
-from .triton_kernels import query_bytes
+from .layout import CODED
+from .query_map import QueryMap
+from .triton_kernels import map_queries, query_bytes
 
 COUNTED = 1024  # rows that a program lists
 DIGITS = 2048  # numbers of which a program counts a digit
 WEIGHTS = 4, 8  # passes over weights, bits of a digit
+
+
+def mapped_queries(queries: Tensor, query_map: QueryMap, heads: int) -> tuple[Launch, Tensor]:
+    """The launch that writes `[tasks * group, P]`, and these. queries: float32 `[tasks * group,
+    D]`, contiguous, of so many heads a sequence."""
+    batch, n_kv, dim, coordinates = query_map.weights.shape
+    several = batch > 1
+    out = torch.empty(len(queries), coordinates, device=queries.device)
+    arguments = {
+        "queries": queries, "weights": query_map.weights, "scale": query_map.scale, "out": out,
+        "heads": heads, "group": heads // n_kv,
+        "weights_batch": query_map.weights.stride(0) * several,
+        "scale_batch": query_map.scale.stride(0) * several,
+        "D": dim, "P": coordinates, "ROWS": 32, "BLOCK": CODED,
+    }  # fmt: skip
+    grid = len(queries), coordinates // CODED
+    return Launch(map_queries, grid, arguments, {"num_warps": 4}), out
 
 
 def queries_in_bytes(queries: Tensor, tables: Tensor) -> tuple[Launch, dict[str, Tensor]]:

@@ -23,6 +23,7 @@ float64_pointer = _pointer_to(types.float64)
 int32_pointer = _pointer_to(types.int32)
 int64_pointer = _pointer_to(types.int64)
 int8_pointer = _pointer_to(types.int8)
+int16_pointer = _pointer_to(types.int16)
 uint8_pointer = _pointer_to(types.uint8)
 uint16_pointer = _pointer_to(types.uint16)
 

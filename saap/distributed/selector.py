@@ -78,7 +78,7 @@ class SplitSelector(SaapSelector):
         within rounding. None where this rank has no rows. Every rank calls it at the same step.
         """
         held = 0 if middle is None else middle.n_rows[0]
-        q = (self.coordinates.queries(q_rope) * self.layer.sm_scale)[0]
+        q = self.query_map(q_rope)[0]
         n_kv = self.coordinates.of_queries.shape[1]
         q = q.unflatten(0, (n_kv if budget.share == "group" else len(q), -1))
         used = torch.ones(len(q), held, dtype=torch.bool, device=q.device)

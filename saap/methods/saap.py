@@ -8,7 +8,7 @@ inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). 
 A KV group adds its heads' softmax over the candidates.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from saap.kernels.codes import (
     FINE_PLANES,
     Codes,
     PreparedChoice,
+    QueryMap,
     encode_rows,
 )
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
@@ -92,7 +93,7 @@ class SaapSelector(Selector):
         self.n_coded: list[int] = []
         self.scored: Tensor | None = None  # whole codes that the latest step read
         self._choice: PreparedChoice | None = None
-        self._scaled: tuple[Coordinates, Coordinates] | None = None  # with scores as products
+        self._mapped: tuple[Coordinates, QueryMap] | None = None
         self.n_scanned = 0.0  # rows whose coarse codes it read, for each sequence and KV head
         if coordinates is not None:
             self.least_rows = 0
@@ -113,7 +114,7 @@ class SaapSelector(Selector):
         n_kv, rows = self.codes.scale.shape[1], self.n_scanned
         whole = int(self.scored.sum()) / len(self.scored)  # waits for a GPU, a step does not
         read = n_kv * rows * self.codes.coarse_bytes + whole * self.codes.fine_bytes
-        return round(self.coordinates.nbytes + read)
+        return round(self.query_map.nbytes + read)
 
     @property
     def waits(self) -> bool:
@@ -290,11 +291,7 @@ class SaapSelector(Selector):
             self.codes.scale[..., :kept] = codes.scale[..., :kept]
 
     def select(self, query: Query, middle: Middle, budget, room: RangeBuffer):
-        if self._scaled is None or self._scaled[0] is not self.coordinates:
-            own = self.coordinates
-            scaled = replace(own, of_queries=own.of_queries * self.layer.sm_scale)
-            self._scaled = own, scaled
-        q = self._scaled[1].queries(query.q_rope)
+        q = query.q_rope.float()
         heads = middle.n_kv if budget.share == "group" else q.shape[1]
         n = max(middle.n_rows)
         most = min(budget.max_tokens, n)
@@ -311,6 +308,7 @@ class SaapSelector(Selector):
             middle.n_rows,
             max_tokens=budget.max_tokens,
             n_candidates=self.method.search_options.candidates(budget.max_tokens, n),
+            query_map=self.query_map,
             min_weight=budget.least_weight(self.layer.number),
             share=budget.share,
             first_row=middle.first_row,
@@ -323,11 +321,19 @@ class SaapSelector(Selector):
         return ranges
 
     def again(self, local_lse):
-        choice, own = self._choice, self._scaled[1]
+        choice = self._choice
         if local_lse is None:
-            return lambda q: choice(own.queries(q))
-        scale, plain = self.layer.sm_scale, self.coordinates
-        return lambda q: choice(own.queries(q), local_lse(q) - scale * plain.left_out(q))
+            return lambda q: choice(q.float())
+        scale, own = self.layer.sm_scale, self.coordinates
+        return lambda q: choice(q.float(), local_lse(q) - scale * own.left_out(q))
+
+    @property
+    def query_map(self) -> QueryMap:
+        """Of queries to coordinates whose products are attention's scores."""
+        own = self.coordinates
+        if self._mapped is None or self._mapped[0] is not own:
+            self._mapped = own, QueryMap.of(own.of_queries * self.layer.sm_scale)
+        return self._mapped[1]
 
     def choose_rows(
         self, q: Tensor, outside: Tensor | None, codes: Codes, n_rows: list[int], **options

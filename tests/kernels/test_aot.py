@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 from saap.kernels.attention import triton as backend  # noqa: E402
 from saap.kernels.attention.triton_plan import Device, Plan, make_plan  # noqa: E402
-from saap.kernels.codes import Codes  # noqa: E402
+from saap.kernels.codes import Codes, QueryMap  # noqa: E402
 from saap.kernels.codes import triton as codes_backend  # noqa: E402
 from saap.kernels.pages import PageCodes  # noqa: E402
 from saap.kernels.pages import triton as pages_backend  # noqa: E402
@@ -217,17 +217,21 @@ def test_every_configuration_fits_the_chip(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "coordinates", "group", "candidates"),
-    [(80, 64, 3, 8192), (90, 128, 4, 8192), (90, 256, 8, 2**30), (100, 128, 16, 8192)],
+    ("capability", "dim", "group", "candidates"),
+    [(80, 64, 3, 8192), (90, 128, 4, 8192), (90, 256, 8, 2**30), (100, 80, 16, 8192)],
 )
-def test_the_choice_by_codes_fits_the_chip(capability, coordinates, group, candidates, tmp_path):
-    n, words = 131072, coordinates // 64
+def test_the_choice_by_codes_fits_the_chip(capability, dim, group, candidates, tmp_path):
+    n, words = 131072, -(-dim // 64)
+    query_map = QueryMap(
+        meta(1, 8, dim, 64 * words, dtype=torch.int16),
+        meta(1, 8, 64 * words, dtype=torch.float32),
+    )
 
     codes = Codes(
         meta(1, 8, 2 * words, n), meta(1, 8, n, 4 * words), meta(1, 8, n, dtype=torch.uint8)
     )
     launches = codes_backend.launches(
-        meta(1, 8, group, coordinates, dtype=torch.float32), codes, most=n,
+        meta(1, 8, group, dim, dtype=torch.float32), codes, most=n, query_map=query_map,
         counts=(meta(8), meta(1)), max_tokens=4096, n_candidates=candidates, min_weight=None,
         outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap.kernels.codes import Codes, decode, encode, select_rows
+from saap.kernels.codes import Codes, QueryMap, decode, encode, select_rows
 
 from ..torch_threads import torch_threads
-from .code_cases import rows
+from .code_cases import rows, whole_numbers
 
 IMPLS = ("reference", "numba")
 CANARY = -77
@@ -254,6 +254,65 @@ def test_a_query_with_one_nan_counts_for_nothing(impl, value, place):
     assert [rows(found, 0, h) for h in range(2)] == [rows(expected, 0, h) for h in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("batch", "maps", "share", "dim", "coordinates", "n_candidates"),
+    [
+        (1, 1, "group", 64, 64, 90),
+        (2, 2, "group", 48, 64, 90),
+        (2, 2, "head", 64, 64, 10**6),
+        (2, 1, "head", 80, 128, 90),
+        (3, 1, "group", 256, 256, 10**6),
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_map_of_queries_is_as_its_product(
+    batch, maps, share, dim, coordinates, n_candidates, impl, threads
+):
+    """By one thread for each task, and where threads share the tasks."""
+    _, codes, _ = coded(batch=batch, n=700, coordinates=coordinates)
+    q, query_map = whole_numbers(batch, maps, 2, 3, dim, coordinates)
+    product = torch.einsum(
+        "bhgd,bhdp->bhgp",
+        q.unflatten(1, (2, 3)).double(), query_map.weights.double().expand(batch, -1, -1, -1),
+    ) * query_map.scale[:, :, None]  # fmt: skip
+    options = {
+        "max_tokens": 40, "n_candidates": n_candidates, "share": share, "impl": impl
+    }  # fmt: skip
+    n_rows = [700, 500, 3][:batch]
+    with torch_threads(threads):
+        found = select_rows(q, codes, n_rows, query_map=query_map, **options)
+        expected = select_rows(product.flatten(1, 2).float(), codes, n_rows, **options)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_one_context_of_many_queries_has_one_map():
+    _, codes, _ = coded(n=300)
+    q, query_map = whole_numbers(5, 1, 2, 2, 64, 64)
+    options = {"max_tokens": 20, "n_candidates": 60, "query_map": query_map}
+    together = select_rows(q, codes, [300], **options)
+    for i in range(5):
+        alone = select_rows(q[i : i + 1], codes, [300], **options)
+        assert [rows(together, i, h) for h in range(2)] == [rows(alone, 0, h) for h in range(2)]
+
+
+def test_a_map_in_16_bits_hardly_errs():
+    """Also where large parts of a coordinate cancel, of which bfloat16 would leave nothing."""
+    matrix, q = random(1, 2, 64, 48), random(3, 4, 48, seed=1)
+    matrix[..., 0], matrix[..., 1] = 100.0, -100.0
+    q[..., :2] = 30.0
+    found = QueryMap.of(matrix)(q)
+    true = (q.double().unflatten(1, (2, 2)) @ matrix.double().mT).flatten(1, 2)
+    half = matrix.abs().amax(-1).repeat_interleave(2, 1) / 2**16  # of a step
+    bound = half * q.abs().sum(-1, keepdim=True)
+    float32 = 60 * 48 * 100 * 2.0**-24
+    assert ((found - true).abs() <= bound * 1.01 + float32).all()
+    assert (found - true).abs().mean() < 0.05
+    assert QueryMap.of(matrix).nbytes == 2 * (2 * 64 * 48 + 4 * 64)
+    assert QueryMap.of(torch.zeros(1, 2, 64, 48))(q).abs().max() == 0
+
+
 def bad(change, message):
     return pytest.param(change, message, id=message[:30])
 
@@ -275,6 +334,21 @@ def bad(change, message):
         bad({"share": "all"}, "share must be 'group' or 'head'; got 'all'"),
         bad({"impl": "fast"}, "impl must be None or one of reference, numba, triton; got 'fast'"),
         bad({"impl": "triton"}, "q must be on a CUDA device for impl 'triton'; got cpu"),
+        bad({"query_map": whole_numbers(1, 1, 2, 2, 48, 64)[1]}, r"q must be .*, 48\]; got"),
+        bad({"query_map": whole_numbers(1, 1, 2, 2, 64, 128)[1]}, "of 64 coordinates; got 1, 2"),
+        bad({"query_map": whole_numbers(1, 1, 4, 2, 64, 64)[1]}, "of 2 KV heads and of 64 coord"),
+        bad(
+            {"query_map": whole_numbers(1, 3, 2, 2, 64, 64)[1]},
+            "1 sequence or of 1, of 2 KV",
+        ),
+        bad(
+            {"query_map": QueryMap(torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64))},
+            r"query_map must be int16 \[B, Hkv, D, P\].*; got torch.float32 \[1, 2, 64, 64\]",
+        ),
+        bad(
+            {"query_map": QueryMap(torch.zeros(1, 2, 64, 64).short().mT, torch.zeros(1, 2, 64))},
+            "query_map must be contiguous; got strides",
+        ),
         bad({"out": (torch.zeros(1, 2, 3, dtype=torch.int32),) * 2}, "at least 10"),
     ],
 )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saap.kernels.codes import Codes, PreparedChoice, encode, select_rows
+from saap.kernels.codes import Codes, PreparedChoice, QueryMap, encode, select_rows
 
-from .code_cases import rows
+from .code_cases import rows, whole_numbers
 from .triton_cases import DEVICE, MARKS
 
 pytestmark = MARKS
@@ -49,6 +49,22 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
             assert len(own) == 30
             assert all(5 <= row < 5 + n_rows[i] for row in own)
             assert len(set(own) - set(other)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("maps", "share", "dim", "coordinates"),
+    [(2, "group", 64, 64), (1, "head", 48, 64), (2, "group", 80, 128)],
+)
+def test_maps_queries_as_the_reference(maps, share, dim, coordinates):
+    _, codes = problem(300, 3, coordinates)
+    q, query_map = whole_numbers(2, maps, 2, 3, dim, coordinates)
+    q = q.to(DEVICE)
+    query_map = QueryMap(query_map.weights.to(DEVICE), query_map.scale.to(DEVICE))
+    options = {"max_tokens": 30, "n_candidates": 40, "share": share, "impl": "triton"}
+    found = select_rows(q, codes, [300, 210], query_map=query_map, **options)
+    expected = select_rows(query_map(q), codes, [300, 210], **options)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("n_candidates", [40, 10**6])

@@ -1,0 +1,106 @@
+"""Queries of a choice: in the coordinates of the codes, then in bytes."""
+
+import numba
+import numpy as np
+from numba import carray
+
+from saap.kernels.cpu.memory import (
+    float32_pointer,
+    int8_pointer,
+    int16_pointer,
+    int64_pointer,
+)
+
+from .layout import COARSE_STEPS, COARSE_ZEROS, QUERY_MAX, WHOLE_STEPS, WHOLE_ZEROS
+from .numba_job import STEPS
+
+_njit = numba.njit(error_model="numpy")
+
+# Of the coarse and of the whole code: steps in each group of coordinates, and the code for 0.
+_STEPS = np.array([COARSE_STEPS, WHOLE_STEPS], "f4")
+_ZEROS = np.array([COARSE_ZEROS, WHOLE_ZEROS], "f4")
+
+_ROUNDER = np.float32(1.5 * 2**23)
+
+
+@_njit
+def nearest(x):
+    """The whole number, float32 below 2 ** 22, to even at halves: unlike `np.rint` no call."""
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@_njit
+def weights_at(job, task, whole):
+    """Addresses of a task's rounded queries, of their offsets and of their factors."""
+    number = 2 * task + whole
+    weights = job.weights + number * job.group * job.coordinates
+    offsets = job.factors + number * job.group * 8
+    return weights, offsets, offsets + 4 * job.group
+
+
+@_njit
+def prepare(job, task):
+    """All that the other steps need of a task's queries; none of its parts are finished."""
+    if job.map:
+        _map(job, task)
+    _round(job, task)
+    finished = carray(int64_pointer(job.finished + 8 * STEPS * task), STEPS)
+    for i in range(STEPS):
+        finished[i] = 0
+
+
+@_njit
+def _map(job, task):
+    """`QueryMap` of a task's queries, whose rows are read once for all of them."""
+    dim, coordinates = job.dim, job.coordinates
+    b, kv_head = task // job.heads, task % job.heads * job.kv_heads // job.heads
+    place = job.map + b * job.map_batch + 2 * kv_head * dim * coordinates
+    weights = carray(int16_pointer(place), (dim, coordinates))
+    place = job.map_scale + b * job.map_scale_batch + 4 * kv_head * coordinates
+    scale = carray(float32_pointer(place), coordinates)
+    q = carray(float32_pointer(job.q + 4 * task * job.group * dim), (job.group, dim))
+    place = job.mapped + 4 * task * job.group * coordinates
+    mapped = carray(float32_pointer(place), (job.group, coordinates))
+    for g in range(job.group):
+        for p in range(coordinates):
+            mapped[g, p] = np.float32(0.0)
+    for d in range(dim):
+        row = weights[d]
+        for g in range(job.group):
+            own, factor = mapped[g], q[g, d]
+            for p in range(coordinates):
+                own[p] += factor * np.float32(row[p])
+    for g in range(job.group):
+        for p in range(coordinates):
+            mapped[g, p] *= scale[p]
+
+
+@_njit
+def _round(job, task):
+    q = carray(float32_pointer(job.mapped + 4 * task * job.group * job.coordinates),
+               (job.group, job.coordinates))  # fmt: skip
+    quarter = job.coordinates // 4
+    for whole in range(2):
+        place, offset_place, factor_place = weights_at(job, task, whole)
+        weights = carray(int8_pointer(place), (job.group, job.coordinates))
+        offsets = carray(float32_pointer(offset_place), job.group)
+        factors = carray(float32_pointer(factor_place), job.group)
+        for g in range(job.group):
+            largest = np.float32(0.0)
+            for part in range(4):
+                step = _STEPS[whole, part]
+                for d in range(part * quarter, (part + 1) * quarter):
+                    size = abs(q[g, d] * step)
+                    largest = size if size > largest or np.isnan(size) else largest
+            usable = largest > 0 and largest < np.inf
+            factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
+            offset = np.float32(0.0)
+            for part in range(4):
+                step, total = _STEPS[whole, part], np.int32(0)
+                for d in range(part * quarter, (part + 1) * quarter):
+                    weight = nearest(q[g, d] * step / factor)
+                    rounded = np.int32(weight) if usable else np.int32(0)
+                    weights[g, d] = rounded
+                    total += rounded
+                offset += np.float32(total) * _ZEROS[whole, part]
+            offsets[g], factors[g] = offset, factor
