@@ -28,8 +28,7 @@ from saap.eval.scores import score_run
 
 from . import reports
 from .cpu import cpu_name
-from .real_models import cell
-from .selectors_page import markdown
+from .reports import cell, markdown
 
 PAGE, COMMAND = reports.ROOT / "docs" / "partitions.md", "python -m benchmarks.order"
 JUDGED = {"prose2": "Python's manual", "code": "Python code"}

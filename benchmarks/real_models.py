@@ -48,7 +48,7 @@ from saap.eval.units import share_of, told_search
 
 from . import reports
 from .cpu import cpu_name
-from .selectors_page import markdown
+from .reports import cell, markdown
 
 PAGE = reports.ROOT / "docs" / "real_models.md"
 COMMAND = "python -m benchmarks.real_models"
@@ -200,12 +200,6 @@ def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], li
     """The columns in which something was measured."""
     kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
-
-
-def cell(value, form: str, factor: float = 1.0) -> str:
-    if value is None:
-        return "–"
-    return form.format(factor * value if isinstance(value, float) else value)
 
 
 def main(folders: list[str]) -> None:

@@ -38,3 +38,15 @@ def put_table(page: Path, command: str, table: str) -> None:
     text = page.read_text()
     before, after = text.split(begin)[0], text.split(end)[1]
     page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def markdown(head: list[str], rows: list[list[str]], n_texts: int = 1) -> str:
+    """`n_texts`: so many columns, from the first one on, hold words; the others numbers."""
+    lines = [head, ["---"] * n_texts + ["---:"] * (len(head) - n_texts), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: Any, form: str, factor: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    return form.format(factor * value if isinstance(value, float) else value)

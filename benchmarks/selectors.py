@@ -1,198 +1,139 @@
-"""Every selector on captured keys and queries of the reference model: recall against bytes read.
+"""Every method on a pretrained model, at equal rows and at equal bytes: `docs/selectors.md`.
 
-    python -m benchmarks.selectors                     # 8192 tokens, trains an index first
-    python -m benchmarks.selectors --index FILE        # one that `saap train --baselines` wrote
-    python -m benchmarks.selectors --tokens 2048 --texts 1 --out selectors.json
+    make models
+    saap train smollm2 --corpus prose --context 4096 --texts 8 --window 32 --baselines \\
+        --out runs/prose.safetensors
+    run() { saap eval smollm2 --contexts 4096 --corpus prose2 "$@"; }
+    free="--methods dense,oracle-tokens,flat,saap,pq,hnsw,kmeans-online,lsh,quest,mean-pages"
+    free="$free,moments-pages,streaming --build pq.dims=4,8"
+    bound="--index runs/prose.safetensors --methods oracle,random,kmeans,kmeans-rope,linear,mlp"
+    bound="$bound,kmeans-cells,blend,moments"
+    for name in free bound; do
+        shares="--budgets 0.01,0.02,0.03,0.05,0.07,0.1,0.15,0.2"
+        run ${!name} --tasks attention $shares --texts 2 --out runs/$name
+        run ${!name} --tasks perplexity --answer-budgets 0.05 --texts 3 --out runs/$name-text
+        run ${!name} --tasks passkey --answer-budgets 0.05 --prompts 6 --questions 4 \\
+            --out runs/$name-keys
+    done
+    python -m benchmarks.selectors runs/*
 
-The last queries of held-out texts ask the context before them, in every layer and head, at equal
-budgets. Raw records go to `$OUT`, else to `benchmarks/results/<device>/selectors.json`, and in the
-latter case `docs/selectors.md` is made from them: one table of all selectors, and one of what a
-few Lloyd steps on the context change (`benchmarks.refinement`).
+Methods with buckets get an index of another text; all others know the text that they read. Scores
+go to `benchmarks/results/<device>/selectors.json`, and then into `docs/selectors.md`.
 """
 
-import argparse
-import json
-import os
-import time
-from collections.abc import Callable
+import itertools
+import math
+import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from saap.eval.units import share_of
 
-from saap import hf
-from saap.budget import Budget
-from saap.eval import reference
-from saap.eval.cli.demo import training_sequences
-from saap.eval.tasks.attention import LayerProblem, layout_of
-from saap.eval.tasks.base import text_tokens
-from saap.kv import KVStore
-from saap.kv.ranges import LOCAL
-from saap.methods import METHODS, Method
-from saap.methods.hnsw import HNSW, HNSWSearch
-from saap.methods.lsh import LSH, LSHBuild
-from saap.methods.moments import Moments, MomentsBuild, MomentsPages
-from saap.methods.pq import PQ, PQBuild
-from saap.methods.snapshot import middle_weights
-from saap.selector import LayerInfo
-from saap.trained_index import TrainedIndex
-from saap.training import train
+from . import reports
+from .cpu import cpu_name
+from .real_models import counted, summary
+from .reports import cell, markdown
 
-from .cpu import cpu_name, environment
-from .cpu_timing import load
-from .reports import ROOT, report_path
-from .selectors_page import page, table
+PAGE, COMMAND = reports.ROOT / "docs" / "selectors.md", "python -m benchmarks.selectors"
+SHOWN, ASKED_AT = (0.02, 0.05, 0.1), 0.05
+KILOBYTES = (300, 400, 600, 900)
+UNCHARGED = ("dense", "oracle", "oracle-tokens")
+"""What these read to choose is not counted: nothing, or the truth itself."""
 
-N_QUERIES, TOP_K, N_SINK = 32, 100, 16
-PAGE = ROOT / "docs" / "selectors.md"
-
-VARIANTS: dict[str, Callable[[TrainedIndex], Method]] = {
-    "moments, rank 4": lambda index: Moments(index, build=MomentsBuild(rank=4)),
-    "moments-pages, rank 4": lambda _: MomentsPages(build=MomentsBuild(rank=4)),
-    "hnsw, ef 512": lambda _: HNSW(search=HNSWSearch(ef=512)),
-    "pq, 4 dimensions a code": lambda _: PQ(build=PQBuild(dims=4)),
-    "lsh, 150 tables of 10 bits": lambda _: LSH(build=LSHBuild(n_bits=10, n_tables=150)),
-}
-"""Methods with more to read than by default."""
+Found = dict[tuple[str, float], dict]
 
 
-def visited(starts: Tensor, lengths: Tensor, n_middle: int) -> Tensor:
-    """Which rows of the middle the ranges `[n, H, R]` cover, bool `[n, H, M]`."""
-    edges = torch.zeros(*starts.shape[:2], n_middle + 1, dtype=torch.int32)
-    ones = (lengths > 0).int()
-    starts = starts * ones  # that of an unused range may be any number
-    edges.scatter_add_(-1, starts.long(), ones)
-    edges.scatter_add_(-1, (starts + lengths).long(), -ones)
-    return edges.cumsum(-1)[..., :-1] > 0
+def by_share(scores: list[dict], task: str) -> Found:
+    """Scores of one task by method and share of the rows; of dense attention by 1."""
+    found = {}
+    for s in scores:
+        share = 1.0 if s["method"] == "dense" else share_of(s["budget"])
+        if s["task"] == task and share is not None:
+            found[s["method"], share] = s
+    return found
 
 
-def top_k_found(problem: LayerProblem, store: KVStore, budget: Budget, true: Tensor) -> Tensor:
-    """Share of the true top rows `[n, Hq, k]`, in time order, that is visited: `[n, Hq]`."""
-    positions = problem.n_context + torch.arange(problem.n_queries)
-    ranges = store.select(problem.q_rope, problem.q_derope, budget, positions=positions)
-    starts, lengths = (t[..., LOCAL:] for t in ranges)
-    rows = visited(starts - problem.first, lengths, problem.stop - problem.first)
-    # Row i of the store's middle is that of another token in every head.
-    tokens = store.rows.tokens[:, :, problem.first : problem.stop].long() - problem.first
-    tokens = tokens.repeat_interleave(rows.shape[1] // problem.n_kv, 1)
-    rows = torch.zeros_like(rows).scatter_(-1, tokens.expand_as(rows), rows)
-    rows = rows.repeat_interleave(true.shape[1] // rows.shape[1], 1)
-    return rows.gather(-1, true).float().mean(-1)
+def methods_of(found: Found) -> list[str]:
+    """The method that finds most at the asked share first; dense attention before all."""
+    names = dict.fromkeys(method for method, _ in found)
+    at = {m: found.get((m, ASKED_AT), {"recall_middle": 2.0})["recall_middle"] for m in names}
+    return sorted(names, key=lambda name: -at[name])
 
 
-class Question:
-    """One layer of one text: what every selector is asked, and the truth."""
+def of_rows(scores: list[dict]) -> str:
+    """At equal rows: recall, error and bytes, and what is asked at one share."""
+    found, text, keys = (by_share(scores, t) for t in ("attention", "perplexity", "passkey"))
+    head = ["method", "to choose"]
+    for share in SHOWN:
+        head += [f"{share:.0%}: recall", "error", "kB"]
+    head += [f"pass keys at {ASKED_AT:.0%}", "nats from dense"]
+    rows = []
+    for method in methods_of(found):
+        dense = method == "dense"
+        own = [found.get((method, 1.0 if dense else share), {}) for share in SHOWN]
+        choosing = None if method in UNCHARGED else own[0].get("router_bytes")
+        row = [f"`{method}`", cell(choosing, "{:,.0f}", 1e-3)]
+        for s in own:
+            row += [
+                cell(s.get("recall_middle"), "{:.1%}"),
+                cell(s.get("output_error"), "{:.3f}"),
+                cell(s.get("bytes_read"), "{:,.0f}", 1e-3),
+            ]
+        asked = (method, 1.0 if dense else ASKED_AT)
+        row.append(cell(keys.get(asked, {}).get("accuracy"), "{:.0%}"))
+        row.append("–" if dense else cell(text.get(asked, {}).get("divergence"), "{:.4f}"))
+        rows.append(row)
+    return markdown(head, rows)
 
-    def __init__(self, read: hf.ReadContext, info: LayerInfo, shares: list[float]):
-        n_context = read.length - len(read.queries[info.number][0])
-        self.budgets = {
-            share: Budget.for_selectivity(
-                share,
-                n_context,
-                n_sink=N_SINK,
-                window=n_context // 32,
-                estimate_rest=False,
+
+def at_bytes(found: Found, method: str, what: str, kilobytes: float) -> float | None:
+    """A method's score for so many bytes, between the two shares that read fewer and more; None
+    where it was not measured with so few, or so many."""
+    points = sorted((s["bytes_read"] / 1e3, s[what]) for (m, _), s in found.items() if m == method)
+    for (less, low), (more, high) in itertools.pairwise(points):
+        if less <= kilobytes <= more and less < more:
+            part = math.log(kilobytes / less) / math.log(more / less)
+            return low + part * (high - low)
+    return None
+
+
+def of_bytes(scores: list[dict]) -> str:
+    """At equal bytes: recall and error, the least error at the most bytes first."""
+    found = by_share(scores, "attention")
+    rows = []
+    for method in methods_of(found):
+        if method in UNCHARGED:
+            continue
+        row, errors = [f"`{method}`"], []
+        for kilobytes in KILOBYTES:
+            recall, error = (
+                at_bytes(found, method, what, kilobytes)
+                for what in ("recall_middle", "output_error")
             )
-            for share in shares
-        }
-        self.layer = info.number
-        self.problem = problem = LayerProblem(read, info, layout_of(self.budgets[shares[0]]))
-        keys = problem.k_rope[0, :, problem.first : problem.stop]
-        self.true = middle_weights(info, keys, problem.q_rope).topk(TOP_K).indices
-
-    def records(self, method: Method) -> list[dict]:
-        """One for each budget. Sums over queries and heads, bytes of a step of this layer."""
-        first = next(iter(self.budgets.values()))
-        begin = time.process_time()
-        store = self.problem.store_for(method, first)
-        # Some selectors are built by the first query alone.
-        store.select(self.problem.q_rope[:1], self.problem.q_derope[:1], first)
-        build_cpu_s = round(time.process_time() - begin, 4)
-        found = []
-        for share, budget in self.budgets.items():
-            hits = top_k_found(self.problem, store, budget, self.true)
-            sums = self.problem.measure(store, budget)
-            found.append(
-                {
-                    "layer": self.layer,
-                    "share": share,
-                    "recall@100": round(float(hits.mean()), 5),
-                    "middle_mass": round(sum(sums["middle_mass"]), 5),
-                    "middle_caught": round(sum(sums["middle_caught"]), 5),
-                    "bytes": round(sums["bytes_read"]),
-                    "bytes_choosing": round(sums["router_bytes"]),
-                    "build_cpu_s": build_cpu_s,
-                }
-            )
-        return found
+            row += [cell(recall, "{:.1%}"), cell(error, "{:.3f}")]
+            errors.append(math.inf if error is None else error)
+        if min(errors) < math.inf:
+            rows.append((errors[::-1], row))
+    head = [name for n in KILOBYTES for name in (f"{n} kB: recall", "error")]
+    return markdown(["method", *head], [row for _, row in sorted(rows)])
 
 
-def trained(options, model, text: bytes) -> TrainedIndex:
-    if options.index:
-        return TrainedIndex.load(options.index)
-    print("training an index, as `saap demo` does", flush=True)
-    return train(model, training_sequences(text, options.tokens, options.seed), baselines=True)
+def tables(runs: list[dict]) -> str:
+    scores = [s for run in runs for s in run["scores"]]
+    return (
+        f"At equal rows ({counted(scores)}):\n\n{of_rows(scores)}\n\n"
+        f"At equal bytes:\n\n{of_bytes(scores)}"
+    )
 
 
-def about(options, index: TrainedIndex) -> dict:
-    n_context = options.tokens - N_QUERIES
-    kept = ("nlist", "n_segments", "context", "seed", "corpus")
-    return {
-        "tokens": options.tokens,
-        "texts": options.texts,
-        "queries": N_QUERIES,
-        "n_sink": N_SINK,
-        "window": n_context // 32,
-        "shares": options.shares,
-        "index": {name: index.metadata[name] for name in kept},
-        "model": {
-            name: index.metadata["model"][name]
-            for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")
-        },
-    }
-
-
-def main() -> None:
-    from .refinement import partitions
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--texts", type=int, default=2, help="held-out texts that are asked")
-    parser.add_argument("--index", type=Path, help="file that `saap train --baselines` wrote")
-    parser.add_argument("--seed", type=int, default=0, help="of training, without --index")
-    parser.add_argument("--out", type=Path, help="instead of the results folder; makes no page")
-    options = parser.parse_args()
-    described = environment()
-    model, tokenizer = hf.load_model(reference.FOLDER), hf.load_tokenizer(reference.FOLDER)
-    training_text, text = reference.split_held_out()
-    index = trained(options, model, training_text)
-    methods = {name: kind(index) for name, kind in METHODS.items()}
-    methods |= {name: make(index) for name, make in VARIANTS.items()}
-    records, refined = [], []
-    for number in range(options.texts):
-        tokens = text_tokens(tokenizer, text, options.tokens, number, options.texts)
-        read = hf.read_context(model, tokens, n_queries=N_QUERIES)
-        for info in (layer.info for layer in hf.model_layers(model)):
-            question = Question(read, info, options.shares)
-            for name, method in methods.items():
-                for record in question.records(method):
-                    records.append({"method": name, "text": number, **record})
-            refined += [{"text": number, **r} for r in partitions(question, index)]
-            print(f"text {number}, layer {info.number}: done", flush=True)
-    report = {
-        "environment": {**described, "load_after": load()},
-        "about": about(options, index),
-        "records": records,
-        "refinement": refined,
-    }
-    path = options.out or report_path(cpu_name(), "selectors.json")
-    path.write_text(json.dumps(report, separators=(",", ":")) + "\n")
-    if not (options.out or "OUT" in os.environ):
-        folder = path.parent.relative_to(ROOT).as_posix()
-        PAGE.write_text(page(json.loads(path.read_text()), folder))
-    print(f"{table(report)}\n\nwrote {path}")
+def main(folders: list[str]) -> None:
+    if not folders:
+        raise SystemExit(__doc__)
+    runs = [summary(Path(folder)) for folder in folders]
+    path = reports.report_path(cpu_name(), "selectors.json")
+    reports.write(path, {"runs": runs})
+    reports.put_table(PAGE, COMMAND, tables(runs))
+    print(f"wrote {path} and {PAGE}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,68 +1,88 @@
-"""The comparison of selectors: what it counts, and that its page is made from its records."""
+"""The comparison of all methods: its tables, and that its page is made from its results."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import refinement, selectors, selectors_page
+from benchmarks import refinement, selectors
 from saap import hf
+from saap.budget import Budget
 from saap.eval import reference
 from saap.eval.tasks.answering import encode
-from saap.kv.ranges import LOCAL
+from saap.eval.tasks.attention import LayerProblem, layout_of
 from saap.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARE = 0.2
 
 
-@pytest.fixture(scope="module")
-def question(reference_model, reference_tokenizer):
+def score(method, budget, recall, nbytes, **more):
+    return {
+        "task": "attention", "method": method, "budget": budget, "recall_middle": recall,
+        "output_error": 0.1, "bytes_read": nbytes, "router_bytes": 1e5, "queries": 64, **more,
+    }  # fmt: skip
+
+
+SCORES = [
+    score("dense", "1", 1.0, 6e6),
+    score("saap", "0.02", 0.6, 4e5),
+    score("saap", "0.05", 0.8, 6e5, output_error=0.05),
+    score("quest", "0.02", 0.2, 5e5),
+    score("quest", "0.05", 0.4, 7e5),
+    score("oracle", "0.05", 0.7, 4e5),
+    {"task": "passkey", "method": "saap", "budget": "0.05", "accuracy": 0.75, "questions": 24,
+     "prompts": 6},
+    {"task": "perplexity", "method": "saap", "budget": "0.05", "divergence": 0.0012, "texts": 3},
+]  # fmt: skip
+
+
+def test_at_equal_rows_the_best_comes_first():
+    found = selectors.of_rows(SCORES).splitlines()
+    assert [line.split(" | ")[0] for line in found[2:]] == [
+        "| `dense`", "| `saap`", "| `oracle`", "| `quest`"
+    ]  # fmt: skip
+    assert found[3] == (
+        "| `saap` | 100 | 60.0% | 0.100 | 400 | 80.0% | 0.050 | 600 | – | – | – | 75% | 0.0012 |"
+    )
+    assert found[4].startswith("| `oracle` | – | – |")  # what it reads to choose is not counted
+
+
+def test_at_equal_bytes_it_is_between_what_was_measured():
+    found = selectors.by_share(SCORES, "attention")
+
+    def recall(method, kilobytes):
+        return selectors.at_bytes(found, method, "recall_middle", kilobytes)
+
+    assert recall("saap", 400) == pytest.approx(0.6)
+    assert recall("saap", 600) == pytest.approx(0.8)
+    assert recall("saap", (400 * 600) ** 0.5) == pytest.approx(0.7)
+    assert recall("saap", 399) is None
+    assert recall("oracle", 400) is None  # one share alone
+    assert selectors.of_bytes(SCORES).splitlines()[2:] == [
+        "| `saap` | – | – | 60.0% | 0.100 | 80.0% | 0.050 | – | – |",
+        "| `quest` | – | – | – | – | 30.8% | 0.100 | – | – |",
+    ]
+
+
+def test_refined_partitions(reference_model, reference_tokenizer, reference_index):
     tokens = encode(reference_tokenizer, reference.split_held_out()[1][:1200])[:1024]
     read = hf.read_context(reference_model, tokens, n_queries=8)
-    return selectors.Question(read, hf.model_layers(reference_model)[2].info, [SHARE])
-
-
-def test_visited_rows_are_those_of_the_ranges():
-    starts, lengths = torch.tensor([[[3, 0, 9]]]), torch.tensor([[[2, 1, 0]]])
-    assert selectors.visited(starts, lengths, 6)[0, 0].tolist() == [1, 0, 0, 1, 1, 0]
-
-
-@pytest.mark.parametrize("name", ["kmeans", "saap", "quest", "oracle-tokens"])
-def test_recall_is_that_of_a_plain_count(question, reference_index, name):
-    problem, budget = question.problem, question.budgets[SHARE]
-    store = problem.store_for(METHODS[name](reference_index), budget)
-    found = selectors.top_k_found(problem, store, budget, question.true)
-    positions = problem.n_context + torch.arange(problem.n_queries)
-    starts, lengths = store.select(problem.q_rope, problem.q_derope, budget, positions=positions)
-    for query in range(problem.n_queries):
-        for head in range(found.shape[1]):
-            kv = head * problem.n_kv // found.shape[1]
-            chosen = (t[query, kv, LOCAL:].tolist() for t in (starts, lengths))
-            rows = [r for s, n in zip(*chosen, strict=True) for r in range(s, s + n)]
-            rows = (store.rows.tokens[0, kv, rows] - problem.first).tolist()
-            true = question.true[query, head].tolist()
-            assert found[query, head] == pytest.approx(len(set(rows) & set(true)) / len(true))
-
-
-def test_dense_finds_all(question, reference_index):
-    (record,) = question.records(METHODS["dense"](reference_index))
-    assert record["recall@100"] == 1
-    assert record["middle_caught"] == pytest.approx(record["middle_mass"], rel=1e-5)
-    assert record["bytes_choosing"] == 0
-
-
-def test_refined_partitions(question, reference_index):
-    records = refinement.partitions(question, reference_index)
+    budget = Budget.for_selectivity(0.2, 1016, estimate_rest=False)
+    info = hf.model_layers(reference_model)[2].info
+    problem = LayerProblem(read, info, layout_of(budget))
+    records = refinement.partitions(problem, budget, reference_index)
     oracle = {r["partition"]: r for r in records if r["method"] == "oracle"}
     assert list(oracle) == [
         "as trained", "refined, 1 step", "refined, 3 steps", "refined, 10 steps", "from scratch",
     ]  # fmt: skip
     assert not [r for r in records if r["method"] == "mlp" and r["partition"] == "from scratch"]
     for record in records:
-        assert record["middle_caught"] <= oracle[record["partition"]]["middle_caught"] + 1e-4
+        # Whole buckets, the last one cut: the oracle is the best but for what a cut costs.
+        assert record["middle_caught"] <= 1.001 * oracle[record["partition"]]["middle_caught"]
     assert reference_index.layers[2].n_segments > 1  # the index itself is as it was
+    last = refinement.table(records).splitlines()[-1]
+    assert last.startswith("| from scratch |")
+    assert last.endswith(" | – |")
 
 
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/selectors.json"))
@@ -70,10 +90,11 @@ RESULTS = sorted(ROOT.glob("benchmarks/results/*/selectors.json"))
 
 @pytest.mark.skipif(not RESULTS, reason="no results")
 def test_the_page_is_made_from_the_records():
-    written = (ROOT / "docs" / "selectors.md").read_text()
-    pages = []
+    page = (ROOT / "docs" / "selectors.md").read_text()
+    made = []
     for path in RESULTS:
-        report = json.loads(path.read_text())
-        assert set(METHODS) <= {r["method"] for r in report["records"]}
-        pages.append(selectors_page.page(report, path.parent.relative_to(ROOT).as_posix()))
-    assert written in pages
+        runs = json.loads(path.read_text())["runs"]
+        names = {s["method"].split("[")[0] for run in runs for s in run["scores"]}
+        assert set(METHODS) <= names
+        made.append(selectors.tables(runs) in page)
+    assert any(made)

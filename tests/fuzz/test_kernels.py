@@ -6,7 +6,7 @@ import torch
 import saap
 from saap.kernels.attention import quantize_rows
 from saap.kernels.attention.int8_rows import widened
-from saap.kernels.codes import encode, select_rows
+from saap.kernels.codes import QueryMap, encode, select_rows
 
 from ..torch_threads import torch_threads
 from .hostile import DTYPES, canaries, cases, torch_seed
@@ -154,8 +154,15 @@ def test_select_rows():
         q = strange(own, q * own.choice((0.0, 1e-30, 0.1, 1.0, 30.0, 1e20)))
         n_rows = [own.choice((0, 1, n, own.randrange(n + 1))) for _ in range(batch)]
         most = own.choice((0, 1, 5, n - 1, n, n + 9, INT32))
+        query_map = None
+        if own.random() < 0.5:
+            dim, maps = own.choice((1, 48, coordinates)), own.choice((1, batch))
+            matrix = torch.randn(maps, n_kv, coordinates, dim, generator=generator)
+            query_map = QueryMap.of(matrix * own.choice((0.0, 1e-30, 1.0, 1e20)))
+            q = q[..., :dim].contiguous()
         options = {
-            "max_tokens": most, "n_candidates": own.choice((0, most, most + 3, n, INT32)),
+            "query_map": query_map, "max_tokens": most,
+            "n_candidates": own.choice((0, most, most + 3, n, INT32)),
             "share": own.choice(("group", "head")), "first_row": own.choice((0, 4, 1000)),
             "min_weight": own.choice((None, None, 1e-40, 1e-3, 0.3, 1e30)),
         }  # fmt: skip
@@ -169,6 +176,8 @@ def test_select_rows():
                     {"n_candidates": -2},
                     {"share": "x"},
                     {"max_tokens": 2**70},
+                    {"query_map": QueryMap.of(torch.ones(1, n_kv, coordinates + 64, 8))},
+                    {"query_map": QueryMap(torch.ones(1, n_kv, 8, coordinates), torch.ones(1))},
                 )
             )
             options |= wrong
