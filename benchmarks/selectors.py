@@ -6,8 +6,8 @@
     run() { saap eval smollm2 --contexts 4096 --corpus prose2 "$@"; }
     free="--methods dense,oracle-tokens,flat,saap,pq,hnsw,kmeans-online,lsh,quest,mean-pages"
     free="$free,moments-pages,streaming --build pq.dims=4,8"
-    bound="--index runs/prose.safetensors --methods oracle,random,kmeans,kmeans-rope,linear,mlp"
-    bound="$bound,kmeans-cells,blend,moments"
+    bound="--index runs/prose.safetensors --methods dense,oracle,random,kmeans,kmeans-rope,linear"
+    bound="$bound,mlp,kmeans-cells,blend,moments"
     for name in free bound; do
         shares="--budgets 0.01,0.02,0.03,0.05,0.07,0.1,0.15,0.2"
         run ${!name} --tasks attention $shares --texts 2 --out runs/$name
