@@ -155,6 +155,8 @@ def _held(x):
     """What kernels of the CPU get for an argument."""
     if isinstance(x, codes.Codes):
         return codes.Codes(*(_held(t) for t in (x.coarse, x.fine, x.scale)))
+    if isinstance(x, codes.QueryMap):
+        return codes.QueryMap(_held(x.weights), _held(x.scale))
     return x.inner if isinstance(x, OnGpu) else x
 
 
