@@ -7,24 +7,29 @@
     multi="--tasks multi-key --questions 4 --answer-budgets 0.02,0.05"
     text="--tasks perplexity --answer-budgets 0.02,0.05,0.1"
     more="--answer-budgets 0.01,0.02,0.05,0.1"
+    att="--tasks attention --budgets 0.02,0.05,0.1,0.2"
+    run smollm2 --contexts 2048 $att --texts 4 $all --out runs/2k
     run smollm2 --contexts 2048 $keys --prompts 12 $best --out runs/2k-keys
     run smollm2 --contexts 2048 $text --texts 8 $best --out runs/2k-text
     run smollm2 --contexts 4096 $keys --prompts 12 $all --out runs/4k-keys
     run smollm2 --contexts 4096 $keys --prompts 13 --seed 1 $all --out runs/4k-keys-1
     run smollm2 --contexts 4096 $text --texts 16 $all --out runs/4k-text
-    run smollm2 --contexts 4096 --tasks attention --budgets 0.02,0.05,0.1 --texts 4 $all \\
-        --out runs/4k
+    run smollm2 --contexts 4096 $att --texts 4 $all --out runs/4k
     run smollm2 --contexts 4096 $multi --prompts 10 $few --out runs/4k-multi
     run smollm2 --contexts 4096 $multi --prompts 15 --seed 1 $few --out runs/4k-multi-1
     run smollm2 --contexts 4096 $keys --prompts 12 --methods saap --out runs/4k-weight \\
         --search saap.min_weight=0.004,0.002 --search saap.max_tokens=600
     run smollm2 --contexts 4096 $keys --prompts 12 --methods saap --out runs/4k-left-out \\
         --search saap.estimate_rest=false
+    run smollm2 --contexts 8192 $att --texts 4 $all --out runs/8k
     run smollm2 --contexts 8192 $keys --prompts 12 $best --out runs/8k-keys
     run smollm2 --contexts 8192 $keys --prompts 13 --seed 1 $best --out runs/8k-keys-1
     run smollm2 --contexts 8192 $text --texts 16 $best --out runs/8k-text
+    run gemma3-270m --contexts 8192 $att --texts 4 $best --out runs/gemma
     run gemma3-270m --contexts 8192 $keys --prompts 8 $best --out runs/gemma-keys
     run gemma3-270m --contexts 8192 $text --texts 8 $best --out runs/gemma-text
+    run gemma3-270m --contexts 16384 $att --texts 2 $few --out runs/gemma-16k
+    run gemma3-270m --contexts 32768 $att --texts 1 $few --out runs/gemma-32k
     run gemma3-270m --contexts 16384 $text $more --texts 4 $few --out runs/gemma-16k-text
     run gemma3-270m --contexts 32768 $text $more --texts 4 $few --out runs/gemma-32k-text
     run gemma3-270m --contexts 32768 $keys --answer-budgets 0.01,0.02,0.05 --prompts 4 $few \\

@@ -145,10 +145,6 @@ class Coordinates:
     def keys(self, k: Float[Tensor, "B Hkv n D"]) -> Float[Tensor, "B Hkv n P"]:
         return (k.float() - self.mean[:, :, None]) @ self.of_keys.mT
 
-    def queries(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq P"]:
-        own = q.float().unflatten(1, (self.of_queries.shape[1], -1))
-        return (own @ self.of_queries.mT).flatten(1, 2)
-
     def left_out(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
         """What the mean adds to a query's inner product with every key."""
         own = q.float().unflatten(1, (self.mean.shape[1], -1))

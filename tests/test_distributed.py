@@ -112,7 +112,7 @@ def test_two_ranks_choose_per_head_as_one_but_for_equal_weights(two, monkeypatch
     weights, select = [], SaapSelector.select
 
     def kept(self, query, middle, budget, room):
-        q = (self.coordinates.queries(query.q_rope) * self.layer.sm_scale)[0, :, None]
+        q = self.query_map(query.q_rope)[0, :, None]
         weights.append(weigh_rows(q, self.codes, middle.n_rows[0], whole=True)[0][:, 0])
         return select(self, query, middle, budget, room)
 

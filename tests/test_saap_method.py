@@ -35,7 +35,7 @@ def test_coordinates_keep_every_inner_product(dim):
     queries, keys = random(1, 400, dim) @ mixing, random(1, 500, dim, seed=1) @ mixing.mT + 3
     found = balanced(Moments.of(queries, keys))
     assert found.of_keys.shape == (1, 1, padded(dim), dim)
-    product = found.queries(queries.transpose(0, 1))[:, 0] @ found.keys(keys[None])[0, 0].T
+    product = queries[0] @ found.of_queries[0, 0].T @ found.keys(keys[None])[0, 0].T
     true = queries[0] @ (keys[0] - found.mean[0, 0]).T
     assert (product - true).abs().max() < 2e-3 * float(true.abs().max())
 
@@ -391,7 +391,9 @@ def test_the_map_of_queries_is_that_of_the_coordinates():
         selector.coordinates = balanced(
             Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=seed))
         )
-        found, expected = selector.query_map(q), 0.3 * selector.coordinates.queries(q)
+        own = selector.coordinates.of_queries[0]
+        found = selector.query_map(q)
+        expected = 0.3 * (q.unflatten(1, (HKV, -1)) @ own.mT).flatten(1, 2)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
         assert selector.query_map is selector.query_map
     assert selector.query_map.nbytes == HKV * padded(DIM) * (2 * DIM + 4)

@@ -67,7 +67,7 @@ def test_at_equal_bytes_it_is_between_what_was_measured():
 def test_refined_partitions(reference_model, reference_tokenizer, reference_index):
     tokens = encode(reference_tokenizer, reference.split_held_out()[1][:1200])[:1024]
     read = hf.read_context(reference_model, tokens, n_queries=8)
-    budget = Budget.for_selectivity(0.2, 1016, estimate_rest=False)
+    budget = Budget.for_selectivity(0.2, 1016, window=1016 // 32, estimate_rest=False)
     info = hf.model_layers(reference_model)[2].info
     problem = LayerProblem(read, info, layout_of(budget))
     records = refinement.partitions(problem, budget, reference_index)
@@ -77,8 +77,7 @@ def test_refined_partitions(reference_model, reference_tokenizer, reference_inde
     ]  # fmt: skip
     assert not [r for r in records if r["method"] == "mlp" and r["partition"] == "from scratch"]
     for record in records:
-        # Whole buckets, the last one cut: the oracle is the best but for what a cut costs.
-        assert record["middle_caught"] <= 1.001 * oracle[record["partition"]]["middle_caught"]
+        assert record["middle_caught"] <= oracle[record["partition"]]["middle_caught"] + 1e-4
     assert reference_index.layers[2].n_segments > 1  # the index itself is as it was
     last = refinement.table(records).splitlines()[-1]
     assert last.startswith("| from scratch |")

@@ -161,7 +161,9 @@ class PreparedChoice(Preparation):
         )  # fmt: skip
 
     def __call__(
-        self, q: Float[Tensor, "n Hq PorD"], outside: Float[Tensor, "n Hq"] | None = None
+        self,
+        q: Float[Tensor, "n Hq P"] | Float[Tensor, "n Hq D"],
+        outside: Float[Tensor, "n Hq"] | None = None,
     ) -> Ranges:
         """`out` whole, of float32 queries that this fits."""
         if self._choose is not None:

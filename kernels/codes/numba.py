@@ -166,12 +166,10 @@ def _places_of_map(query_map: QueryMap | None) -> dict[str, int]:
     """A job's fields that say where a map lies, if there is one."""
     if query_map is None:
         return {}
-    weights, scale = query_map.weights, query_map.scale
-    several = len(weights) > 1
+    weights, scale = query_map.strides
     return {
-        "map": weights.data_ptr(), "map_scale": scale.data_ptr(),
-        "map_batch": 2 * weights.stride(0) * several,
-        "map_scale_batch": 4 * scale.stride(0) * several,
+        "map": query_map.weights.data_ptr(), "map_scale": query_map.scale.data_ptr(),
+        "map_batch": 2 * weights, "map_scale_batch": 4 * scale,
     }  # fmt: skip
 
 

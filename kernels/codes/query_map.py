@@ -35,6 +35,12 @@ class QueryMap:
         return self.weights[0].nbytes + self.scale[0].nbytes
 
     @property
+    def strides(self) -> tuple[int, int]:
+        """From a sequence's weights and scales to those of the next one; 0 where all share one."""
+        several = len(self.weights) > 1
+        return self.weights.stride(0) * several, self.scale.stride(0) * several
+
+    @property
     def fault(self) -> str | None:
         """What is wrong with it, or None."""
         weights, scale = self.weights, self.scale

@@ -26,14 +26,13 @@ WEIGHTS = 4, 8  # passes over weights, bits of a digit
 def mapped_queries(queries: Tensor, query_map: QueryMap, heads: int) -> tuple[Launch, Tensor]:
     """The launch that writes `[tasks * group, P]`, and these. queries: float32 `[tasks * group,
     D]`, contiguous, of so many heads a sequence."""
-    batch, n_kv, dim, coordinates = query_map.weights.shape
-    several = batch > 1
+    _, n_kv, dim, coordinates = query_map.weights.shape
+    weights_batch, scale_batch = query_map.strides
     out = torch.empty(len(queries), coordinates, device=queries.device)
     arguments = {
         "queries": queries, "weights": query_map.weights, "scale": query_map.scale, "out": out,
         "heads": heads, "group": heads // n_kv,
-        "weights_batch": query_map.weights.stride(0) * several,
-        "scale_batch": query_map.scale.stride(0) * several,
+        "weights_batch": weights_batch, "scale_batch": scale_batch,
         "D": dim, "P": coordinates, "ROWS": 32, "BLOCK": CODED,
     }  # fmt: skip
     grid = len(queries), coordinates // CODED
