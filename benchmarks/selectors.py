@@ -34,7 +34,7 @@ from .real_models import counted, summary
 from .reports import cell, markdown
 
 PAGE, COMMAND = reports.ROOT / "docs" / "selectors.md", "python -m benchmarks.selectors"
-SHOWN, ASKED_AT = (0.02, 0.05, 0.1), 0.05
+SHOWN, ASKED_AT = (0.02, 0.05), 0.05
 KILOBYTES = (300, 400, 600, 900)
 UNCHARGED = ("dense", "oracle", "oracle-tokens")
 """What these read to choose is not counted: nothing, or the truth itself."""
@@ -62,25 +62,27 @@ def methods_of(found: Found) -> list[str]:
 def of_rows(scores: list[dict]) -> str:
     """At equal rows: recall, error and bytes, and what is asked at one share."""
     found, text, keys = (by_share(scores, t) for t in ("attention", "perplexity", "passkey"))
-    head = ["method", "to choose"]
+    head = ["method", f"pass keys at {ASKED_AT:.0%}", "nats from dense", "to choose"]
     for share in SHOWN:
         head += [f"{share:.0%}: recall", "error", "kB"]
-    head += [f"pass keys at {ASKED_AT:.0%}", "nats from dense"]
     rows = []
     for method in methods_of(found):
         dense = method == "dense"
         own = [found.get((method, 1.0 if dense else share), {}) for share in SHOWN]
         choosing = None if method in UNCHARGED else own[0].get("router_bytes")
-        row = [f"`{method}`", cell(choosing, "{:,.0f}", 1e-3)]
+        asked = (method, 1.0 if dense else ASKED_AT)
+        row = [
+            f"`{method}`",
+            cell(keys.get(asked, {}).get("accuracy"), "{:.0%}"),
+            "–" if dense else cell(text.get(asked, {}).get("divergence"), "{:.4f}"),
+            cell(choosing, "{:,.0f}", 1e-3),
+        ]
         for s in own:
             row += [
                 cell(s.get("recall_middle"), "{:.1%}"),
                 cell(s.get("output_error"), "{:.3f}"),
                 cell(s.get("bytes_read"), "{:,.0f}", 1e-3),
             ]
-        asked = (method, 1.0 if dense else ASKED_AT)
-        row.append(cell(keys.get(asked, {}).get("accuracy"), "{:.0%}"))
-        row.append("–" if dense else cell(text.get(asked, {}).get("divergence"), "{:.4f}"))
         rows.append(row)
     return markdown(head, rows)
 

@@ -42,9 +42,11 @@ def test_at_equal_rows_the_best_comes_first():
         "| `dense`", "| `saap`", "| `oracle`", "| `quest`"
     ]  # fmt: skip
     assert found[3] == (
-        "| `saap` | 100 | 60.0% | 0.100 | 400 | 80.0% | 0.050 | 600 | – | – | – | 75% | 0.0012 |"
+        "| `saap` | 75% | 0.0012 | 100 | 60.0% | 0.100 | 400 | 80.0% | 0.050 | 600 |"
     )
-    assert found[4].startswith("| `oracle` | – | – |")  # what it reads to choose is not counted
+    assert found[4].startswith(
+        "| `oracle` | – | – | – |"
+    )  # what it reads to choose is not counted
 
 
 def test_at_equal_bytes_it_is_between_what_was_measured():
