@@ -22,6 +22,7 @@ from saap.eval.cli.demo_words import IN_WORDS, MODEL, document_with_keys
 from saap.eval.decoding import decoder
 from saap.eval.tasks.answering import encode
 from saap.kernels.codes import layout, reference
+from saap.kernels.codes.layout import GROUPS
 from saap.methods import find_method
 from saap.methods import saap as saap_module
 
@@ -54,12 +55,14 @@ def everything(scores: Tensor) -> Tensor:
 
 # Label, how many groups of coordinates the coarse code may use, choice.
 WAYS = (
-    ("of the group, 1,024", 4, of_group(1024)),
-    ("of the group, 2,048", 4, of_group(2048)),
-    ("of each head, 256", 4, of_each_head(256)),
-    ("of each head, 512", 4, of_each_head(512)),
-    ("of each head, 512, by the first quarter's 2 bits alone", 1, of_each_head(512)),
-    ("every row", 4, everything),
+    ("of the group, 1,024", GROUPS, of_group(1024)),
+    ("of the group, 2,048", GROUPS, of_group(2048)),
+    ("of each head, 256", GROUPS, of_each_head(256)),
+    ("of each head, 512", GROUPS, of_each_head(512)),
+    ("of each head, 768", GROUPS, of_each_head(768)),
+    ("of each head, 1,024", GROUPS, of_each_head(1024)),
+    ("of each head, 1,024, by the first coordinates' 2 bits alone", 1, of_each_head(1024)),
+    ("every row", GROUPS, everything),
 )
 
 
@@ -71,12 +74,12 @@ class Choice:
         self._decoded = {}  # what was decoded last of each layer's codes
 
     def __call__(
-        self, selector, q, outside, codes, n_rows, *, max_tokens, n_candidates, min_weight, share,
-        first_row, out, scored, impl,
+        self, selector, q, outside, codes, n_rows, *, max_tokens, n_candidates, query_map,
+        min_weight, share, first_row, out, scored, impl,
     ):  # fmt: skip
         fine, coarse = self._decode(codes, *n_rows)
         starts, lengths = (t.zero_() for t in out)
-        for h, heads in enumerate(q[0].unflatten(0, (len(fine), -1))):
+        for h, heads in enumerate(query_map(q)[0].unflatten(0, (len(fine), -1))):
             candidates = self.choose(self.scores(selector, h, heads, fine[h], coarse[h]))
             weights = (heads @ fine[h, candidates].T).softmax(-1).sum(0)
             rows = candidates[reference.best(weights, max_tokens)]
@@ -94,7 +97,7 @@ class Choice:
         held, of, decoded = self._decoded.get(id(codes), (None, 0, None))
         if held is not codes or of != n:
             fine, coarse = (f(codes)[0, :, :n] for f in (layout.decode, layout.decode_coarse))
-            coarse[..., self.groups * coarse.shape[-1] // 4 :] = 0
+            coarse[..., self.groups * coarse.shape[-1] // GROUPS :] = 0
             decoded = fine, coarse
             self._decoded[id(codes)] = codes, n, decoded
         return decoded

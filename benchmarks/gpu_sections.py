@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saap.kernels.attention import triton as backend
-from saap.kernels.codes import COARSE_PLANES, CODED, FINE_PLANES, Codes, select_rows
+from saap.kernels.codes import Codes, QueryMap, coordinates_for, select_rows
 
 from . import gpu_peers as peers
 from . import workloads
@@ -238,28 +238,27 @@ def eight_bits(bench: Bench, context: str) -> None:
 
 def choice(bench: Bench, batch: int, context: str) -> None:
     """What `saap` adds to a step: the choice of 4,096 rows by codes, coarse and then whole."""
-    rows, n_words = bench.context(context), HEAD_DIM // CODED
-
-    def words(*shape: int) -> Tensor:
-        drawn = torch.randint(-(2**31), 2**31, (batch, KV_HEADS, *shape), device=bench.device)
-        return drawn.int()
-
+    rows, device, coordinates = bench.context(context), bench.device, coordinates_for(HEAD_DIM)
+    shapes = Codes.shapes(batch, KV_HEADS, coordinates, rows)
     budget = min(4096, rows // 4)
     calls = []
     for _ in range(2):
-        codes = Codes(
-            words(COARSE_PLANES * n_words, rows), words(rows, FINE_PLANES * n_words),
-            torch.full((batch, KV_HEADS, rows), 128, dtype=torch.uint8, device=bench.device),
-        )  # fmt: skip
-        out = tuple(torch.zeros(2, batch, KV_HEADS, budget, dtype=torch.int32,
-                                device=bench.device))  # fmt: skip
-        scored = torch.zeros(batch, KV_HEADS, dtype=torch.int64, device=bench.device)
+        words = (
+            torch.randint(-(2**31), 2**31, shapes[name][0], device=device).int()
+            for name in ("coarse", "fine")
+        )
+        scale = torch.full(shapes["scale"][0], 128, dtype=torch.uint8, device=device)
+        codes = Codes(*words, scale)
+        out = tuple(torch.zeros(2, batch, KV_HEADS, budget, dtype=torch.int32, device=device))
+        scored = torch.zeros(batch, KV_HEADS, dtype=torch.int64, device=device)
         q = bench.queries(batch).float() / 16
+        matrix = torch.randn(1, KV_HEADS, coordinates, HEAD_DIM, device=device)
+        options = {"query_map": QueryMap.of(matrix / HEAD_DIM**0.5), "impl": "triton"}
 
-        def call(q=q, codes=codes, out=out, scored=scored) -> None:
+        def call(q=q, codes=codes, out=out, scored=scored, options=options) -> None:
             select_rows(
                 q, codes, [rows] * batch, max_tokens=budget, n_candidates=2 * budget, out=out,
-                scored=scored, impl="triton",
+                scored=scored, **options,
             )  # fmt: skip
 
         calls.append(call)

@@ -19,7 +19,6 @@ BLOCK = 8
 """Coordinates that a rotation mixes, so that each has a share of the large ones among them."""
 
 RIDGE = 1e-3
-GROUPS, MULTIPLE = 4, 64
 
 MOST_OBSERVED = 2048
 """Tokens whose queries' covariance is taken, the latest ones."""
@@ -134,7 +133,7 @@ class Coordinates:
     `of_keys, of_queries [B, Hkv, P, D]`: a key less the mean `[B, Hkv, D]` has coordinates
     `of_keys @ (k - mean)` of unit variance, a query `of_queries @ q`, and the inner product is
     that of the vectors, but for what the mean adds to every key alike. `importance [B, Hkv, P]`:
-    what an error in a coordinate costs. P is D rounded up to a multiple of 64; what is added is 0.
+    what an error in a coordinate costs. P is D, or as many as `leading` has taken.
     """
 
     of_keys: Float[Tensor, "B Hkv P D"]
@@ -149,6 +148,18 @@ class Coordinates:
         """What the mean adds to a query's inner product with every key."""
         own = q.float().unflatten(1, (self.mean.shape[1], -1))
         return (own @ self.mean[..., None]).flatten(1)
+
+    def leading(self, count: int) -> "Coordinates":
+        """The first `count` coordinates, those that matter most; where there are fewer, more that
+        are 0."""
+
+        def of(t: Tensor) -> Tensor:
+            out = t.new_zeros(*t.shape[:2], count, *t.shape[3:])
+            kept = min(count, t.shape[2])
+            out[:, :, :kept] = t[:, :, :kept]
+            return out
+
+        return Coordinates(of(self.of_keys), of(self.of_queries), self.mean, of(self.importance))
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("of_keys", "of_queries", "mean", "importance")
@@ -168,16 +179,11 @@ class Coordinates:
         return cls(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
 
 
-def padded(dim: int) -> int:
-    """P: dimensions rounded up to whole words of codes in each group."""
-    return -(-dim // MULTIPLE) * MULTIPLE
-
-
 def balanced(moments: Moments) -> Coordinates:
     """Coordinates in which keys and queries vary alike, the largest first.
 
     Within blocks of eight they are mixed by a Hadamard rotation, since a quantizer likes
-    coordinates that are alike. P is a multiple of 64, in four groups that are padded.
+    coordinates that are alike.
     """
     dim = moments.keys.shape[-1]
     keys, queries = (_regular(m) for m in (moments.keys, moments.queries))
@@ -195,27 +201,13 @@ def balanced(moments: Moments) -> Coordinates:
     variance = (mix**2 @ spread[..., None])[..., 0]
     deviation = variance.sqrt()
     of_keys, of_queries = forward / deviation[..., None], backward * deviation[..., None]
-    place = _places(dim)
-
-    def spread_out(t: Tensor) -> Tensor:
-        out = t.new_zeros(t.shape[0], padded(dim), *t.shape[2:], dtype=torch.float32)
-        out[:, place] = t.float()
-        return out
-
-    parts = spread_out(of_keys), spread_out(of_queries), moments.mean, spread_out(variance**2)
+    parts = of_keys.float(), of_queries.float(), moments.mean, (variance**2).float()
     return Coordinates(*(part[None] for part in parts))
 
 
 def _regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
     size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
     return matrix + RIDGE * size[:, None, None] * torch.eye(matrix.shape[-1]).to(matrix)
-
-
-def _places(dim: int) -> Tensor:
-    """Where each coordinate goes: four groups of equally many, each padded at its end."""
-    group, room = -(-dim // GROUPS), padded(dim) // GROUPS
-    number = torch.arange(dim)
-    return number // group * room + number % group
 
 
 def _block_rotation(dim: int) -> Float[Tensor, "D D"]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from saap.index import tensor_files
-from saap.index.coordinates import padded
 from saap.index.file_fields import (
     FLOAT32,
     MOST_LISTS,
@@ -73,12 +72,12 @@ def layout_of(path: Path, header: dict, tensors: dict[str, Tensor], *, whole: bo
         if "key_scale" in own or ("inv_freq" in own and n_segments > 1):
             layout[prefix + "key_scale"] = ((n_kv, nlist), FLOAT32)
         if any(name.startswith("coordinates.") for name in own):
-            start, n = prefix + "coordinates.", padded(dim)
+            start = prefix + "coordinates."
             layout |= {
-                start + "of_keys": ((1, n_kv, n, dim), FLOAT32),
-                start + "of_queries": ((1, n_kv, n, dim), FLOAT32),
+                start + "of_keys": ((1, n_kv, dim, dim), FLOAT32),
+                start + "of_queries": ((1, n_kv, dim, dim), FLOAT32),
                 start + "mean": ((1, n_kv, dim), FLOAT32),
-                start + "importance": ((1, n_kv, n), FLOAT32),
+                start + "importance": ((1, n_kv, dim), FLOAT32),
             }
         for name in LEARNED:
             start = f"{prefix}{name}."

@@ -25,6 +25,7 @@ from .test_generate import GEMMA, assert_same_logits, make, random_index
 PROMPT, DECODED = 150, 64
 LAYOUT = {"n_sink": 4, "window": 16, "flush_every": 8}
 FEW = Budget(max_tokens=24, **LAYOUT)
+LEFT_OUT = dataclasses.replace(FEW, estimate_rest=False)
 WHOLE = Budget(max_tokens=10**6, **LAYOUT)
 
 # Windows of 24 tokens: shorter than every text here.
@@ -96,9 +97,9 @@ def greedily(model, index, name, budget, tokens, n):
 def check_one_path(model, index, name):
     """Users' decoding is evaluation's, and not the model's own where something is left out."""
     prompt = text(PROMPT)
-    generated, logits = greedily(model, index, name, FEW, prompt, DECODED)
+    generated, logits = greedily(model, index, name, LEFT_OUT, prompt, DECODED)
     read = hf.read_context(model, prompt, chunk=64)
-    with decoder(model, read, find_method(name)(index), FEW, DECODED) as own:
+    with decoder(model, read, find_method(name)(index), LEFT_OUT, DECODED) as own:
         found = own.logits(generated[:-1])
         searched = len(own.cache.saap_layers)
         assert own.visited.steps == (DECODED - 1) * searched
@@ -128,6 +129,24 @@ def unchecked(annotations):
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluation_decodes_as_users_do(llama, name):
     check_one_path(*llama, name)
+
+
+@torch.no_grad()
+def test_evaluation_estimates_as_users_do(llama):
+    """Keys that differ in their last bit may put a part of the estimate, which has 16 bits, on the
+    other side of an edge: a 256th of what the estimate does to a logit is allowed for."""
+    model, index = llama
+    prompt = text(PROMPT)
+    generated, logits = greedily(model, index, "saap", FEW, prompt, DECODED)
+    read = hf.read_context(model, prompt, chunk=64)
+    found = []
+    for budget in (FEW, LEFT_OUT):
+        with decoder(model, read, find_method("saap")(index), budget, DECODED) as own:
+            found.append(own.logits(generated[:-1]))
+    moved = (found[0] - found[1]).abs()
+    assert moved.max() > 1e-3
+    rounding = 64 * torch.finfo(torch.float32).eps * max(1.0, float(logits.abs().max()))
+    assert ((found[0] - logits).abs() <= rounding + moved.amax(-1, keepdim=True) / 256).all()
 
 
 @pytest.mark.parametrize("name", ["dense", *SOME])

@@ -13,12 +13,12 @@ from saap.index.coordinates import (
     MomentSums,
     RecentQueries,
     balanced,
-    padded,
 )
+from saap.kernels.codes import coordinates_for
 from saap.kv import KVStore
 from saap.methods import find_method
 from saap.methods import saap as saap_module
-from saap.methods.saap import SaapSearch
+from saap.methods.saap import SaapSearch, as_coded
 from saap.selector import LayerInfo
 
 HKV, HQ, DIM = 2, 4, 16
@@ -34,7 +34,7 @@ def test_coordinates_keep_every_inner_product(dim):
     mixing = random(1, dim, dim, seed=9)
     queries, keys = random(1, 400, dim) @ mixing, random(1, 500, dim, seed=1) @ mixing.mT + 3
     found = balanced(Moments.of(queries, keys))
-    assert found.of_keys.shape == (1, 1, padded(dim), dim)
+    assert found.of_keys.shape == (1, 1, dim, dim)
     product = queries[0] @ found.of_queries[0, 0].T @ found.keys(keys[None])[0, 0].T
     true = queries[0] @ (keys[0] - found.mean[0, 0]).T
     assert (product - true).abs().max() < 2e-3 * float(true.abs().max())
@@ -388,15 +388,14 @@ def test_the_map_of_queries_is_that_of_the_coordinates():
     selector = find_method("saap")().selector(LayerInfo(0.3))
     q = random(1, 2 * HKV, DIM, seed=5)
     for seed in (1, 2):
-        selector.coordinates = balanced(
-            Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=seed))
-        )
+        moments = Moments.of(random(HKV, 300, DIM), random(HKV, 300, DIM, seed=seed))
+        selector.coordinates = as_coded(balanced(moments))
         own = selector.coordinates.of_queries[0]
         found = selector.query_map(q)
         expected = 0.3 * (q.unflatten(1, (HKV, -1)) @ own.mT).flatten(1, 2)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
         assert selector.query_map is selector.query_map
-    assert selector.query_map.nbytes == HKV * padded(DIM) * (2 * DIM + 4)
+    assert selector.query_map.nbytes == HKV * coordinates_for(DIM) * (2 * DIM + 4)
 
 
 def turned(x, first, base=10_000.0):

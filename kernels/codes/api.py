@@ -12,7 +12,7 @@ from torch import Tensor
 from saap.kernels.backends import chosen
 from saap.kernels.backends.prepared import Preparation
 
-from .layout import COARSE_PLANES, CODED, Codes
+from .layout import Codes
 from .query_map import QueryMap
 
 Impl = Literal["reference", "numba", "triton"]
@@ -190,8 +190,7 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map) -> torc
     if codes.fault is not None:
         raise ValueError(codes.fault)
     batch, n_kv, n = codes.scale.shape
-    words = codes.coarse.shape[2] // COARSE_PLANES
-    dim = CODED * words
+    dim = codes.coordinates
     if query_map is not None:
         _check_map(query_map, q, n_kv, dim)
         dim = query_map.weights.shape[2]

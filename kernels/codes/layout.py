@@ -1,46 +1,58 @@
-"""The layout of coded keys: from coordinates of unit variance to words of 2-bit and 1-bit codes.
+"""The layout of coded keys: from coordinates of unit variance to words of a few bits for each.
 
-A key has P coordinates in four groups of P / 4, the most important ones first. Those of the first
-two groups have 4 bits, the others 2, and a scale of one byte is the key's own. The upper 2 bits of
-the first group and the signs of the second and third are the *coarse* code: P / 8 bytes per key,
-which a step reads of every key. The other bits, P / 4 bytes, are the *fine* code, which it reads
-of the keys that the coarse one lets through. Signs cost little and see most directions: a coarse
-code of the first group alone loses what a rare query asks for.
+A key has P coordinates in six groups of P / 6, the most important ones first. Their codes have 5,
+4, 4, 3, 2 and 2 bits, and a scale of one byte is the key's own. The upper 2 bits of the first
+group and the signs of the next two are the *coarse* code, which a step reads of every key: 32 bits
+of 48 coordinates, and the scale. The other bits are the *fine* code, four times as many, which it
+reads of the keys that the coarse one lets through. Signs cost little and see many directions: a
+coarse code of the first group alone loses what a rare query asks for.
 
-Codes are packed into int32 words, sixteen of 2 bits or thirty-two of 1 bit, for 64 coordinates:
+Codes are packed into int32 words, one coarse word and four fine ones for each eight coordinates of
+every group. A word is four equal bytes, of which each holds these bits of two, or of one, of the
+eight coordinates:
 
-    coarse   upper 2 bits of group 0 | signs of group 1 and of group 2
-    fine     lower 2 bits of group 0 | middle 2 of group 1 | last of group 1 and of 2 | group 3
+    coarse   2 upper bits of group 0 | signs of group 1 | of group 2      (two coordinates of each)
+    fine 0   3 lower bits of group 0 (two coordinates) | 2 of group 4 (of the first four)
+    fine 1   3 lower bits of group 1                   | 2 of group 4 (of the last four)
+    fine 2   3 lower bits of group 2                   | 2 of group 5 (of the first four)
+    fine 3   3 bits of group 3                         | 2 of group 5 (of the last four)
 
-Four codes that follow one another lie in the four bytes of a word, at the same place in each: one
-shift and one mask make them the bytes that a processor multiplies and adds up in one instruction.
-Coarse words lie plane by plane (`[words, keys]`), so that a scan handles as many keys at once as a
-register holds; the fine words of a key lie together.
+Codes of four coordinates that follow one another lie in the four bytes, at the same place in each:
+one shift and one mask make them the bytes that a processor multiplies and adds up in one
+instruction. Coarse words lie plane by plane (`[words, keys]`), so that a scan handles as many keys
+at once as a register holds; the fine words of a key lie together.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
-CODED = 64
-"""P is a multiple of it: sixteen coordinates, a word, in each group."""
+GROUPS, FINE_PLANES = 6, 4
+BYTES, PER_WORD = 4, 8
+"""Bytes of a word; coordinates of each group that a word has a part of."""
 
-PER_WORD, BYTES = 16, 4
-COARSE_PLANES, FINE_PLANES = 2, 4
+CODED, DIMENSIONS = GROUPS * PER_WORD, 64
+"""Of each 64 dimensions so many coordinates are coded; the others matter least."""
+
+BITS = (5, 4, 4, 3, 2, 2)
+"""Of a coordinate's code, in each group."""
+
 SIGN = 0.8
 """What a coordinate is on average, by its sign alone."""
 
-STEP_4, STEP_2 = 0.335, 0.996
-"""Steps of uniform quantizers of 16 and 4 levels with the least error for normal variables."""
+WHOLE_STEPS = (0.13, 0.3, 0.3, 0.55, 0.95, 0.95)
+"""Of uniform quantizers. A normal variable would lose least with somewhat wider ones (0.188 for 5
+bits), whose upper 2 bits hardly tell keys apart that most keys are like: candidates get lost."""
 
-WHOLE_STEPS, COARSE_STEPS = (STEP_4, STEP_4, STEP_2, STEP_2), (4 * STEP_4, 2 * SIGN, 2 * SIGN, 0.0)
-"""Of each group of coordinates."""
-
-WHOLE_ZEROS, COARSE_ZEROS = (7.5, 7.5, 1.5, 1.5), (1.5, 0.5, 0.5, 0.0)
+COARSE_STEPS = (8 * WHOLE_STEPS[0], 2 * SIGN, 2 * SIGN, 0.0, 0.0, 0.0)
+WHOLE_ZEROS = tuple((2**bits - 1) / 2 for bits in BITS)
 """The code that would stand for 0."""
+
+COARSE_ZEROS = (1.5, 0.5, 0.5, 0.0, 0.0, 0.0)
 
 SCALE_SHIFT, SCALE_BASE = 19, (127 - 8) << 23
 """A scale is stored as a byte b, the float32 with the bits `(b << 19) + SCALE_BASE`: four bits of
@@ -50,29 +62,76 @@ QUERY_MAX = 127
 """Queries are rounded to whole numbers of a byte, with a scale for each head."""
 
 
+class Part(NamedTuple):
+    """What a word holds of the codes of four coordinates, one in each of its bytes."""
+
+    bit: int  # of the byte, where it begins
+    bits: int
+    group: int  # of the coordinates
+    four: int  # the first (0) or the last (1) of the word's eight
+    place: int  # bit of the code where it begins
+
+    @property
+    def mask(self) -> int:
+        return (1 << self.bits) - 1
+
+
+def _of_eight(bit: int, bits: int, group: int, place: int) -> tuple[Part, Part]:
+    return tuple(Part(bit + bits * four, bits, group, four, place) for four in (0, 1))
+
+
+COARSE = (*_of_eight(0, 2, 0, 3), *_of_eight(4, 1, 1, 3), *_of_eight(6, 1, 2, 3))
+FINE = tuple(
+    (*_of_eight(0, 3, f, 0), Part(6, 2, 4 + f // 2, f % 2, 0)) for f in range(FINE_PLANES)
+)
+"""Parts of a coarse word, and of the words of each fine plane."""
+
+
+def coordinates_for(dim: int) -> int:
+    """P: how many coordinates of vectors of so many dimensions are coded; 0 where there are
+    fewer."""
+    return CODED * -(-dim // DIMENSIONS)
+
+
 @dataclass(frozen=True)
 class Codes:
-    """Coded keys of B sequences: `coarse [B, Hkv, P / 32, n]`, `fine [B, Hkv, n, P / 16]` int32
+    """Coded keys of B sequences: `coarse [B, Hkv, P / 48, n]`, `fine [B, Hkv, n, P / 12]` int32
     and `scale [B, Hkv, n]` uint8."""
 
     coarse: Int32[Tensor, "B Hkv words n"]
     fine: Int32[Tensor, "B Hkv n fine_words"]
     scale: UInt8[Tensor, "B Hkv n"]
 
+    @staticmethod
+    def shapes(batch: int, n_kv: int, coordinates: int, n: int) -> dict[str, tuple]:
+        """Of each tensor its shape and its dtype."""
+        words = coordinates // CODED
+        return {
+            "coarse": ((batch, n_kv, words, n), torch.int32),
+            "fine": ((batch, n_kv, n, FINE_PLANES * words), torch.int32),
+            "scale": ((batch, n_kv, n), torch.uint8),
+        }
+
+    @classmethod
+    def empty(cls, batch: int, n_kv: int, dim: int, n: int, device: torch.device) -> "Codes":
+        """Room for n keys of so many dimensions, all 0."""
+        shapes = cls.shapes(batch, n_kv, coordinates_for(dim), n)
+        return cls(
+            **{name: torch.zeros(s, dtype=t, device=device) for name, (s, t) in shapes.items()}
+        )
+
     @functools.cached_property
     def fault(self) -> str | None:
         """What of shapes and dtypes does not fit together, or None."""
-        batch, n_kv, n = self.scale.shape
-        words = self.coarse.shape[2] // COARSE_PLANES
-        expected = {
-            "coarse": (batch, n_kv, COARSE_PLANES * words, n),
-            "fine": (batch, n_kv, n, FINE_PLANES * words),
-        }
-        for name, shape in expected.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                return f"codes.{name} must be {shape}, as coarse and scale say; got {found}"
-            if getattr(self, name).dtype != torch.int32 or self.scale.dtype != torch.uint8:
+        for name, (shape, dtype) in self.shapes(
+            *self.scale.shape[:2], self.coordinates, self.n
+        ).items():
+            own = getattr(self, name)
+            if tuple(own.shape) != shape:
+                return f"codes.{name} must be {shape}, as coarse and scale say; got " + str(
+                    tuple(own.shape)
+                )
+            if own.dtype != dtype:
                 return "codes must be int32 words and uint8 scales; got other dtypes"
         return None
 
@@ -102,7 +161,7 @@ class Codes:
     @property
     def coordinates(self) -> int:
         """P."""
-        return CODED * self.coarse.shape[2] // COARSE_PLANES
+        return CODED * self.coarse.shape[2]
 
     @property
     def coarse_bytes(self) -> int:
@@ -137,85 +196,62 @@ def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"])
     weight = importance.float()[:, :, None]
     length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
     x = x / length.clamp(min=torch.finfo(torch.float32).tiny)
-    half, group = x.shape[-1] // 2, x.shape[-1] // 4
-    four = (x[..., :half] / STEP_4 + 7.5).round().clamp(0, 15).to(torch.uint8)
-    two = (x[..., half:] / STEP_2 + 1.5).round().clamp(0, 3).to(torch.uint8)
-    decoded = torch.cat([(four - 7.5) * STEP_4, (two - 1.5) * STEP_2], -1)
+    step, zero = (of_coordinates(t, x) for t in (WHOLE_STEPS, WHOLE_ZEROS))
+    levels = torch.minimum((x / step + zero).round().clamp(min=0), 2 * zero)
     own = (x * x * weight).sum(-1)
-    match = (decoded * x * weight).sum(-1)
+    match = ((levels - zero) * step * x * weight).sum(-1)
     scale = length[..., 0] * (own / match.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=4)
-    first, second, third, fourth = *four.split(group, -1), *two.split(group, -1)
-    coarse = torch.cat([_two_bits(first >> 2), _one_bit(second >> 3, third >> 1)], -1)
-    parts = [
-        _two_bits(first & 3),
-        _two_bits(second >> 1 & 3),
-        _one_bit(second & 1, third & 1),
-        _two_bits(fourth),
-    ]
-    return Codes(coarse.transpose(-1, -2).contiguous(), torch.cat(parts, -1), _stored(scale))
+    levels = _grouped(levels.to(torch.uint8))
+    coarse = _packed(levels, COARSE)
+    fine = torch.cat([_packed(levels, parts) for parts in FINE], -1)
+    return Codes(coarse.transpose(-1, -2).contiguous(), fine, _stored(scale))
 
 
 def decode(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
     """The coordinates that the codes stand for."""
-    coarse = _planes(codes.coarse.transpose(-1, -2), COARSE_PLANES)
-    fine = _planes(codes.fine, FINE_PLANES)
-    signs, last = _bits(coarse[1]), _bits(fine[2])
-    first = (4 * _twos(coarse[0]) + _twos(fine[0]) - 7.5) * STEP_4
-    second = (8 * signs[0] + 2 * _twos(fine[1]) + last[0] - 7.5) * STEP_4
-    third = (2 * signs[1] + last[1] - 1.5) * STEP_2
-    fourth = (_twos(fine[3]) - 1.5) * STEP_2
-    return torch.cat([first, second, third, fourth], -1) * _scales(codes)
+    fine = codes.fine.chunk(FINE_PLANES, -1)
+    words = [(codes.coarse.transpose(-1, -2), COARSE), *zip(fine, FINE, strict=True)]
+    return _coordinates(codes, _levels(words), WHOLE_STEPS, WHOLE_ZEROS)
 
 
 def decode_coarse(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
-    """The coordinates that the coarse code alone stands for; those of the last group are 0."""
-    coarse = _planes(codes.coarse.transpose(-1, -2), COARSE_PLANES)
-    first = (4 * _twos(coarse[0]) - 6.0) * STEP_4
-    second, third = ((2 * bit - 1) * SIGN for bit in _bits(coarse[1]))
-    return torch.cat([first, second, third, 0 * first], -1) * _scales(codes)
+    """The coordinates that the coarse code alone stands for; those of the last groups are 0."""
+    coarse = [part._replace(place=0) for part in COARSE]
+    levels = _levels([(codes.coarse.transpose(-1, -2), coarse)])
+    return _coordinates(codes, levels, COARSE_STEPS, COARSE_ZEROS)
 
 
-def _scales(codes: Codes) -> Float[Tensor, "B Hkv n 1"]:
-    return scales_of(codes.scale)[..., None]
+def of_coordinates(numbers: tuple[float, ...], like: Tensor) -> Float[Tensor, " P"]:
+    """A number for each group as one for each coordinate of the last dimension of `like`."""
+    own = torch.tensor(numbers, device=like.device, dtype=like.dtype)
+    return own.repeat_interleave(like.shape[-1] // GROUPS)
 
 
-def _planes(words: Int32[Tensor, "*any n all"], count: int) -> list[Int[Tensor, "*any n words"]]:
-    return [plane.long() & (2**32 - 1) for plane in words.chunk(count, -1)]
+def _coordinates(codes: Codes, levels: Tensor, steps: tuple, zeros: tuple) -> Tensor:
+    levels = levels.float()
+    step, zero = (of_coordinates(t, levels) for t in (steps, zeros))
+    return (levels - zero) * step * scales_of(codes.scale)[..., None]
 
 
-def _two_bits(codes: UInt8[Tensor, "*any n coordinates"]) -> Int32[Tensor, "*any n words"]:
-    """Sixteen 2-bit codes in a word: code j in byte j % 4, from bit 2 (j // 4) on."""
-    return _packed(codes.unflatten(-1, (-1, BYTES, BYTES)), 2)
+def _grouped(levels: Int[Tensor, "*any P"]) -> Int[Tensor, "*any 6 words 2 4"]:
+    return levels.unflatten(-1, (GROUPS, -1, PER_WORD // BYTES, BYTES))
 
 
-def _one_bit(
-    lower: UInt8[Tensor, "*any n coordinates"], upper: UInt8[Tensor, "*any n coordinates"]
-) -> Int32[Tensor, "*any n words"]:
-    """Sixteen bits of one group and sixteen of another: bit j in byte j % 4, as bit j // 4."""
-    halves = [t.unflatten(-1, (-1, BYTES, BYTES)) for t in (lower, upper)]
-    return _packed(torch.cat(halves, -2), 1)
-
-
-def _packed(codes: UInt8[Tensor, "*any words steps 4"], bits: int) -> Int32[Tensor, "*any words"]:
-    each = codes.unbind(-2)
-    packed = each[0].clone()
-    for step, own in enumerate(each[1:], 1):
-        packed |= own << (bits * step)
+def _packed(levels: UInt8[Tensor, "*any 6 words 2 4"], parts) -> Int32[Tensor, "*any words"]:
+    packed = torch.zeros_like(levels[..., 0, :, 0, :])
+    for part in parts:
+        own = levels[..., part.group, :, part.four, :]
+        packed |= (own >> part.place & part.mask) << part.bit
     return packed.view(torch.int32)[..., 0]
 
 
-def _places(bits: int, count: int, device: torch.device) -> Int[Tensor, " count"]:
-    """The bit at which each code of a word begins."""
-    number = torch.arange(count, device=device)
-    return number % BYTES * 8 + number // BYTES * bits
-
-
-def _twos(words: Int[Tensor, "*any n words"]) -> Float[Tensor, "*any n coordinates"]:
-    places = _places(2, PER_WORD, words.device)
-    return (words[..., None] >> places & 3).flatten(-2).float()
-
-
-def _bits(words: Int[Tensor, "*any n words"]) -> tuple[Tensor, Tensor]:
-    """The bits of the first and of the second group."""
-    bits = (words[..., None] >> _places(1, 2 * PER_WORD, words.device) & 1).float()
-    return bits[..., :PER_WORD].flatten(-2), bits[..., PER_WORD:].flatten(-2)
+def _levels(words: list[tuple[Int32[Tensor, "*any words"], tuple]]) -> Int32[Tensor, "*any P"]:
+    """Codes of all coordinates, of which each of the words has its parts."""
+    shape = *words[0][0].shape[:-1], CODED * words[0][0].shape[-1]
+    levels = _grouped(torch.zeros(shape, dtype=torch.int32, device=words[0][0].device))
+    byte = 8 * torch.arange(BYTES, dtype=torch.int32, device=levels.device)
+    for own, parts in words:
+        for part in parts:
+            bits = own[..., None] >> (byte + part.bit) & part.mask
+            levels[..., part.group, :, part.four, :] |= bits << part.place
+    return levels.flatten(-4)

@@ -100,7 +100,7 @@ class Prepared:
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
             least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
-            listed_chunks=listed_chunks, **places_of(codes), **_places_of_map(query_map),
+            listed_chunks=listed_chunks, **places_of(codes), **places_of_map(query_map),
         )  # fmt: skip
 
     def follows(self, n_rows: list[int]) -> bool:
@@ -122,7 +122,7 @@ class Prepared:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
         run_steps(job, self.steps, self.workers)
-        return max(_integers(self.tasks).from_address(job.counts)[:])
+        return max(integers(self.tasks).from_address(job.counts)[:])
 
 
 def _sizes(
@@ -162,7 +162,7 @@ def places_of(codes: Codes) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _places_of_map(query_map: QueryMap | None) -> dict[str, int]:
+def places_of_map(query_map: QueryMap | None) -> dict[str, int]:
     """A job's fields that say where a map lies, if there is one."""
     if query_map is None:
         return {}
@@ -179,7 +179,8 @@ def bits_of(weight: float) -> int:
 
 
 @functools.cache
-def _integers(count: int) -> type:
+def integers(count: int) -> type:
+    """An array of so many int64."""
     return ctypes.c_int64 * count
 
 

@@ -21,7 +21,19 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
-from .layout import PER_WORD, SCALE_BASE, SCALE_SHIFT, STEP_2, STEP_4, Codes
+from .layout import (
+    BYTES,
+    COARSE,
+    FINE,
+    FINE_PLANES,
+    GROUPS,
+    PER_WORD,
+    SCALE_BASE,
+    SCALE_SHIFT,
+    WHOLE_STEPS,
+    WHOLE_ZEROS,
+    Codes,
+)
 from .numba_queries import nearest
 
 _FIELDS = (
@@ -36,7 +48,9 @@ _Job, _SIGNATURE = job_type(_FIELDS, ("unused",))
 _AT_ONCE = 256  # rows of a task
 _LARGEST_CORRECTION = np.float32(4.0)  # of a key's scale
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
-_STEP_4, _STEP_2 = np.float32(STEP_4), np.float32(STEP_2)
+_STEPS, _ZEROS = np.array(WHOLE_STEPS, "f4"), np.array(WHOLE_ZEROS, "f4")
+# Of each word's parts: bit, bits, group, four, place.
+_COARSE, _FINE = np.array(COARSE, "i4"), np.array(FINE, "i4")
 
 _njit = numba.njit(error_model="numpy")
 
@@ -97,7 +111,6 @@ def _work(jobs):
 def _levels(x, weight, own, levels):
     """Codes of a key's coordinates, and the byte of its scale."""
     n = len(x)
-    half = n // 2
     squares, total = np.float32(0.0), np.float32(0.0)
     for d in range(n):
         value = x[d] if abs(x[d]) < np.inf else np.float32(0.0)  # NaN, too
@@ -107,17 +120,16 @@ def _levels(x, weight, own, levels):
     length = np.float32(np.sqrt(squares / total))
     divisor = max(length, _TINY)
     squares, match = np.float32(0.0), np.float32(0.0)
-    for d in range(n):
-        value = own[d] / divisor
-        if d < half:
-            step, middle, most = _STEP_4, np.float32(7.5), np.float32(15.0)
-        else:
-            step, middle, most = _STEP_2, np.float32(1.5), np.float32(3.0)
-        level = min(max(value / step + middle, np.float32(0.0)), most)
-        level = nearest(level)
-        levels[d] = np.int32(level)
-        squares += value * value * weight[d]
-        match += (level - middle) * step * value * weight[d]
+    size = n // GROUPS
+    for group in range(GROUPS):
+        step, zero = _STEPS[group], _ZEROS[group]
+        most = zero + zero
+        for d in range(group * size, (group + 1) * size):
+            value = own[d] / divisor
+            level = nearest(min(max(value / step + zero, np.float32(0.0)), most))
+            levels[d] = np.int32(level)
+            squares += value * value * weight[d]
+            match += (level - zero) * step * value * weight[d]
     correction = squares / max(match, _TINY)
     scale = length * min(correction, _LARGEST_CORRECTION)
     bits = np.int64(np.float32(scale).view(np.int32))
@@ -127,30 +139,26 @@ def _levels(x, weight, own, levels):
 
 @_njit
 def _pack(levels, coordinates, coarse, coarse_plane, fine):
-    """Words as `layout` says: code j of a word in byte j % 4, those of 2 bits from bit 2 (j // 4)
-    on, single bits as bit j // 4, of the second of two groups four bits further."""
-    group = coordinates // 4
-    n_words = group // PER_WORD
-    words = carray(int32_pointer(fine), 4 * n_words)
+    """Words as `layout` says."""
+    n_words = coordinates // (GROUPS * PER_WORD)
+    words = carray(int32_pointer(fine), FINE_PLANES * n_words)
     for w in range(n_words):
-        upper = signs = lower = middle = last = fourth = np.uint32(0)
-        for j in range(PER_WORD):
-            byte, place = 8 * (j % 4), j // 4
-            first = np.uint32(levels[w * PER_WORD + j])
-            second = np.uint32(levels[group + w * PER_WORD + j])
-            third = np.uint32(levels[2 * group + w * PER_WORD + j])
-            upper |= (first >> 2) << (byte + 2 * place)
-            lower |= (first & 3) << (byte + 2 * place)
-            middle |= (second >> 1 & 3) << (byte + 2 * place)
-            fourth |= np.uint32(levels[3 * group + w * PER_WORD + j]) << (byte + 2 * place)
-            signs |= (second >> 3) << (byte + place) | (third >> 1) << (byte + place + 4)
-            last |= (second & 1) << (byte + place) | (third & 1) << (byte + place + 4)
-        carray(int32_pointer(coarse + w * coarse_plane), 1)[0] = np.int32(upper)
-        carray(int32_pointer(coarse + (n_words + w) * coarse_plane), 1)[0] = np.int32(signs)
-        words[w] = np.int32(lower)
-        words[n_words + w] = np.int32(middle)
-        words[2 * n_words + w] = np.int32(last)
-        words[3 * n_words + w] = np.int32(fourth)
+        carray(int32_pointer(coarse + w * coarse_plane), 1)[0] = _word(levels, _COARSE, w)
+        for plane in range(FINE_PLANES):
+            words[plane * n_words + w] = _word(levels, _FINE[plane], w)
+
+
+@_njit
+def _word(levels, parts, w):
+    size = len(levels) // GROUPS
+    word = np.uint32(0)
+    for part in range(len(parts)):
+        bit, bits, group, four, place = parts[part]
+        first = group * size + w * PER_WORD + four * BYTES
+        for j in range(BYTES):
+            own = (levels[first + j] >> place) & ((1 << bits) - 1)
+            word |= np.uint32(own) << np.uint32(8 * j + bit)
+    return np.int32(word)
 
 
 @functools.cache

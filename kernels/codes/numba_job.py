@@ -8,7 +8,7 @@ from saap.kernels.cpu.jobs import job_type, offset_of
 from saap.kernels.cpu.memory import int64_pointer
 from saap.kernels.cpu.scratch import whole_lines
 
-from .layout import COARSE_PLANES, FINE_PLANES, PER_WORD
+from .layout import CODED, FINE_PLANES
 from .numba_simd import BLOCK, WIDEST
 
 FIELDS = (
@@ -37,14 +37,15 @@ _njit = numba.njit(error_model="numpy")
 
 
 @_njit
-def words_per_group(coordinates):
-    return coordinates // (4 * PER_WORD)
+def words_of(coordinates):
+    """Coarse words of a key, and fine ones of each kind."""
+    return coordinates // CODED
 
 
 @_njit
 def planes_bytes(coordinates):
     """Bytes of the words of a chunk, plane by plane."""
-    return 4 * CHUNK * (COARSE_PLANES + FINE_PLANES) * words_per_group(coordinates)
+    return 4 * CHUNK * (1 + FINE_PLANES) * words_of(coordinates)
 
 
 @_njit

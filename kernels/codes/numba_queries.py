@@ -11,7 +11,14 @@ from saap.kernels.cpu.memory import (
     int64_pointer,
 )
 
-from .layout import COARSE_STEPS, COARSE_ZEROS, QUERY_MAX, WHOLE_STEPS, WHOLE_ZEROS
+from .layout import (
+    COARSE_STEPS,
+    COARSE_ZEROS,
+    GROUPS,
+    QUERY_MAX,
+    WHOLE_STEPS,
+    WHOLE_ZEROS,
+)
 from .numba_job import STEPS
 
 _njit = numba.njit(error_model="numpy")
@@ -79,7 +86,7 @@ def _map(job, task):
 def _round(job, task):
     q = carray(float32_pointer(job.mapped + 4 * task * job.group * job.coordinates),
                (job.group, job.coordinates))  # fmt: skip
-    quarter = job.coordinates // 4
+    size = job.coordinates // GROUPS
     for whole in range(2):
         place, offset_place, factor_place = weights_at(job, task, whole)
         weights = carray(int8_pointer(place), (job.group, job.coordinates))
@@ -87,17 +94,17 @@ def _round(job, task):
         factors = carray(float32_pointer(factor_place), job.group)
         for g in range(job.group):
             largest = np.float32(0.0)
-            for part in range(4):
+            for part in range(GROUPS):
                 step = _STEPS[whole, part]
-                for d in range(part * quarter, (part + 1) * quarter):
-                    size = abs(q[g, d] * step)
-                    largest = size if size > largest or np.isnan(size) else largest
+                for d in range(part * size, (part + 1) * size):
+                    own = abs(q[g, d] * step)
+                    largest = own if own > largest or np.isnan(own) else largest
             usable = largest > 0 and largest < np.inf
             factor = largest / np.float32(QUERY_MAX) if usable else np.float32(1.0)
             offset = np.float32(0.0)
-            for part in range(4):
+            for part in range(GROUPS):
                 step, total = _STEPS[whole, part], np.int32(0)
-                for d in range(part * quarter, (part + 1) * quarter):
+                for d in range(part * size, (part + 1) * size):
                     weight = nearest(q[g, d] * step / factor)
                     rounded = np.int32(weight) if usable else np.int32(0)
                     weights[g, d] = rounded

@@ -13,14 +13,14 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
-from .layout import COARSE_PLANES, FINE_PLANES
+from .layout import FINE_PLANES
 from .numba_job import (
     CHUNK,
     blocks_of,
     chunk_bytes,
     place_of,
     planes_bytes,
-    words_per_group,
+    words_of,
 )
 from .numba_queries import weights_at
 from .numba_simd import BLOCK, LANES, WIDEST, fine_planes, scan
@@ -90,7 +90,7 @@ def _fetch_chunk(job, task, chunk):
     if length <= 0:
         return
     coarse = job.coarse + b * job.coarse_batch + kv_head * job.coarse_head + 4 * first
-    for w in range(COARSE_PLANES * words_per_group(job.coordinates)):
+    for w in range(words_of(job.coordinates)):
         fetch_ahead(coarse + w * job.coarse_plane, 4 * length)
     fetch_ahead(job.scale + b * job.scale_batch + kv_head * job.scale_head + first, length)
 
@@ -101,7 +101,7 @@ def bring(job, b, kv_head, length, whole, space):
 
     The list of `length` rows lies in `space` behind the words; its last one fills it up.
     """
-    n_words = words_per_group(job.coordinates)
+    n_words = words_of(job.coordinates)
     rows_place = space + planes_bytes(job.coordinates)
     rows = carray(int32_pointer(rows_place), CHUNK)
     filled = BLOCK * blocks_of(length)
@@ -113,7 +113,7 @@ def bring(job, b, kv_head, length, whole, space):
     scale = job.scale + b * job.scale_batch + kv_head * job.scale_head
     scales = rows_place + 4 * CHUNK
     if follow:
-        for w in range(COARSE_PLANES * n_words):
+        for w in range(n_words):
             copy_bytes(space + 4 * CHUNK * w, coarse + w * job.coarse_plane + 4 * first,
                        4 * length)  # fmt: skip
         copy_bytes(scales, scale + first, length)
@@ -122,7 +122,7 @@ def bring(job, b, kv_head, length, whole, space):
         if whole:
             fine = job.fine + b * job.fine_batch + kv_head * job.fine_head
             fetch_rows(fine, 4 * FINE_PLANES * n_words, rows_place, length)
-        for w in range(COARSE_PLANES * n_words):
+        for w in range(n_words):
             plane = carray(int32_pointer(coarse + w * job.coarse_plane), last + 1)
             words = carray(int32_pointer(space + 4 * CHUNK * w), CHUNK)
             for i in range(length):
@@ -134,14 +134,14 @@ def bring(job, b, kv_head, length, whole, space):
     if whole:
         fine = job.fine + b * job.fine_batch + kv_head * job.fine_head
         fine_planes(fine, FINE_PLANES * n_words, rows_place, blocks_of(length),
-                    space + 4 * CHUNK * COARSE_PLANES * n_words, 4 * CHUNK)  # fmt: skip
+                    space + 4 * CHUNK * n_words, 4 * CHUNK)  # fmt: skip
 
 
 @_njit
 def score(job, task, g, length, whole, space, out, out_bytes, maxima, maximum_bytes):
     """Scores of up to `WIDEST` heads from g on with the rows brought; their maxima."""
     heads = min(WIDEST, job.group - g)
-    n_words = words_per_group(job.coordinates)
+    n_words = words_of(job.coordinates)
     weights, offsets, factors = weights_at(job, task, whole)
     largest = space + chunk_bytes(job.coordinates) - 4 * WIDEST
     call(job.score, (

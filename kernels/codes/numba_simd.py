@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from saap.kernels.cpu.emitter import F32, I32, I64, LANES, VECTOR, VECTOR_I32, Emitter
 
-from .layout import BYTES, PER_WORD, SCALE_BASE, SCALE_SHIFT
+from .layout import BYTES, COARSE, FINE, GROUPS, PER_WORD, SCALE_BASE, SCALE_SHIFT
 from .numba_products import ByteProducts
 
 WIDEST = 4
@@ -25,23 +25,10 @@ _I8, _I128 = ir.IntType(8), ir.VectorType(I32, 4)
 _i64 = types.int64
 _VECTOR_BYTES = 4 * LANES
 
-# What of a word is multiplied: plane (in words of a group), group of coordinates that the first
-# and the second half of a word's steps belong to, bits per code, bit of a byte where they go.
-_COARSE = ((0, (0, 0), 2, 0), (1, (1, 2), 1, 0))
-_WHOLE = ((0, (0, 0), 2, 2), (1, (1, 2), 1, (3, 1)), (2, (0, 0), 2, 0), (3, (1, 1), 2, 1),
-          (4, (1, 2), 1, 0), (5, (3, 3), 2, 0))  # fmt: skip
-
-
-def _steps(planes):
-    """(plane, [(shift right, mask of a byte, group, number of four coordinates), ...])."""
-    for plane, groups, bits, place in planes:
-        steps = []
-        for step in range(8 // bits):
-            half = step // (4 // bits)
-            to = place[half] if isinstance(place, tuple) else place
-            number = step % 4 if bits == 1 else step
-            steps.append((bits * step - to, ((1 << bits) - 1) << to, groups[half], number))
-        yield plane, steps
+# Parts of the words of each plane. Their bits are multiplied where they lie in the code, those of
+# coarse codes alone as if there were no others.
+_COARSE = ((0, tuple(part._replace(place=0) for part in COARSE)),)
+_WHOLE = tuple(enumerate((COARSE, *FINE)))
 
 
 @intrinsic
@@ -68,7 +55,7 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
         lanes = ir.Constant(VECTOR_I32, list(range(LANES)))
         limit = emit.splat(builder.trunc(count, I32), VECTOR_I32)
         group_bytes = builder.mul(n_words, I64(PER_WORD))
-        head_bytes = builder.mul(group_bytes, I64(4))
+        head_bytes = builder.mul(group_bytes, I64(GROUPS))
         kind_bytes = builder.mul(n_words, plane_bytes)
         with cgutils.for_range(builder, blocks) as loop:
             row = builder.mul(loop.index, I64(BLOCK))
@@ -79,18 +66,20 @@ def scan(typing_context, heads, whole, words, plane_bytes, n_words, scales, bloc
                 own = emit.at(words, builder.mul(word.index, plane_bytes))
                 own = emit.at(own, builder.mul(row, I64(4)))
                 first = emit.at(weights, builder.mul(word.index, I64(PER_WORD)))
-                for plane, steps in _steps(planes):
+                for plane, parts in planes:
                     place = emit.at(own, builder.mul(kind_bytes, I64(plane)))
                     codes = [
                         emit.load(emit.at(place, _VECTOR_BYTES * i), VECTOR_I32)
                         for i in range(AT_ONCE)
                     ]
-                    for shift, mask, group, number in steps:
+                    for part in parts:
+                        shift, mask = part.bit - part.place, part.mask << part.place
                         move = builder.lshr if shift > 0 else builder.shl
                         by = emit.same(abs(shift), VECTOR_I32)
                         kept = emit.same(mask * 0x01010101, VECTOR_I32)
                         values = [builder.and_(move(c, by) if shift else c, kept) for c in codes]
-                        at = emit.at(first, builder.mul(group_bytes, I64(group)), BYTES * number)
+                        at = builder.mul(group_bytes, I64(part.group))
+                        at = emit.at(first, at, BYTES * part.four)
                         for slots in totals:
                             weight = emit.splat(emit.load(at, I32), VECTOR_I32)
                             for slot, value in zip(slots, values, strict=True):

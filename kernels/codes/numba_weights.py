@@ -1,4 +1,5 @@
-"""Weights of rows by their codes on a CPU: the scan of `select_rows`, without its choice."""
+"""Scores and weights of rows by their codes on a CPU: the scan of `select_rows`, without its
+choice."""
 
 import ctypes
 
@@ -7,37 +8,51 @@ from torch import Tensor
 
 from . import numba_job
 from .layout import Codes
-from .numba import _integers, places_of, run_steps
+from .numba import integers, places_of, places_of_map, run_steps
 from .numba_job import CHUNK, PREPARE, SCAN
+from .query_map import QueryMap
 
 
-def weigh_rows(q: Tensor, codes: Codes, n: int, *, whole: bool) -> tuple[Tensor, Tensor]:
+def coarse_scores(q: Tensor, codes: Codes, n: int, query_map: QueryMap) -> Tensor:
+    """As `weights.coarse_scores`, whose checks are taken for granted."""
+    found, _ = _scanned(q, codes, n, query_map, whole=False)
+    bits = found.flatten(2)[..., :n].view(torch.int32)  # in the order of the scores: see `scan`
+    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32)
+
+
+def weigh_rows(q: Tensor, codes: Codes, n: int) -> tuple[Tensor, Tensor]:
     """As `weights.weigh_rows`, whose checks are taken for granted."""
+    weights, maxima = _scanned(q, codes, n, None, whole=True)
+    largest = maxima.amax(-1)
+    weights *= (maxima - largest[..., None]).exp()[..., None]
+    return weights.flatten(2)[..., :n], largest
+
+
+def _scanned(q, codes, n: int, query_map, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """What `numba_scan.weigh_chunk` writes, in chunks `[H, G, chunks, CHUNK]`, and the largest
+    score of each."""
     misplaced = codes.misplaced(q.device)
     if q.device.type != "cpu" or misplaced:
         raise ValueError(misplaced or f"impl 'numba' needs the CPU; got q on {q.device}")
-    heads, group, coordinates = q.shape
+    heads, group, dim = q.shape
     q = q.detach().resolve_neg().float().contiguous()
-    chunks = -(-n // CHUNK)
+    chunks, coordinates = -(-n // CHUNK), codes.coordinates
     threads = min(torch.get_num_threads(), heads * chunks)
     worker_bytes = numba_job.worker_bytes(coordinates)
-    weights = torch.empty(heads, group, chunks, CHUNK)
+    found = torch.empty(heads, group, chunks, CHUNK)
     maxima, totals = torch.empty(2, heads, group, chunks)
-    rows = _integers(1)(n)
-    sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes, False)
+    rows = integers(1)(n)
+    mapped = query_map is not None
+    sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes, mapped)
     held = {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
     job = numba_job.Job(
-        mapped=q.data_ptr(), rows=ctypes.addressof(rows), scores=weights.data_ptr(),
+        q=q.data_ptr(), rows=ctypes.addressof(rows), scores=found.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
-        group=group, dim=coordinates, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
+        group=group, dim=dim, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
-        **places_of(codes),
+        **places_of(codes), **places_of_map(query_map),
     )  # fmt: skip
+    if query_map is None:
+        job.mapped = job.q
     run_steps(job, [(PREPARE, 1), (SCAN, chunks)], threads)
-    largest = maxima.amax(-1)
-    if not whole:  # int32 in the order of the scores: see `numba_simd.scan`
-        bits = weights.flatten(2)[..., :n].view(torch.int32)
-        scores = (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32)
-        return (scores - largest[..., None]).exp(), largest
-    weights *= (maxima - largest[..., None]).exp()[..., None]
-    return weights.flatten(2)[..., :n], largest
+    return found, maxima

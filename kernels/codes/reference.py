@@ -14,6 +14,7 @@ from .layout import (
     Codes,
     decode,
     decode_coarse,
+    of_coordinates,
 )
 from .query_map import QueryMap
 
@@ -99,8 +100,8 @@ def _steps_and_zeros(q: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=64)
 def tables(coordinates: int, whole: bool, device: torch.device, dtype: torch.dtype):
     groups = (WHOLE_STEPS, WHOLE_ZEROS) if whole else (COARSE_STEPS, COARSE_ZEROS)
-    both = torch.tensor(groups, device=device, dtype=dtype)
-    return tuple(both.repeat_interleave(coordinates // len(groups[0]), -1))
+    like = torch.empty(coordinates, device=device, dtype=dtype)
+    return tuple(of_coordinates(own, like) for own in groups)
 
 
 def best(key: Tensor, k: int) -> Tensor:

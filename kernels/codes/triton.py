@@ -19,7 +19,7 @@ from saap.kernels.backends.graphs import replayed
 from saap.kernels.backends.launches import Launch, launch_all
 
 from . import triton_choice as choice
-from .layout import CODED, Codes
+from .layout import Codes
 from .query_map import QueryMap
 from .reference import tables
 from .triton_kernels import score_codes
@@ -210,7 +210,7 @@ def _places(codes: Codes) -> dict[str, Any]:
         "coarse_batch": coarse.stride(0), "coarse_head": coarse.stride(1),
         "coarse_plane": coarse.stride(2), "fine_batch": fine.stride(0),
         "fine_head": fine.stride(1), "scale_batch": scale.stride(0),
-        "scale_head": scale.stride(1), "N_WORDS": codes.coordinates // CODED,
+        "scale_head": scale.stride(1), "N_WORDS": coarse.shape[2],
     }  # fmt: skip
 
 

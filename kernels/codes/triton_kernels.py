@@ -8,7 +8,7 @@ from .layout import QUERY_MAX, SCALE_BASE, SCALE_SHIFT
 _SHIFT, _BASE = tl.constexpr(SCALE_SHIFT), tl.constexpr(SCALE_BASE)
 _QUERY_MAX = tl.constexpr(float(QUERY_MAX))
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off, what is left is whole
-_TWOS, _BITS = tl.constexpr(0x03030303), tl.constexpr(0x01010101)
+_ONES, _TWOS, _THREES = (tl.constexpr(n * 0x01010101) for n in (1, 3, 7))  # bits
 
 
 @triton.jit
@@ -85,37 +85,29 @@ def dot4(codes, weights, total, ASM: tl.constexpr):
 
 
 @triton.jit
-def _add_coarse(first, signs, own, total_0, total_1, total_2, N_WORDS: tl.constexpr, ASM):
-    """Products with a word of the first group and one of signs; `own`: weights of that word."""
-    for m in tl.static_range(4):
-        weight = tl.load(own + m)[:, None]
-        total_0 = dot4(((first >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
-        weight = tl.load(own + 4 * N_WORDS + m)[:, None]
-        total_1 = dot4(((signs >> m) & _BITS)[None, :], weight, total_1, ASM)
-        weight = tl.load(own + 8 * N_WORDS + m)[:, None]
-        total_2 = dot4(((signs >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
-    return total_0, total_1, total_2
+def _add_coarse(word, own, total, N_WORDS: tl.constexpr, ASM: tl.constexpr):
+    """Products with a coarse word; `own`: weights of its first coordinates (`layout.COARSE`)."""
+    for four in tl.static_range(2):
+        weight = tl.load(own + four)[:, None]
+        total = dot4(((word >> (2 * four)) & _TWOS)[None, :], weight, total, ASM)
+        weight = tl.load(own + 2 * N_WORDS + four)[:, None]
+        total = dot4(((word >> (4 + four)) & _ONES)[None, :], weight, total, ASM)
+        weight = tl.load(own + 4 * N_WORDS + four)[:, None]
+        total = dot4(((word >> (6 + four)) & _ONES)[None, :], weight, total, ASM)
+    return total
 
 
 @triton.jit
-def _add_fine(words, own, total_0, total_1, total_2, total_3, low_1, inside,
-              N_WORDS: tl.constexpr, ASM):  # fmt: skip
-    """`words`: where the lower bits of the first group lie, those of the others behind them."""
-    lower = tl.load(words, inside, other=0)
-    middle = tl.load(words + N_WORDS, inside, other=0)
-    last = tl.load(words + 2 * N_WORDS, inside, other=0)
-    fourth = tl.load(words + 3 * N_WORDS, inside, other=0)
-    for m in tl.static_range(4):
-        weight = tl.load(own + m)[:, None]
-        total_0 = dot4(((lower >> (2 * m)) & _TWOS)[None, :], weight, total_0, ASM)
-        weight = tl.load(own + 4 * N_WORDS + m)[:, None]
-        total_1 = dot4(((middle >> (2 * m)) & _TWOS)[None, :], weight, total_1, ASM)
-        low_1 = dot4(((last >> m) & _BITS)[None, :], weight, low_1, ASM)
-        weight = tl.load(own + 8 * N_WORDS + m)[:, None]
-        total_2 = dot4(((last >> (m + 4)) & _BITS)[None, :], weight, total_2, ASM)
-        weight = tl.load(own + 12 * N_WORDS + m)[:, None]
-        total_3 = dot4(((fourth >> (2 * m)) & _TWOS)[None, :], weight, total_3, ASM)
-    return total_0, total_1, total_2, total_3, low_1
+def _add_fine(words, own, total, inside, N_WORDS: tl.constexpr, ASM: tl.constexpr):
+    """Products with the fine words of the same coordinates, where these lie (`layout.FINE`)."""
+    for plane in tl.static_range(4):
+        word = tl.load(words + plane * N_WORDS, inside, other=0)
+        for four in tl.static_range(2):
+            weight = tl.load(own + plane * 2 * N_WORDS + four)[:, None]
+            total = dot4(((word >> (3 * four)) & _THREES)[None, :], weight, total, ASM)
+        weight = tl.load(own + (4 + plane // 2) * 2 * N_WORDS + plane % 2)[:, None]
+        total = dot4(((word >> 6) & _TWOS)[None, :], weight, total, ASM)
+    return total
 
 
 @triton.jit
@@ -153,29 +145,17 @@ def score_codes(
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     known = h < group
     head = task * group + tl.where(known, h, 0)
-    own = packed + head * (16 * N_WORDS)
+    own = packed + head * (12 * N_WORDS)
     plane = coarse + b * coarse_batch + kv_head * coarse_head + rows
     words = fine + b * fine_batch + kv_head * fine_head + rows * (4 * N_WORDS)
-    # Sums of products with: upper bits of group 0, signs of 1 and 2; and with what is below them.
-    total_0 = tl.zeros([HEADS, BLOCK], dtype=tl.int32)
-    total_1, total_2, total_3 = total_0, total_0, total_0
-    high_0, high_1, high_2, low_1 = total_0, total_0, total_0, total_0
+    product = tl.zeros([HEADS, BLOCK], dtype=tl.int32)
     for w in tl.static_range(N_WORDS):
-        first = tl.load(plane + w * coarse_plane, inside, other=0)
-        signs = tl.load(plane + (N_WORDS + w) * coarse_plane, inside, other=0)
-        high_0, high_1, high_2 = _add_coarse(
-            first, signs, own + 4 * w, high_0, high_1, high_2, N_WORDS, ASM
-        )
-        if WHOLE:
-            total_0, total_1, total_2, total_3, low_1 = _add_fine(
-                words + w, own + 4 * w, total_0, total_1, total_2, total_3, low_1, inside,
-                N_WORDS, ASM,
-            )  # fmt: skip
+        word = tl.load(plane + w * coarse_plane, inside, other=0)
+        product = _add_coarse(word, own + 2 * w, product, N_WORDS, ASM)
     if WHOLE:
-        product = 4 * high_0 + total_0 + 8 * high_1 + 2 * total_1 + low_1
-        product += 2 * high_2 + total_2 + total_3
-    else:
-        product = high_0 + high_1 + high_2
+        product *= 8  # the coarse bits of a code are those above three others
+        for w in tl.static_range(N_WORDS):
+            product = _add_fine(words + w, own + 2 * w, product, inside, N_WORDS, ASM)
     stored = tl.load(scale + b * scale_batch + kv_head * scale_head + rows, inside, other=0)
     scales = ((stored.to(tl.int32) << _SHIFT) + _BASE).to(tl.float32, bitcast=True)
     score = product.to(tl.float32) - tl.load(offsets + head)[:, None]

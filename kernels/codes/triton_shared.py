@@ -14,11 +14,11 @@ from torch import Tensor
 from saap.kernels.backends.launches import Launch
 
 from . import triton_choice as choice
-from .layout import CODED
 from .query_map import QueryMap
 from .triton_kernels import map_queries, query_bytes
 
 COUNTED = 1024  # rows that a program lists
+MAPPED = 16  # coordinates that a program maps a query to
 DIGITS = 2048  # numbers of which a program counts a digit
 WEIGHTS = 4, 8  # passes over weights, bits of a digit
 
@@ -33,9 +33,9 @@ def mapped_queries(queries: Tensor, query_map: QueryMap, heads: int) -> tuple[La
         "queries": queries, "weights": query_map.weights, "scale": query_map.scale, "out": out,
         "heads": heads, "group": heads // n_kv,
         "weights_batch": weights_batch, "scale_batch": scale_batch,
-        "D": dim, "P": coordinates, "ROWS": 32, "BLOCK": CODED,
+        "D": dim, "P": coordinates, "ROWS": 32, "BLOCK": MAPPED,
     }  # fmt: skip
-    grid = len(queries), coordinates // CODED
+    grid = len(queries), coordinates // MAPPED
     return Launch(map_queries, grid, arguments, {"num_warps": 4}), out
 
 

@@ -1,7 +1,8 @@
-"""Weights of rows by their codes, for whoever chooses among more rows than these codes are of.
+"""Scores and weights of rows by their codes, for whoever chooses among more rows than these are.
 
 `select_rows` scores and chooses. Where the rows of one context lie in several places, each place
-scores its own, and the choice is made among the weights of all.
+scores its own, and the choice is made among all: by coarse scores that are those of `select_rows`
+to the last bit, since many rows are alike by so short a code.
 """
 
 import torch
@@ -12,24 +13,47 @@ from saap.kernels.backends import installed
 
 from . import reference
 from .layout import Codes, decode, decode_coarse
+from .query_map import QueryMap
 
 
-def weigh_rows(
-    q: Float[Tensor, "H G P"], codes: Codes, n: int, *, whole: bool, impl: str | None = None
-) -> tuple[Float[Tensor, "H G n"], Float[Tensor, "H G"]]:
-    """`exp(score - largest)` of the first n rows for each query head, and the largest score.
+def coarse_scores(
+    q: Float[Tensor, "H G D"], codes: Codes, n: int, query_map: QueryMap, impl: str | None = None
+) -> Float[Tensor, "H G n"]:
+    """Scores of the first n rows for each query head, by coarse codes.
 
     Args:
-        q: float32 queries in the coordinates of the codes, scaled, of the G heads that share each
-            of H selections; H is a multiple of the codes' Hkv.
+        q: float32 queries of the G heads that share each of H selections; H is a multiple of the
+            codes' Hkv.
         codes: of one sequence.
         n: rows, 1 to `codes.n`.
-        whole: score by all of their code; else by the coarse code.
+        query_map: of one sequence.
         impl: `"reference"`, `"numba"` (CPU), or None, the best that can do it.
 
     Returns:
-        float32 weights and largest scores. Queries are rounded to bytes as in `select_rows`.
+        float32. Queries are rounded to bytes as in `select_rows`.
     """
+    own = _numba(q, codes, n, impl)
+    if own is not None:
+        return own.coarse_scores(q, codes, n, query_map)
+    mapped = query_map(q.flatten(0, 1)[None])[0].unflatten(0, q.shape[:2])
+    return _scores(mapped, codes, n, whole=False)
+
+
+def weigh_rows(
+    q: Float[Tensor, "H G P"], codes: Codes, n: int, impl: str | None = None
+) -> tuple[Float[Tensor, "H G n"], Float[Tensor, "H G"]]:
+    """`exp(score - largest)` of the first n rows for each query head by all of their code, and the
+    largest score. Args: as `coarse_scores`, but for queries in the coordinates of the codes."""
+    own = _numba(q, codes, n, impl)
+    if own is not None:
+        return own.weigh_rows(q, codes, n)
+    scores = _scores(q, codes, n, whole=True)
+    largest = scores.amax(-1)
+    return (scores - largest[..., None]).exp(), largest
+
+
+def _numba(q, codes, n, impl):
+    """The module for a CPU, if it is to be used."""
     if len(codes.scale) != 1 or not 1 <= n <= codes.n:
         raise ValueError(
             f"codes must be of one sequence with at least n = {n} rows, n at least 1; got "
@@ -38,14 +62,16 @@ def weigh_rows(
     if impl not in (None, "reference", "numba"):
         raise ValueError(f"impl must be None, 'reference' or 'numba'; got {impl!r}")
     if impl == "numba" or (impl is None and q.device.type == "cpu" and installed("numba")):
-        from .numba_weights import weigh_rows as weigh
+        from . import numba_weights
 
-        return weigh(q, codes, n, whole=whole)
+        return numba_weights
+    return None
+
+
+def _scores(q: Tensor, codes: Codes, n: int, *, whole: bool) -> Tensor:
     x = (decode if whole else decode_coarse)(codes)[0, :, :n]
     x = x.repeat_interleave(len(q) // len(x), 0)
-    scores = reference.rounded(q, whole=whole) @ x.mT
-    largest = scores.amax(-1)
-    return (scores - largest[..., None]).exp(), largest
+    return reference.rounded(q, whole=whole) @ x.mT
 
 
 def codes_of_rows(codes: Codes, rows: list[Tensor]) -> Codes:

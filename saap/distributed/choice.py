@@ -6,13 +6,13 @@ does not grow with rows, budget or ranks.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .group import Group
 
-DIGITS = ((20, 11), (10, 10), (0, 10))
-"""Shift and bits of each digit of a float32 not below 0, the first digit first."""
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Shift and bits of each digit of a key, the first digit first."""
 
 
 def among_largest(
@@ -20,18 +20,18 @@ def among_largest(
 ) -> Bool[Tensor, "H n"]:
     """Which of this rank's keys are among the k largest of all ranks, for each of H choices.
 
-    Keys are not below 0 (-0.0 counts as 0); those not `used` do not count (None: all do). Of equal
-    ones those of the lowest rank come first, and of one rank those with the lowest number. Where
-    there are no more than k keys, all are.
+    Keys that are not `used` do not count (None: all do); -0.0 counts as 0. Of equal ones those of
+    the lowest rank come first, and of one rank those with the lowest number. Where there are no
+    more than k keys, all are.
     """
     heads = len(keys)
-    bits = (keys.float() + 0.0).contiguous().view(torch.int32)
-    prefix = torch.zeros(heads, 1, dtype=torch.int32, device=keys.device)
+    bits = _in_order(keys.float())
+    prefix = torch.zeros(heads, 1, dtype=torch.int64, device=keys.device)
     left = torch.full((heads, 1), k, dtype=torch.int32, device=keys.device)
     inside = None  # head and number of the keys that begin as the threshold does; None: all
     for shift, size in DIGITS:
         if inside is None:
-            head = torch.arange(heads, dtype=torch.int32, device=keys.device)[:, None]
+            head = torch.arange(heads, device=keys.device)[:, None]
             digit = bits >> shift
             counted = digit + (head << size)
             if used is not None:
@@ -44,9 +44,9 @@ def among_largest(
         counts = group.add(counts.view(heads, -1).int())
         from_top = counts.flip(1).cumsum(1, dtype=torch.int32).flip(1)
         # The largest digit from which on there are at least as many keys as are left to take.
-        found = ((from_top >= left).sum(1, keepdim=True, dtype=torch.int32) - 1).clamp(min=0)
+        found = ((from_top >= left).sum(1, keepdim=True) - 1).clamp(min=0)
         beyond = torch.nn.functional.pad(from_top, (0, 1))
-        left = left - beyond.gather(1, (found + 1).long())
+        left = left - beyond.gather(1, found + 1)
         prefix = prefix | found << shift
         if inside is None:
             same = digit == found if used is None else (digit == found) & used
@@ -62,3 +62,9 @@ def among_largest(
     chosen = bits > prefix if used is None else used & (bits > prefix)
     chosen[tuple(place[taken] for place in inside)] = True
     return chosen
+
+
+def _in_order(keys: Float[Tensor, "H n"]) -> Int64[Tensor, "H n"]:
+    """Whole numbers of 32 bits, not below 0, in the order of the keys."""
+    bits = (keys + 0.0).contiguous().view(torch.int32)
+    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() + 2**31

@@ -43,11 +43,6 @@ class Group:
         self._reduce(own, dist.ReduceOp.SUM)
         return own
 
-    def largest(self, own: Tensor) -> Tensor:
-        """The largest over all ranks, in place."""
-        self._reduce(own, dist.ReduceOp.MAX)
-        return own
-
     def _reduce(self, own: Tensor, op) -> None:
         assert own.is_contiguous()
         self._collective(own, lambda: dist.all_reduce(own, op, group=self.process_group))

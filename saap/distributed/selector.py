@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.coordinates import AT_ONCE, MOST_OBSERVED, RecentQueries, balanced
-from saap.kernels.codes import codes_of_rows, weigh_rows
-from saap.methods.saap import GROWTH, SaapSelector
+from saap.kernels.codes import coarse_scores, codes_of_rows, weigh_rows
+from saap.methods.saap import GROWTH, SaapSelector, as_coded
 from saap.selector import Middle, Ranges
 
 from .choice import among_largest
@@ -65,7 +65,7 @@ class SplitSelector(SaapSelector):
             flat[-1] = sums.n_keys
         self.group.add(flat.to(sums.queries.device))
         sums.keys, sums.sum, sums.n_keys = keys, total[..., 0], float(flat[-1])
-        self.learned[0], self.learned_from[0] = balanced(sums.moments()), n
+        self.learned[0], self.learned_from[0] = as_coded(balanced(sums.moments())), n
         self.n_coded = []
         self._put_together(1)
 
@@ -78,27 +78,28 @@ class SplitSelector(SaapSelector):
         within rounding. None where this rank has no rows. Every rank calls it at the same step.
         """
         held = 0 if middle is None else middle.n_rows[0]
-        q = self.query_map(q_rope)[0]
+        q, mapped = q_rope[0].float(), self.query_map(q_rope)[0]
         n_kv = self.coordinates.of_queries.shape[1]
-        q = q.unflatten(0, (n_kv if budget.share == "group" else len(q), -1))
-        used = torch.ones(len(q), held, dtype=torch.bool, device=q.device)
+        heads = n_kv if budget.share == "group" else len(q)
+        q, mapped = (t.unflatten(0, (heads, -1)) for t in (q, mapped))
+        used = torch.ones(heads, held, dtype=torch.bool, device=q.device)
         if budget.max_tokens < n:
             candidates = max(
                 budget.max_tokens, self.method.search_options.candidates(budget.max_tokens, n)
             )
             if candidates < n:
                 used = self._candidates(q, held, candidates, impl)
-            used = self._best(q, used, budget.max_tokens, impl)
+            used = self._best(mapped, used, budget.max_tokens, impl)
         self.n_scanned = float(held)
         return None if middle is None else _as_ranges(used, middle.first_row)
 
     def _candidates(self, q: Tensor, held: int, k: int, impl: str | None) -> Tensor:
         """`[H, held]`: rows that one of the heads lets through by the coarse code."""
         heads, group, _ = q.shape
-        weights, largest = self._weigh(q, self.codes, held, False, impl)
-        most = self.group.largest(largest.clone())
-        weights = weights * (largest - most).exp()[..., None]
-        let_through = among_largest(weights.flatten(0, 1), None, k, self.group)
+        scores = q.new_zeros(heads, group, 0)
+        if held:
+            scores = coarse_scores(q, self.codes, held, self.query_map, impl)
+        let_through = among_largest(scores.flatten(0, 1), None, k, self.group)
         return functools.reduce(torch.logical_or, let_through.view(heads, group, held).unbind(1))
 
     def _best(self, q: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
@@ -108,7 +109,9 @@ class SplitSelector(SaapSelector):
         counts = torch.tensor([len(own) for own in rows], device=q.device)
         real = torch.arange(longest, device=q.device) < counts[:, None]
         codes = codes_of_rows(self.codes, rows) if longest else None
-        weights, largest = self._weigh(q, codes, longest, True, impl)
+        weights, largest = q.new_zeros(*q.shape[:2], 0), q.new_full(q.shape[:2], NOTHING)
+        if longest:
+            weights, largest = weigh_rows(q, codes, longest, impl)
         largest = torch.where(counts[:, None] > 0, largest, NOTHING)
         weights = torch.where(real[:, None], weights, 0.0)
         every = torch.stack(self.group.gather(torch.stack([largest, weights.sum(-1)])))
@@ -122,12 +125,6 @@ class SplitSelector(SaapSelector):
         for head, own in enumerate(rows):
             chosen[head, own[best[head, : len(own)]]] = True
         return chosen
-
-    def _weigh(self, q, codes, n: int, whole: bool, impl):
-        if not n:
-            none = q.new_zeros(*q.shape[:2], 0)
-            return none, q.new_full(q.shape[:2], NOTHING)
-        return weigh_rows(q, codes, n, whole=whole, impl=impl)
 
 
 def _as_ranges(used: Tensor, first_row: int) -> Ranges:

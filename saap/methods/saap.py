@@ -19,15 +19,12 @@ from saap.index.coordinates import (
     Coordinates,
     RecentQueries,
     balanced,
-    padded,
 )
 from saap.kernels.codes import (
-    COARSE_PLANES,
-    CODED,
-    FINE_PLANES,
     Codes,
     PreparedChoice,
     QueryMap,
+    coordinates_for,
     encode_rows,
 )
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
@@ -39,6 +36,11 @@ GROWTH = 1.5
 
 SPARE, MOST_SPARE = 256, 1 << 16  # rows: room for codes that are still to come
 CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
+
+
+def as_coded(coordinates: Coordinates) -> Coordinates:
+    """Those of them that codes have."""
+    return coordinates.leading(coordinates_for(coordinates.mean.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SaapSearch:
     """
 
     width: float | None = 2.0
-    least: int = 512
+    least: int = 1024
     margin: int = 1024
 
     def __post_init__(self):
@@ -83,7 +85,7 @@ class SaapSelector(Selector):
 
     def __init__(self, layer: LayerInfo, method: "Saap", coordinates: Coordinates | None):
         self.layer, self.method = layer, method
-        self.trained = coordinates
+        self.trained = coordinates = None if coordinates is None else as_coded(coordinates)
         self.learned: dict[int, Coordinates] = {}  # by sequence
         self.learned_from: dict[int, int] = {}  # rows
         self.recent: dict[int, RecentQueries] = {}
@@ -187,7 +189,7 @@ class SaapSelector(Selector):
             sums = self.recent[b].without_keys()
             for keys in middle.parts_of(b, AT_ONCE):
                 sums.add_keys(keys)
-            self.learned[b] = balanced(sums.moments())
+            self.learned[b] = as_coded(balanced(sums.moments()))
             self.learned_from[b] = n
             if b < len(self.n_coded):
                 self.n_coded[b] = 0
@@ -224,16 +226,14 @@ class SaapSelector(Selector):
 
     def restore(self, state, middle):
         batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.dim
-        n, words = max(middle.n_rows), padded(dim) // CODED
+        n, coordinates = max(middle.n_rows), coordinates_for(dim)
         maps = 1 if self.trained is not None else batch
         expected = {
-            "coarse": ((batch, n_kv, COARSE_PLANES * words, n), torch.int32),
-            "fine": ((batch, n_kv, n, FINE_PLANES * words), torch.int32),
-            "scale": ((batch, n_kv, n), torch.uint8),
-            "of_keys": ((maps, n_kv, CODED * words, dim), torch.float32),
-            "of_queries": ((maps, n_kv, CODED * words, dim), torch.float32),
+            **Codes.shapes(batch, n_kv, coordinates, n),
+            "of_keys": ((maps, n_kv, coordinates, dim), torch.float32),
+            "of_queries": ((maps, n_kv, coordinates, dim), torch.float32),
             "mean": ((maps, n_kv, dim), torch.float32),
-            "importance": ((maps, n_kv, CODED * words), torch.float32),
+            "importance": ((maps, n_kv, coordinates), torch.float32),
         }
         if self.trained is None:
             expected |= {
@@ -275,15 +275,8 @@ class SaapSelector(Selector):
         codes = self.codes
         if codes is not None and codes.n >= n and len(codes.scale) == batch:
             return
-        words = self.coordinates.of_keys.shape[2] // CODED
         room = n + min(n // 8, MOST_SPARE) + SPARE
-        shape = (batch, middle.n_kv)
-        options = {"dtype": torch.int32, "device": middle.device}
-        self.codes = Codes(
-            torch.zeros(*shape, COARSE_PLANES * words, room, **options),
-            torch.zeros(*shape, room, FINE_PLANES * words, **options),
-            torch.zeros(*shape, room, dtype=torch.uint8, device=middle.device),
-        )
+        self.codes = Codes.empty(batch, middle.n_kv, middle.dim, room, middle.device)
         if codes is not None and len(codes.scale) == batch:
             kept = min(codes.n, n)
             self.codes.coarse[..., :kept] = codes.coarse[..., :kept]

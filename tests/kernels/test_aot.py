@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 from saap.kernels.attention import triton as backend  # noqa: E402
 from saap.kernels.attention.triton_plan import Device, Plan, make_plan  # noqa: E402
-from saap.kernels.codes import Codes, QueryMap  # noqa: E402
+from saap.kernels.codes import Codes, QueryMap, coordinates_for  # noqa: E402
 from saap.kernels.codes import triton as codes_backend  # noqa: E402
 from saap.kernels.pages import PageCodes  # noqa: E402
 from saap.kernels.pages import triton as pages_backend  # noqa: E402
@@ -221,15 +221,12 @@ def test_every_configuration_fits_the_chip(case, tmp_path):
     [(80, 64, 3, 8192), (90, 128, 4, 8192), (90, 256, 8, 2**30), (100, 80, 16, 8192)],
 )
 def test_the_choice_by_codes_fits_the_chip(capability, dim, group, candidates, tmp_path):
-    n, words = 131072, -(-dim // 64)
+    n, coordinates = 131072, coordinates_for(dim)
     query_map = QueryMap(
-        meta(1, 8, dim, 64 * words, dtype=torch.int16),
-        meta(1, 8, 64 * words, dtype=torch.float32),
+        meta(1, 8, dim, coordinates, dtype=torch.int16),
+        meta(1, 8, coordinates, dtype=torch.float32),
     )
-
-    codes = Codes(
-        meta(1, 8, 2 * words, n), meta(1, 8, n, 4 * words), meta(1, 8, n, dtype=torch.uint8)
-    )
+    codes = Codes.empty(1, 8, dim, n, torch.device("meta"))
     launches = codes_backend.launches(
         meta(1, 8, group, dim, dtype=torch.float32), codes, most=n, query_map=query_map,
         counts=(meta(8), meta(1)), max_tokens=4096, n_candidates=candidates, min_weight=None,
