@@ -37,7 +37,7 @@
     python -m benchmarks.real_models [--add] runs/*
 
 Scores of all folders, with `--add` beside those that are there, go to
-`benchmarks/results/<device>/real_models.json`, raw records stay where they are. Runs of a model at
+`benchmarks/results/real_models.json`, raw records stay where they are. Runs of a model at
 one context make one table; of what two of them measured, the later one counts, but questions that
 were asked with different seeds count together. What has another window in the table was run with
 that `--window`. The text that is judged is another than any that a method learned from.
@@ -52,7 +52,6 @@ from saap.eval.scores import score_run
 from saap.eval.units import share_of, told_search
 
 from . import reports
-from .cpu import cpu_name
 from .reports import cell, markdown
 
 PAGE = reports.ROOT / "docs" / "real_models.md"
@@ -70,6 +69,9 @@ ASKED = {
     )},
 }  # fmt: skip
 """Tasks that ask, and what their columns are called."""
+
+METHODS = ("dense", "oracle-tokens", "saap", "pq", "blend", "quest")
+"""In their order in a table; others come after them."""
 
 Row = tuple[str, str]  # budget, method
 
@@ -91,6 +93,30 @@ def summary(folder: Path) -> dict:
         "chat": run["config"].get("chat", False),
         "scores": scores,
     }
+
+
+def runs_of(path: Path, given: list[str]) -> list[dict]:
+    """Summaries of the folders given, with `--add` behind those that are there; written there."""
+    found = json.loads(path.read_text())["runs"] if "--add" in given else []
+    found = latest(found + [summary(Path(folder)) for folder in given if folder != "--add"])
+    reports.write(path, {"runs": found})
+    return found
+
+
+def latest(runs: list[dict]) -> list[dict]:
+    """The runs without scores that a later one has anew."""
+    known, kept = set(), []
+    for run in reversed(runs):
+        of_run = run["model"], run["chat"], run["config"].get("seed", 0)
+        new = {}
+        for score in run["scores"]:
+            what = *of_run, *(score[k] for k in ("context", "task", "method", "budget"))
+            if what not in known:
+                new[what] = score
+        known |= new.keys()
+        if new:
+            kept.append({**run, "scores": list(new.values())})
+    return kept[::-1]
 
 
 def tables(found: list[dict]) -> str:
@@ -153,17 +179,21 @@ def counted(scores: list[dict]) -> str:
 
 
 def table(scores: list[dict]) -> str:
-    """Dense attention first, then all others by the share that they visit, then by method."""
+    """By the share that is visited, dense attention first; then by method."""
     rows: dict[Row, dict[str, dict]] = {}
     for s in scores:
         budget = "" if s["method"] == "dense" else s["budget"]
         rows.setdefault((budget, s["method"]), {})[s["task"]] = s
-    order = sorted(rows, key=lambda row: (visited(*row, rows[row]), row[0]))
+    order = sorted(rows, key=lambda row: (visited(*row, rows[row]), row[0], place_of(row[1])))
     head = [
         "rows", "window", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
         "nats over dense", "nats from dense",
     ]  # fmt: skip
     return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=3)
+
+
+def place_of(method: str) -> int:
+    return METHODS.index(method) if method in METHODS else len(METHODS)
 
 
 def visited(budget: str, method: str, of_task: dict[str, dict]) -> float:
@@ -210,11 +240,8 @@ def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], li
 def main(folders: list[str]) -> None:
     if not folders:
         raise SystemExit(__doc__)
-    path = reports.report_path(cpu_name(), "real_models.json")
-    add, folders = "--add" in folders, [folder for folder in folders if folder != "--add"]
-    found = json.loads(path.read_text())["runs"] if add else []
-    found += [summary(Path(folder)) for folder in folders]
-    reports.write(path, {"runs": found})
+    path = reports.scores_path("real_models.json")
+    found = runs_of(path, folders)
     reports.put_table(PAGE, COMMAND, tables(found))
     print(f"wrote {path} and {PAGE}")
 

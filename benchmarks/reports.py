@@ -1,4 +1,5 @@
-"""Where results go: JSON under `$OUT`, else under `benchmarks/results/<device>/`.
+"""Where results go: JSON under `$OUT`, else under `benchmarks/results/<device>/`; scores of runs
+on several machines, each of which is told with its run, under `benchmarks/results/`.
 
 And the tables of pages in `docs/` that are made from it.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def slug(name: str) -> str:
@@ -18,9 +20,18 @@ def slug(name: str) -> str:
 
 def report_path(device: str, name: str) -> Path:
     """The file of this name for results of a device; its folder is there."""
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug(device))
+    return _held(RESULTS / slug(device)) / name
+
+
+def scores_path(name: str) -> Path:
+    """The file of this name for scores of runs; its folder is there."""
+    return _held(RESULTS) / name
+
+
+def _held(folder: Path) -> Path:
+    folder = Path(os.environ.get("OUT") or folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return folder
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

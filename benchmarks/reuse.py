@@ -22,7 +22,7 @@ from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
 from saap.index.coordinates import Coordinates, Moments, balanced
 from saap.kernels.codes import layout
-from saap.methods.saap import SaapSearch
+from saap.methods.saap import SaapSearch, as_coded
 
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
@@ -81,6 +81,7 @@ def layer_of(context, info, own: Coordinates | None = None) -> Layer:
     n, tokens = k.shape[1], N_FIRST + N_JUDGED
     if own is None:
         own = balanced(Moments.of(latest.flatten(1, 2), k))
+    own = as_coded(own)
     codes = layout.encode(own.keys(k[None]), own.importance)
     q = latest[:, :, -tokens:]
     middle = slice(N_SINK, n - WINDOW - tokens)

@@ -15,22 +15,21 @@
         run ${!name} --tasks passkey --answer-budgets 0.05 --prompts 6 --questions 4 \\
             --out runs/$name-keys
     done
-    python -m benchmarks.selectors runs/*
+    python -m benchmarks.selectors [--add] runs/*
 
 Methods with buckets get an index of another text; all others know the text that they read. Scores
-go to `benchmarks/results/<device>/selectors.json`, and then into `docs/selectors.md`.
+go to `benchmarks/results/selectors.json`, with `--add` beside those that are there, and
+then into `docs/selectors.md`.
 """
 
 import itertools
 import math
 import sys
-from pathlib import Path
 
 from saap.eval.units import share_of
 
 from . import reports
-from .cpu import cpu_name
-from .real_models import counted, summary
+from .real_models import counted, runs_of
 from .reports import cell, markdown
 
 PAGE, COMMAND = reports.ROOT / "docs" / "selectors.md", "python -m benchmarks.selectors"
@@ -130,9 +129,8 @@ def tables(runs: list[dict]) -> str:
 def main(folders: list[str]) -> None:
     if not folders:
         raise SystemExit(__doc__)
-    runs = [summary(Path(folder)) for folder in folders]
-    path = reports.report_path(cpu_name(), "selectors.json")
-    reports.write(path, {"runs": runs})
+    path = reports.scores_path("selectors.json")
+    runs = runs_of(path, folders)
     reports.put_table(PAGE, COMMAND, tables(runs))
     print(f"wrote {path} and {PAGE}")
 

@@ -133,7 +133,7 @@ class Coordinates:
     `of_keys, of_queries [B, Hkv, P, D]`: a key less the mean `[B, Hkv, D]` has coordinates
     `of_keys @ (k - mean)` of unit variance, a query `of_queries @ q`, and the inner product is
     that of the vectors, but for what the mean adds to every key alike. `importance [B, Hkv, P]`:
-    what an error in a coordinate costs. P is D, or as many as `leading` has taken.
+    what an error in a coordinate costs. P is D, or more where others are `padded`.
     """
 
     of_keys: Float[Tensor, "B Hkv P D"]
@@ -149,14 +149,12 @@ class Coordinates:
         own = q.float().unflatten(1, (self.mean.shape[1], -1))
         return (own @ self.mean[..., None]).flatten(1)
 
-    def leading(self, count: int) -> "Coordinates":
-        """The first `count` coordinates, those that matter most; where there are fewer, more that
-        are 0."""
+    def padded(self, count: int) -> "Coordinates":
+        """With as many more coordinates, which are 0, as make so many."""
 
         def of(t: Tensor) -> Tensor:
             out = t.new_zeros(*t.shape[:2], count, *t.shape[3:])
-            kept = min(count, t.shape[2])
-            out[:, :, :kept] = t[:, :, :kept]
+            out[:, :, : t.shape[2]] = t
             return out
 
         return Coordinates(of(self.of_keys), of(self.of_queries), self.mean, of(self.importance))

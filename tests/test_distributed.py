@@ -260,8 +260,8 @@ def test_counting_finds_what_sorting_finds(k):
 @pytest.mark.parametrize("n", [1, 513, 900])
 def test_weights_of_rows_as_the_reference_has_them(n):
     torch.manual_seed(n)
-    codes = encode(torch.randn(1, 2, 900, 48), torch.ones(1, 2, 48))
-    q = torch.randn(4, 3, 48)
+    codes = encode(torch.randn(1, 2, 900, 64), torch.ones(1, 2, 64))
+    q = torch.randn(4, 3, 64)
     expected = weigh_rows(q, codes, n, impl="reference")
     found = weigh_rows(q, codes, n, impl="numba")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -271,8 +271,8 @@ def test_weights_of_rows_as_the_reference_has_them(n):
 def test_coarse_scores_are_those_that_a_choice_goes_by(n):
     """To the last bit: many rows are alike by so short a code, and all ranks have to agree."""
     torch.manual_seed(n)
-    codes = encode(torch.randn(1, 2, 900, 48), torch.ones(1, 2, 48))
-    q, query_map = whole_numbers(1, 1, 2, 3, 64, 48)
+    codes = encode(torch.randn(1, 2, 900, 64), torch.ones(1, 2, 64))
+    q, query_map = whole_numbers(1, 1, 2, 3, 48, 64)
     found = coarse_scores(q[0].unflatten(0, (2, 3)), codes, n, query_map, "numba")
     expected = coarse_scores(q[0].unflatten(0, (2, 3)), codes, n, query_map, "reference")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from saap.kernels.codes import coordinates_for
 from saap.kv import KVStore
 from saap.methods import find_method
 from saap.methods import saap as saap_module
-from saap.methods.saap import SaapSearch, as_coded
+from saap.methods.saap import Saap, SaapSearch, as_coded
 from saap.selector import LayerInfo
 
 HKV, HQ, DIM = 2, 4, 16
@@ -418,7 +418,7 @@ def test_what_was_learned_is_learned_again_as_the_context_grows():
     recalls = {}
     for growth in (saap_module.GROWTH, math.inf):
         with mock.patch.object(saap_module, "GROWTH", growth):
-            selector = find_method("saap")().selector(LayerInfo(dim**-0.5))
+            selector = Saap(search=SaapSearch(least=512)).selector(LayerInfo(dim**-0.5))
             store = KVStore(selector, Budget(max_tokens=150, n_sink=4, window=32))
             for first in range(0, n, 600):
                 piece = slice(first, first + 600)

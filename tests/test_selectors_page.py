@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import refinement, selectors
+from benchmarks import real_models, refinement, selectors
 from saap import hf
 from saap.budget import Budget
 from saap.eval import reference
@@ -86,16 +86,12 @@ def test_refined_partitions(reference_model, reference_tokenizer, reference_inde
     assert last.endswith(" | – |")
 
 
-RESULTS = sorted(ROOT.glob("benchmarks/results/*/selectors.json"))
-
-
-@pytest.mark.skipif(not RESULTS, reason="no results")
-def test_the_page_is_made_from_the_records():
-    page = (ROOT / "docs" / "selectors.md").read_text()
-    made = []
-    for path in RESULTS:
-        runs = json.loads(path.read_text())["runs"]
+@pytest.mark.parametrize("made_by", [selectors, real_models])
+def test_the_page_is_made_from_the_records(made_by):
+    name = made_by.COMMAND.rsplit(".", 1)[1]
+    runs = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["runs"]
+    assert made_by.tables(runs) in made_by.PAGE.read_text()
+    assert real_models.latest(runs) == runs
+    if made_by is selectors:
         names = {s["method"].split("[")[0] for run in runs for s in run["scores"]}
         assert set(METHODS) <= names
-        made.append(selectors.tables(runs) in page)
-    assert any(made)

@@ -1,21 +1,22 @@
 """The layout of coded keys: from coordinates of unit variance to words of a few bits for each.
 
-A key has P coordinates in six groups of P / 6, the most important ones first. Their codes have 5,
-4, 4, 3, 2 and 2 bits, and a scale of one byte is the key's own. The upper 2 bits of the first
-group and the signs of the next two are the *coarse* code, which a step reads of every key: 32 bits
-of 48 coordinates, and the scale. The other bits are the *fine* code, four times as many, which it
-reads of the keys that the coarse one lets through. Signs cost little and see many directions: a
-coarse code of the first group alone loses what a rare query asks for.
+A key has P coordinates in eight groups of P / 8, the most important ones first. Their codes have
+5, 4, 4, 3, 3, 2, 2 bits and 1, and a scale of one byte is the key's own. The upper 2 bits of the
+first group and the signs of the next two are the *coarse* code, which a step reads of every key:
+half a bit for each coordinate, and the scale. The other bits are the *fine* code, five times as
+many, which it reads of the keys that the coarse one lets through. Signs cost little and see many
+directions: a coarse code of the first group alone loses what a rare query asks for.
 
-Codes are packed into int32 words, one coarse word and four fine ones for each eight coordinates of
-every group. A word is four equal bytes, of which each holds these bits of two, or of one, of the
-eight coordinates:
+Codes are packed into int32 words, one coarse word and five fine ones for each eight coordinates of
+every group. A word is four equal bytes; of the word's eight coordinates a byte has two, one of the
+first four and one of the last four:
 
-    coarse   2 upper bits of group 0 | signs of group 1 | of group 2      (two coordinates of each)
-    fine 0   3 lower bits of group 0 (two coordinates) | 2 of group 4 (of the first four)
-    fine 1   3 lower bits of group 1                   | 2 of group 4 (of the last four)
-    fine 2   3 lower bits of group 2                   | 2 of group 5 (of the first four)
-    fine 3   3 bits of group 3                         | 2 of group 5 (of the last four)
+    coarse   2 upper bits of group 0 | signs of group 1 | of group 2
+    fine 0   3 lower bits of group 0 | 2 bits of group 5 (of the first four coordinates)
+    fine 1   3 lower bits of group 1 | 2 bits of group 5 (of the last four)
+    fine 2   3 lower bits of group 2 | 2 bits of group 6 (of the first four)
+    fine 3   3 bits of group 3       | 2 bits of group 6 (of the last four)
+    fine 4   3 bits of group 4       | signs of group 7
 
 Codes of four coordinates that follow one another lie in the four bytes, at the same place in each:
 one shift and one mask make them the bytes that a processor multiplies and adds up in one
@@ -31,28 +32,28 @@ import torch
 from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
-GROUPS, FINE_PLANES = 6, 4
+GROUPS, FINE_PLANES = 8, 5
 BYTES, PER_WORD = 4, 8
 """Bytes of a word; coordinates of each group that a word has a part of."""
 
-CODED, DIMENSIONS = GROUPS * PER_WORD, 64
-"""Of each 64 dimensions so many coordinates are coded; the others matter least."""
+CODED = GROUPS * PER_WORD
+"""P is a multiple of it."""
 
-BITS = (5, 4, 4, 3, 2, 2)
+BITS = (5, 4, 4, 3, 3, 2, 2, 1)
 """Of a coordinate's code, in each group."""
 
 SIGN = 0.8
 """What a coordinate is on average, by its sign alone."""
 
-WHOLE_STEPS = (0.13, 0.3, 0.3, 0.55, 0.95, 0.95)
+WHOLE_STEPS = (0.13, 0.3, 0.3, 0.55, 0.55, 0.95, 0.95, 2 * SIGN)
 """Of uniform quantizers. A normal variable would lose least with somewhat wider ones (0.188 for 5
 bits), whose upper 2 bits hardly tell keys apart that most keys are like: candidates get lost."""
 
-COARSE_STEPS = (8 * WHOLE_STEPS[0], 2 * SIGN, 2 * SIGN, 0.0, 0.0, 0.0)
+COARSE_STEPS = (8 * WHOLE_STEPS[0], 2 * SIGN, 2 * SIGN, *(GROUPS - 3) * (0.0,))
 WHOLE_ZEROS = tuple((2**bits - 1) / 2 for bits in BITS)
 """The code that would stand for 0."""
 
-COARSE_ZEROS = (1.5, 0.5, 0.5, 0.0, 0.0, 0.0)
+COARSE_ZEROS = (1.5, 0.5, 0.5, *(GROUPS - 3) * (0.0,))
 
 SCALE_SHIFT, SCALE_BASE = 19, (127 - 8) << 23
 """A scale is stored as a byte b, the float32 with the bits `(b << 19) + SCALE_BASE`: four bits of
@@ -81,21 +82,24 @@ def _of_eight(bit: int, bits: int, group: int, place: int) -> tuple[Part, Part]:
 
 
 COARSE = (*_of_eight(0, 2, 0, 3), *_of_eight(4, 1, 1, 3), *_of_eight(6, 1, 2, 3))
-FINE = tuple(
-    (*_of_eight(0, 3, f, 0), Part(6, 2, 4 + f // 2, f % 2, 0)) for f in range(FINE_PLANES)
+FINE = (
+    (*_of_eight(0, 3, 0, 0), Part(6, 2, 5, 0, 0)),
+    (*_of_eight(0, 3, 1, 0), Part(6, 2, 5, 1, 0)),
+    (*_of_eight(0, 3, 2, 0), Part(6, 2, 6, 0, 0)),
+    (*_of_eight(0, 3, 3, 0), Part(6, 2, 6, 1, 0)),
+    (*_of_eight(0, 3, 4, 0), *_of_eight(6, 1, 7, 0)),
 )
 """Parts of a coarse word, and of the words of each fine plane."""
 
 
 def coordinates_for(dim: int) -> int:
-    """P: how many coordinates of vectors of so many dimensions are coded; 0 where there are
-    fewer."""
-    return CODED * -(-dim // DIMENSIONS)
+    """P for vectors of so many dimensions; where these are fewer, others are 0."""
+    return CODED * -(-dim // CODED)
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Coded keys of B sequences: `coarse [B, Hkv, P / 48, n]`, `fine [B, Hkv, n, P / 12]` int32
+    """Coded keys of B sequences: `coarse [B, Hkv, P / 64, n]`, `fine [B, Hkv, n, 5 P / 64]` int32
     and `scale [B, Hkv, n]` uint8."""
 
     coarse: Int32[Tensor, "B Hkv words n"]
@@ -233,11 +237,11 @@ def _coordinates(codes: Codes, levels: Tensor, steps: tuple, zeros: tuple) -> Te
     return (levels - zero) * step * scales_of(codes.scale)[..., None]
 
 
-def _grouped(levels: Int[Tensor, "*any P"]) -> Int[Tensor, "*any 6 words 2 4"]:
+def _grouped(levels: Int[Tensor, "*any P"]) -> Int[Tensor, "*any 8 words 2 4"]:
     return levels.unflatten(-1, (GROUPS, -1, PER_WORD // BYTES, BYTES))
 
 
-def _packed(levels: UInt8[Tensor, "*any 6 words 2 4"], parts) -> Int32[Tensor, "*any words"]:
+def _packed(levels: UInt8[Tensor, "*any 8 words 2 4"], parts) -> Int32[Tensor, "*any words"]:
     packed = torch.zeros_like(levels[..., 0, :, 0, :])
     for part in parts:
         own = levels[..., part.group, :, part.four, :]

@@ -49,8 +49,10 @@ _AT_ONCE = 256  # rows of a task
 _LARGEST_CORRECTION = np.float32(4.0)  # of a key's scale
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 _STEPS, _ZEROS = np.array(WHOLE_STEPS, "f4"), np.array(WHOLE_ZEROS, "f4")
-# Of each word's parts: bit, bits, group, four, place.
-_COARSE, _FINE = np.array(COARSE, "i4"), np.array(FINE, "i4")
+# Of each part: plane, bit, bits, group, four, place.
+_PARTS = np.array(
+    [(plane, *part) for plane, parts in enumerate((COARSE, *FINE)) for part in parts], "i4"
+)
 
 _njit = numba.njit(error_model="numpy")
 
@@ -140,25 +142,29 @@ def _levels(x, weight, own, levels):
 @_njit
 def _pack(levels, coordinates, coarse, coarse_plane, fine):
     """Words as `layout` says."""
-    n_words = coordinates // (GROUPS * PER_WORD)
+    size = coordinates // GROUPS
+    n_words = size // PER_WORD
     words = carray(int32_pointer(fine), FINE_PLANES * n_words)
     for w in range(n_words):
-        carray(int32_pointer(coarse + w * coarse_plane), 1)[0] = _word(levels, _COARSE, w)
-        for plane in range(FINE_PLANES):
-            words[plane * n_words + w] = _word(levels, _FINE[plane], w)
+        plane, word = np.int32(0), np.uint32(0)
+        for i in range(len(_PARTS)):
+            own, bit, bits, group, four, place = _PARTS[i]
+            if own != plane:
+                _store(word, plane, w, n_words, coarse, coarse_plane, words)
+                plane, word = own, np.uint32(0)
+            first = group * size + w * PER_WORD + four * BYTES
+            for j in range(BYTES):
+                code = (levels[first + j] >> place) & ((1 << bits) - 1)
+                word |= np.uint32(code) << np.uint32(8 * j + bit)
+        _store(word, plane, w, n_words, coarse, coarse_plane, words)
 
 
 @_njit
-def _word(levels, parts, w):
-    size = len(levels) // GROUPS
-    word = np.uint32(0)
-    for part in range(len(parts)):
-        bit, bits, group, four, place = parts[part]
-        first = group * size + w * PER_WORD + four * BYTES
-        for j in range(BYTES):
-            own = (levels[first + j] >> place) & ((1 << bits) - 1)
-            word |= np.uint32(own) << np.uint32(8 * j + bit)
-    return np.int32(word)
+def _store(word, plane, w, n_words, coarse, coarse_plane, words):
+    if plane == 0:
+        carray(int32_pointer(coarse + w * coarse_plane), 1)[0] = np.int32(word)
+    else:
+        words[(plane - 1) * n_words + w] = np.int32(word)
 
 
 @functools.cache

@@ -133,7 +133,7 @@ def _in_order(emit, score):
 def fine_planes(typing_context, fine, n_fine, rows, blocks, planes, plane_bytes):
     """The fine words of listed rows, plane by plane: `planes[word, i] = fine[rows[i], word]`.
 
-    fine: int32, `n_fine` (a multiple of 4) a row; rows: int32, whole blocks of valid rows.
+    fine: int32, `n_fine` a row; rows: int32, whole blocks of valid rows.
     """
 
     def codegen(context, builder, signature, args):
@@ -149,9 +149,10 @@ def fine_planes(typing_context, fine, n_fine, rows, blocks, planes, plane_bytes)
                 row = builder.zext(emit.load(emit.at(listed, 4 * r), I32), ir.IntType(64))
                 places.append(emit.at(fine, builder.mul(row, row_bytes)))
             out = emit.at(planes, builder.mul(loop.index, I64(_VECTOR_BYTES)))
-            with cgutils.for_range(builder, builder.sdiv(n_fine, I64(4))) as four:
+            fours = builder.sdiv(n_fine, I64(4))
+            with cgutils.for_range(builder, fours) as four:
                 offset = builder.mul(four.index, I64(16))
-                parts = [emit.load(emit.at(place, offset), _I128) for place in places]
+                parts = [emit.load(emit.at(place, offset), _I128, align=4) for place in places]
                 # Part a of four holds rows a, a + 4, ...: a transpose of 4 x 4 within quarters.
                 mixed = [
                     _joined(builder, [parts[4 * quarter + a] for quarter in range(quarters)])
@@ -161,6 +162,14 @@ def fine_planes(typing_context, fine, n_fine, rows, blocks, planes, plane_bytes)
                 for vector in _transposed(builder, mixed):
                     emit.store(vector, place)
                     place = emit.at(place, plane_bytes)
+            done = builder.mul(fours, I64(4))
+            with cgutils.for_range(builder, builder.sub(n_fine, done)) as one:
+                word = builder.add(done, one.index)
+                vector = ir.Constant(VECTOR_I32, ir.Undefined)
+                for r, own in enumerate(places):
+                    read = emit.load(emit.at(own, builder.mul(word, I64(4))), I32)
+                    vector = builder.insert_element(vector, read, I32(r))
+                emit.store(vector, emit.at(out, builder.mul(word, plane_bytes)))
         return context.get_dummy_value()
 
     return types.void(*[_i64] * 6), codegen

@@ -100,13 +100,18 @@ def _add_coarse(word, own, total, N_WORDS: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _add_fine(words, own, total, inside, N_WORDS: tl.constexpr, ASM: tl.constexpr):
     """Products with the fine words of the same coordinates, where these lie (`layout.FINE`)."""
-    for plane in tl.static_range(4):
+    for plane in tl.static_range(5):
         word = tl.load(words + plane * N_WORDS, inside, other=0)
         for four in tl.static_range(2):
             weight = tl.load(own + plane * 2 * N_WORDS + four)[:, None]
             total = dot4(((word >> (3 * four)) & _THREES)[None, :], weight, total, ASM)
-        weight = tl.load(own + (4 + plane // 2) * 2 * N_WORDS + plane % 2)[:, None]
-        total = dot4(((word >> 6) & _TWOS)[None, :], weight, total, ASM)
+        if plane < 4:
+            weight = tl.load(own + (5 + plane // 2) * 2 * N_WORDS + plane % 2)[:, None]
+            total = dot4(((word >> 6) & _TWOS)[None, :], weight, total, ASM)
+        else:
+            for four in tl.static_range(2):
+                weight = tl.load(own + 7 * 2 * N_WORDS + four)[:, None]
+                total = dot4(((word >> (6 + four)) & _ONES)[None, :], weight, total, ASM)
     return total
 
 
@@ -145,9 +150,9 @@ def score_codes(
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     known = h < group
     head = task * group + tl.where(known, h, 0)
-    own = packed + head * (12 * N_WORDS)
+    own = packed + head * (16 * N_WORDS)
     plane = coarse + b * coarse_batch + kv_head * coarse_head + rows
-    words = fine + b * fine_batch + kv_head * fine_head + rows * (4 * N_WORDS)
+    words = fine + b * fine_batch + kv_head * fine_head + rows * (5 * N_WORDS)
     product = tl.zeros([HEADS, BLOCK], dtype=tl.int32)
     for w in tl.static_range(N_WORDS):
         word = tl.load(plane + w * coarse_plane, inside, other=0)

@@ -39,8 +39,8 @@ CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 
 
 def as_coded(coordinates: Coordinates) -> Coordinates:
-    """Those of them that codes have."""
-    return coordinates.leading(coordinates_for(coordinates.mean.shape[-1]))
+    """As many as codes have."""
+    return coordinates.padded(coordinates_for(coordinates.mean.shape[-1]))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_attend_ranges():
 def test_select_rows():
     for own, counts in cases("select_rows", 150):
         batch, n_kv = own.choice((1, 1, 2)), own.choice((1, 2, 3))
-        group, coordinates = own.choice((1, 2, 4, 5)), own.choice((48, 96, 144))
+        group, coordinates = own.choice((1, 2, 4, 5)), own.choice((64, 128, 192))
         n = own.choice((1, 2, 63, 64, 65, 300, 1000))
         generator = torch_seed(own)
         x = strange(own, torch.randn(batch, n_kv, n, coordinates, generator=generator))
@@ -156,7 +156,7 @@ def test_select_rows():
         most = own.choice((0, 1, 5, n - 1, n, n + 9, INT32))
         query_map = None
         if own.random() < 0.5:
-            dim, maps = own.choice((1, 40, coordinates)), own.choice((1, batch))
+            dim, maps = own.choice((1, 48, coordinates)), own.choice((1, batch))
             matrix = torch.randn(maps, n_kv, coordinates, dim, generator=generator)
             query_map = QueryMap.of(matrix * own.choice((0.0, 1e-30, 1.0, 1e20)))
             q = q[..., :dim].contiguous()
@@ -176,7 +176,7 @@ def test_select_rows():
                     {"n_candidates": -2},
                     {"share": "x"},
                     {"max_tokens": 2**70},
-                    {"query_map": QueryMap.of(torch.ones(1, n_kv, coordinates + 48, 8))},
+                    {"query_map": QueryMap.of(torch.ones(1, n_kv, coordinates + 64, 8))},
                     {"query_map": QueryMap(torch.ones(1, n_kv, 8, coordinates), torch.ones(1))},
                 )
             )

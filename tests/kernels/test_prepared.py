@@ -26,7 +26,7 @@ def attention(impl=None):
 
 
 def coded(seed=0):
-    return encode(random(1, 2, N, 48, seed=seed), torch.ones(1, 2, 48))
+    return encode(random(1, 2, N, 64, seed=seed), torch.ones(1, 2, 64))
 
 
 def choice(codes, q, impl=None):
@@ -94,10 +94,10 @@ def test_ranges_that_would_be_copied_are_refused():
 
 @pytest.mark.parametrize("impl", ["reference", "numba"])
 def test_a_choice_follows_what_the_codes_hold(impl):
-    codes, q = coded(), random(1, 4, 48)
+    codes, q = coded(), random(1, 4, 64)
     prepared, options = choice(codes, q, impl)
     for seed in range(3):
-        new, q = coded(seed), random(1, 4, 48, seed=seed)
+        new, q = coded(seed), random(1, 4, 64, seed=seed)
         for name in ("coarse", "fine", "scale"):
             getattr(codes, name).copy_(getattr(new, name))
         own = {n: options[n] for n in ("max_tokens", "n_candidates", "first_row")}
@@ -111,7 +111,7 @@ def test_a_choice_follows_what_the_codes_hold(impl):
 
 
 def test_a_choice_fits_the_very_tensors_alone():
-    codes, q = coded(), random(1, 4, 48)
+    codes, q = coded(), random(1, 4, 64)
     prepared, options = choice(codes, q)
     assert prepared.fits(q, codes, [N], **options)
     assert prepared.fits(q, codes, [N - 1], **options)
@@ -128,8 +128,8 @@ def test_a_choice_fits_the_very_tensors_alone():
 def test_a_choice_follows_the_rows(max_tokens, n_candidates):
     """As rows join, which the codes have room for, until other buffers are needed."""
     n, batch = 1200, 2
-    codes = encode(random(batch, 2, n, 48), torch.ones(batch, 2, 48))
-    q = random(batch, 4, 48)
+    codes = encode(random(batch, 2, n, 64), torch.ones(batch, 2, 64))
+    q = random(batch, 4, 64)
     room = torch.zeros(2, batch, 2, max_tokens, dtype=torch.int32)
     options = {
         "max_tokens": max_tokens, "n_candidates": n_candidates, "share": "group", "impl": "numba"
@@ -156,13 +156,13 @@ def test_a_choice_follows_the_rows(max_tokens, n_candidates):
 
 def test_a_copy_is_no_preparation():
     """The addresses in it would be those of the tensors that it was made for."""
-    for prepared in (attention()[0], choice(coded(), random(1, 4, 48))[0]):
+    for prepared in (attention()[0], choice(coded(), random(1, 4, 64))[0]):
         assert copy.deepcopy(prepared) is None
         assert pickle.loads(pickle.dumps(prepared)) is None
 
 
 def test_a_copy_of_codes_is_chosen_from_by_itself():
-    codes, q = coded(), random(1, 4, 48)
+    codes, q = coded(), random(1, 4, 64)
     options = {"max_tokens": 20, "n_candidates": 50, "impl": "numba"}
     before = [t.clone() for t in select_rows(q, codes, [N], **options)]
     copied = copy.deepcopy(codes)
