@@ -87,6 +87,7 @@ def summary(folder: Path) -> dict:
     return {
         "model": Path(run["model"]).name,
         "version": run["version"],
+        "text": run["text"],
         "index": run["index"] is not None,
         "environment": run["environment"],
         "config": config,
@@ -104,14 +105,16 @@ def runs_of(path: Path, given: list[str]) -> list[dict]:
 
 
 def latest(runs: list[dict]) -> list[dict]:
-    """The runs without scores that a later one has anew."""
-    known, kept = set(), []
+    """The runs without scores that a later one has anew, or that a later one of the task has from
+    another text: packages of documentation change, and methods are compared on one text."""
+    known, texts, kept = set(), {}, []
     for run in reversed(runs):
-        of_run = run["model"], run["chat"], run["config"].get("seed", 0)
+        of_run, seed = (run["model"], run["chat"]), run["config"].get("seed", 0)
         new = {}
         for score in run["scores"]:
-            what = *of_run, *(score[k] for k in ("context", "task", "method", "budget"))
-            if what not in known:
+            task = *of_run, score["context"], score["task"]
+            what = *task, score["method"], score["budget"], seed
+            if what not in known and texts.setdefault(task, run["text"]) == run["text"]:
                 new[what] = score
         known |= new.keys()
         if new:

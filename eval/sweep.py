@@ -84,6 +84,8 @@ def with_parameters(
 def as_value(text: str):
     if text in ("true", "false"):
         return text == "true"
+    if text == "none":
+        return None
     for kind in (int, float):
         try:
             return kind(text)

@@ -7,6 +7,7 @@ one build serves all points of a variant.
 import dataclasses
 import inspect
 import itertools
+import types
 import typing
 from dataclasses import dataclass, field
 
@@ -132,6 +133,21 @@ def check_method_entry(entry) -> None:
                 raise ValueError(
                     f"{part} of {cls.name}: {key} must be a value or a list of values; got none"
                 )
+            owner, fields = grouped.get(part, (None, ()))
+            hints = typing.get_type_hints(owner if key in fields else cls.__init__)
+            check_kind(f"{part} of {cls.name}", key, value, hints.get(key))
+
+
+def check_kind(where: str, key: str, value, hint) -> None:
+    """Raise ValueError for a value that an option of numbers cannot have."""
+    kinds = typing.get_args(hint) or (hint,)
+    if not set(kinds) <= {int, float, types.NoneType}:
+        return
+    for own in value if isinstance(value, list | tuple) else (value,):
+        if type(own) not in kinds and not (type(own) is int and float in kinds):
+            number = "a number" if float in kinds else "a whole number"
+            none = " or none" if types.NoneType in kinds else ""
+            raise ValueError(f"{where}: {key} must be {number}{none}; got {own!r}")
 
 
 def refuse_unknown(where: str, values: dict, known: tuple[str, ...]) -> None:

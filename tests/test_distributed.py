@@ -239,13 +239,14 @@ class Alone:
         return [own]
 
 
-@pytest.mark.parametrize("k", [1, 7, 40, 400])
+@pytest.mark.parametrize("k", [1, 7, 40, 150, 400])
 def test_counting_finds_what_sorting_finds(k):
     keys = torch.rand(3, 300, generator=torch.Generator().manual_seed(k))
     keys[0] -= 0.7  # scores may be below 0
     keys[0, 100:200] = 0.1  # equal keys: the first ones are taken
     keys[1] = keys[1] * 1e-40
     keys[2, :250] = 0.0
+    keys[2, 100:110] = -0.0
     used = torch.ones_like(keys, dtype=torch.bool)
     used[:, ::5] = False
     found = choice.among_largest(keys, used, k, Alone())

@@ -86,6 +86,25 @@ def test_refined_partitions(reference_model, reference_tokenizer, reference_inde
     assert last.endswith(" | – |")
 
 
+def run_of(text, *scores, seed=0):
+    own = [{"context": 4096, "task": "passkey", **score} for score in scores]
+    return {"model": "m", "chat": False, "text": text, "config": {"seed": seed}, "scores": own}
+
+
+def test_a_later_run_replaces_scores_and_those_of_another_text():
+    saap, pq = ({"method": name, "budget": "0.05"} for name in ("saap", "pq"))
+    elsewhere = {**saap, "context": 8192}
+    first = run_of("a", saap, pq, elsewhere)
+    assert real_models.latest([first, run_of("a", pq)]) == [
+        run_of("a", saap, elsewhere), run_of("a", pq)
+    ]  # fmt: skip
+    assert real_models.latest([first, run_of("a", pq, seed=1)]) == [first, run_of("a", pq, seed=1)]
+    assert real_models.latest([first, run_of("b", pq)]) == [
+        run_of("a", elsewhere),
+        run_of("b", pq),
+    ]
+
+
 @pytest.mark.parametrize("made_by", [selectors, real_models])
 def test_the_page_is_made_from_the_records(made_by):
     name = made_by.COMMAND.rsplit(".", 1)[1]

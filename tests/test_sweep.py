@@ -9,7 +9,7 @@ from saap.budget import Budget
 from saap.eval.decoding import decoders
 from saap.eval.run import EvalConfig
 from saap.eval.sweep import read_sweep, with_parameters
-from saap.eval.variants import Point, make_variants
+from saap.eval.variants import Point, check_method_entry, make_variants
 from saap.methods import METHODS
 from saap.selector import LayerInfo
 
@@ -113,12 +113,24 @@ def test_bad_sweeps(monkeypatch, capsys, tmp_path, text, message):
     assert not out.exists()
 
 
+def test_no_number_is_one_where_it_means_something():
+    (entry,) = with_parameters(("saap",), [], ["saap.width=none,2.5"])
+    check_method_entry(entry)
+    (variant,) = make_variants((entry,), None, 0)
+    assert [own["width"] for own in variant.search] == [None, 2.5]
+    with pytest.raises(ValueError, match="search of saap: width must be a number or none; got"):
+        check_method_entry({"name": "saap", "search": {"width": ["wide"]}})
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("quest.page_size", "must be METHOD.KEY=VALUE"),
         ("saap.page_size=3", "must name a method of --methods, quest; got 'saap.page_size=3'"),
         ("quest.pages=3", "build of quest: a key must be one of"),
+        ("quest.page_size=big", "build of quest: page_size must be a whole number; got 'big'"),
+        ("quest.page_size=16,2.5", "build of quest: page_size must be a whole number; got 2.5"),
+        ("quest.page_size=none", "build of quest: page_size must be a whole number; got None"),
     ],
 )
 def test_bad_parameters(monkeypatch, capsys, tmp_path, option, message):

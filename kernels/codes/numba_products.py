@@ -43,7 +43,7 @@ class ByteProducts:
         return self.emit.builder.sitofp(total, VECTOR)
 
     def add(self, total, values, weights):
-        """`total + values . weights`; bytes of `values` are 0 to 15, of `weights` -127 to 127."""
+        """`total + values . weights`; bytes of `values` are 0 to 31, of `weights` -127 to 127."""
         return getattr(self, f"_{self.way}")(total, values, weights)
 
     def add_late(self, slot, values, weights, largest: int):
@@ -83,7 +83,7 @@ class ByteProducts:
         return self.emit.call("llvm.x86.avx512.vpdpbusd.512", VECTOR_I32, total, values, weights)
 
     def _avx2(self, total, values, weights):
-        """No sum of two products leaves 16 bits: values are at most 15."""
+        """No sum of two products leaves 16 bits: values are at most 31."""
         return self.emit.builder.add(total, self._joined(self._pairs(values, weights)))
 
     def _pairs(self, values, weights) -> list:
