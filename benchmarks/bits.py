@@ -107,9 +107,7 @@ def measure(context, layers: list, count: int) -> dict[int, list[float]]:
         n = k.shape[1]
         own = balanced(Moments.of(latest.flatten(1, 2), k))
         q, middle = latest[:, :, -N_JUDGED:], slice(N_SINK, n - WINDOW - N_JUDGED)
-        later = torch.arange(n) > torch.arange(n - N_JUDGED, n)[:, None]
-        scores = (q @ k[:, None].mT * info.sm_scale).masked_fill(later, -torch.inf)
-        mass = scores.softmax(-1)[..., middle].sum(1)
+        mass = reuse.mass_of(q, k, info.sm_scale)[..., middle]
         best = mass.topk(count, -1).values.sum(-1)
         x, coded = own.keys(k[None])[0], q @ own.of_queries[0, :, None].mT * info.sm_scale
         for number, way in enumerate(WAYS):

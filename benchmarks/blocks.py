@@ -20,6 +20,7 @@ from saap import hf
 from saap.eval.cli.demo_words import MODEL, document_with_keys
 from saap.kernels.codes.layout import GROUPS
 from saap.methods import find_method
+from saap.methods.saap import SaapSearch
 
 from .candidates import CONTEXT, Choice, ask, chosen_by, kept, of_each_head
 from .cpu import cpu_name, environment
@@ -32,7 +33,7 @@ ROUNDS = 3
 WAYS = ((32, 0.15, 0.0), (32, 0.15, 4.0), (32, 0.3, 4.0), (16, 0.25, 4.0), (8, 0.15, 2.5))
 EVERY = "every row"
 
-AS_SAAP = GROUPS, of_each_head(1024)  # groups of coordinates, candidates
+AS_SAAP = GROUPS, of_each_head(SaapSearch().least)  # groups of coordinates, candidates
 
 
 def halves(x: Tensor, size: int, rows: Tensor) -> Tensor:

@@ -149,18 +149,17 @@ def window_of(config: dict, context: int) -> int:
 
 
 def pooled(scores: list[dict]) -> list[dict]:
-    """One score for what was asked with several seeds, which are other documents; of two with the
-    same seed the later one."""
-    latest = {tuple(s[k] for k in ("task", "method", "budget", "seed")): s for s in scores}
+    """One score for what was asked with several seeds, which are other documents."""
     found: dict[tuple, dict] = {}
-    for (*what, _), s in latest.items():
-        before = found.get(tuple(what))
+    for s in scores:
+        what = tuple(s[k] for k in ("task", "method", "budget"))
+        before = found.get(what)
         if before is not None and s["task"] in ASKED:
             n = before["questions"] + s["questions"]
             right = sum(own["accuracy"] * own["questions"] for own in (before, s))
             s = {**s, "accuracy": right / n, "questions": n,
                  "prompts": before["prompts"] + s["prompts"]}  # fmt: skip
-        found[tuple(what)] = s
+        found[what] = s
     return list(found.values())
 
 

@@ -85,14 +85,21 @@ def layer_of(context, info, own: Coordinates | None = None) -> Layer:
     codes = layout.encode(own.keys(k[None]), own.importance)
     q = latest[:, :, -tokens:]
     middle = slice(N_SINK, n - WINDOW - tokens)
-    later = torch.arange(n) > torch.arange(n - tokens, n)[:, None]
-    scores = (q @ k[:, None].mT * info.sm_scale).masked_fill(later, -torch.inf)
     coded = q @ own.of_queries[0, :, None].mT * info.sm_scale
     coarse, whole = (
         (coded @ decode(codes)[0][:, None].mT)[..., middle]
         for decode in (layout.decode_coarse, layout.decode)
     )
-    return Layer(scores.softmax(-1)[..., middle].sum(1), coarse, whole)
+    return Layer(mass_of(q, k, info.sm_scale)[..., middle], coarse, whole)
+
+
+def mass_of(q: Tensor, k: Tensor, sm_scale: float) -> Tensor:
+    """What the last tokens' queries `q [Hkv, G, tokens, D]` give each row, added over a group's
+    heads `[Hkv, tokens, n]`."""
+    n, tokens = k.shape[1], q.shape[2]
+    later = torch.arange(n) > torch.arange(n - tokens, n)[:, None]
+    scores = (q @ k[:, None].mT * sm_scale).masked_fill(later, -torch.inf)
+    return scores.softmax(-1).sum(1)
 
 
 def read(model, tokenizer, corpus: str, n_tokens: int):

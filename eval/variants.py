@@ -135,10 +135,10 @@ def check_method_entry(entry) -> None:
                 )
             owner, fields = grouped.get(part, (None, ()))
             hints = typing.get_type_hints(owner if key in fields else cls.__init__)
-            check_kind(f"{part} of {cls.name}", key, value, hints.get(key))
+            check_number(f"{part} of {cls.name}", key, value, hints.get(key))
 
 
-def check_kind(where: str, key: str, value, hint) -> None:
+def check_number(where: str, key: str, value, hint) -> None:
     """Raise ValueError for a value that an option of numbers cannot have."""
     kinds = typing.get_args(hint) or (hint,)
     if not set(kinds) <= {int, float, types.NoneType}:

@@ -127,14 +127,12 @@ class Codes:
     @functools.cached_property
     def fault(self) -> str | None:
         """What of shapes and dtypes does not fit together, or None."""
-        for name, (shape, dtype) in self.shapes(
-            *self.scale.shape[:2], self.coordinates, self.n
-        ).items():
+        expected = self.shapes(*self.scale.shape[:2], self.coordinates, self.n)
+        for name, (shape, dtype) in expected.items():
             own = getattr(self, name)
-            if tuple(own.shape) != shape:
-                return f"codes.{name} must be {shape}, as coarse and scale say; got " + str(
-                    tuple(own.shape)
-                )
+            found = tuple(own.shape)
+            if found != shape:
+                return f"codes.{name} must be {shape}, as coarse and scale say; got {found}"
             if own.dtype != dtype:
                 return "codes must be int32 words and uint8 scales; got other dtypes"
         return None

@@ -40,12 +40,9 @@ class Group:
 
     def add(self, own: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
-        self._reduce(own, dist.ReduceOp.SUM)
-        return own
-
-    def _reduce(self, own: Tensor, op) -> None:
         assert own.is_contiguous()
-        self._collective(own, lambda: dist.all_reduce(own, op, group=self.process_group))
+        self._collective(own, lambda: dist.all_reduce(own, group=self.process_group))
+        return own
 
     def _collective(self, own: Tensor, call: Callable) -> None:
         self.messages += 1
