@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from saap.kernels.cpu.scratch import Layout
 
 from . import numba_choice, numba_job, numba_scan
 from .layout import Codes
-from .numba_job import BY_TASK, CANDIDATES, PREPARE, SCAN, WEIGH
+from .numba_job import CANDIDATES, CHOOSE, FIND, PREPARE, SCAN, WEIGH
 from .query_map import QueryMap
 
 PER_THREAD = 1 << 18
@@ -65,28 +66,18 @@ class Prepared:
         self.tasks = tasks = n * heads
         least = 0 if min_weight is None else bits_of(min_weight)
         self._bounds = max_tokens, n_candidates, least, group
-        chunks, whole, every, listed_chunks = self._sizes = _sizes(most, *self._bounds)
+        chunks, whole, _, listed_chunks = self._sizes = _sizes(most, *self._bounds)
         threads = min(torch.get_num_threads(), tasks * chunks)
-        # With a task to each thread at a time, its scores stay in the cache.
-        by_task = tasks % threads == 0 or tasks >= 8 * threads
-        if by_task or every:
-            self.steps = [(BY_TASK, 1)]
-        elif whole:
-            self.steps = [(PREPARE, 1), (SCAN, chunks), (BY_TASK, 1)]
-        else:
-            finding = (CANDIDATES, group), (WEIGH, listed_chunks)
-            self.steps = [(PREPARE, 1), (SCAN, chunks), *finding]
-        self.workers = workers = min(threads, tasks * max(parts for _, parts in self.steps))
+        plan = _plan(threads, tasks, group, *self._sizes)
+        self.steps, self.workers = plan.steps, plan.workers
         worker_bytes = numba_job.worker_bytes(coordinates, most)
         self.layout = Layout(
             {
                 "counts": 8 * tasks,
                 **numba_job.common_bytes(
-                    tasks, group, coordinates, workers, worker_bytes, query_map is not None
+                    tasks, group, coordinates, plan.workers, worker_bytes, query_map is not None
                 ),
-                **numba_job.kept_bytes(
-                    workers if by_task else tasks, group, most, numba_job.CHUNK * listed_chunks
-                ),
+                **numba_job.kept_bytes(plan.slots, group, most, numba_job.CHUNK * listed_chunks),
             }
         )
         starts, lengths = out
@@ -96,7 +87,8 @@ class Prepared:
             rows=ctypes.addressof(self.rows), scored=scored.data_ptr(),
             starts=starts.data_ptr(), lengths=lengths.data_ptr(),
             tasks=tasks, heads=heads, group=group, dim=dim, chunks=chunks,
-            by_sequence=len(n_rows) > 1, by_task=by_task, whole=whole,
+            by_sequence=len(n_rows) > 1, whole=whole,
+            alone=plan.alone, first_slot=plan.first_slot, heads_at_once=plan.heads_at_once,
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
             least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
@@ -135,17 +127,55 @@ def _sizes(
     return -(-most // numba_job.CHUNK), whole, every, -(-candidates // numba_job.CHUNK)
 
 
+class _Plan(NamedTuple):
+    """Who does what. `alone`: tasks that are done by one worker each, which has a slot for it; the
+    others' slots are from `first_slot` on."""
+
+    steps: list[tuple[int, int]]
+    workers: int
+    alone: int
+    first_slot: int
+    slots: int
+    heads_at_once: int
+
+
+def _plan(threads, tasks, group, chunks, whole, every, listed_chunks) -> _Plan:
+    # Rows scored by one thread and ranked by another go from cache to cache, which costs as much
+    # as to score them: so whole tasks first, then heads, and chunks of rows where these are few.
+    alone = tasks if every or tasks >= 8 * threads else tasks - tasks % threads
+    left = tasks - alone
+    by_head = not whole and left * group >= threads
+    if left and not by_head:
+        alone, left = 0, tasks
+    heads_at_once = max(1, left * group // (2 * threads))
+    find = FIND, -(-group // heads_at_once)
+    if not left:
+        steps = [find]
+    elif by_head:
+        steps = [find, (WEIGH, listed_chunks)]
+    elif whole:
+        steps = [(PREPARE, 1), (SCAN, chunks), (CHOOSE, 1)]
+    else:
+        steps = [(PREPARE, 1), (SCAN, chunks), (CANDIDATES, group), (WEIGH, listed_chunks)]
+    workers = min(threads, alone + left * max(parts for _, parts in steps))
+    first_slot = workers if steps[0] is find else 0
+    return _Plan(steps, workers, alone, first_slot, first_slot + left, heads_at_once)
+
+
 def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) -> None:
     """The steps of a job, each in so many parts of every task, by at most so many workers."""
     choose, job.score = _functions()
     address = ctypes.addressof(job)
+    left = job.tasks - job.alone
+    ctypes.memset(job.finished, 0, 8 * numba_job.STEPS * job.tasks)
     for job.step, job.parts in steps:
-        job.next_worker = job.next_task = 0
-        used = min(workers, job.tasks * job.parts)
+        job.next_worker = job.next_unit = 0
+        job.units = left * job.parts + (job.alone if job.step == FIND else 0)
+        used = min(workers, job.units)
         if job.step == PREPARE:
-            products = job.tasks * job.group * job.coordinates * job.dim
+            products = left * job.group * job.coordinates * job.dim
             used = min(used, 1 + products // PER_THREAD)
-        job.ahead = 1 if job.step == BY_TASK else used
+        job.ahead = 1 if job.step == FIND else used
         run(choose, address, used)
 
 

@@ -11,7 +11,7 @@ from saap.kernels.cpu.memory import int32_pointer
 
 from .numba_job import CHUNK, blocks_of
 from .numba_simd import BLOCK
-from .numba_vectors import count_from, mark_from, places_from, values_from
+from .numba_vectors import count_from, mark_from, places_from, places_of, values_from
 
 _PER_BLOCK = BLOCK // LANES
 _OCTAVE = 1 << 23
@@ -56,16 +56,11 @@ def mark_best(keys, n, k, low, bits, space):
         return
     above = count_from(keys, vectors, least + 1)
     mark_from(keys, vectors, least + 1, bits.ctypes.data)
-    equal, own = k - above, carray(int32_pointer(keys), n)
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        some = np.int64(0)
-        for i in range(first, last):
-            some += own[i] == least
-        for i in range(first, last if some else first):
-            if own[i] == least and equal > 0:
-                bits[i >> 3] |= np.uint8(1 << (i & 7))
-                equal -= 1
+    # By so short a code many rows are equal.
+    equal = carray(int32_pointer(space), places_of(keys, vectors, least, space))
+    for i in range(min(k - above, len(equal))):
+        row = equal[i]
+        bits[row >> 3] |= np.uint8(1 << (row & 7))
 
 
 @_njit

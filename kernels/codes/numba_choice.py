@@ -1,9 +1,10 @@
 """The rows with the largest weights: candidates by the coarse code, then the best of them.
 
-Where there are as many *tasks* (a query head, or those that choose together) as keep all threads
-busy, a thread chooses for one at a time. Else all of them are done step by step, in smaller units:
-each row is scored, each head's candidates are found, these are scored by all of their code. Who
-ends the last unit of a task goes on with the task as a whole.
+A thread does whole tasks (a query head, or those that choose together) while there are enough for
+all threads: all that it wrote is in its cache then. Tasks that are left over are done by several
+threads, step by step: some heads' candidates are found, then these are scored by all of their
+code. Where there are few heads for that, too, the rows are scored in chunks before. Who ends the
+last part of a step of a task goes on with what the task needs as a whole.
 """
 
 import math
@@ -23,14 +24,15 @@ from saap.kernels.cpu.memory import (
 
 from .numba_best import best, likely_below, mark_best
 from .numba_job import (
-    BY_TASK,
     CANDIDATES,
     CHUNK,
-    NEXT_TASK,
+    FIND,
+    NEXT_UNIT,
     NEXT_WORKER,
     PREPARE,
     SCAN,
     STEPS,
+    WEIGH,
     blocks_of,
     place_of,
     planes_bytes,
@@ -67,29 +69,39 @@ def entry(stamp):
 
 @_njit
 def _work(jobs):
-    """`by_task`: what a task keeps lies with its worker; else with the task."""
+    """What a task keeps lies in a *slot*: its worker's if it is done alone, else its own."""
     job, counters = jobs[0], jobs.ctypes.data
     worker = fetch_increment(counters + NEXT_WORKER)
     space = job.workspace + job.worker_bytes * worker
     while True:
-        unit = fetch_increment(counters + NEXT_TASK)
-        task, part = unit // job.parts, unit % job.parts
-        if task >= job.tasks:
+        unit = fetch_increment(counters + NEXT_UNIT)
+        if unit >= job.units:
             break
-        if job.step == BY_TASK:
-            _choose_alone(job, task, worker if job.by_task else task, space)
+        if job.step == FIND:
+            if unit < job.alone:
+                _choose_alone(job, unit, worker, space)
+                continue
+            unit -= job.alone
+        task, part = job.alone + unit // job.parts, unit % job.parts
+        slot = job.first_slot + task - job.alone
+        if job.step == FIND:
+            _find(job, task, part, worker, slot, space)
+            if _is_last(job, task):
+                _list_candidates(job, task, slot)
         elif job.step == PREPARE:
-            prepare(job, task)
+            prepare(job, task, 0, job.group)
         elif job.step == SCAN:
-            weigh_chunk(job, task, part, task, space)
+            weigh_chunk(job, task, part, slot, 0, job.group, space)
         elif job.step == CANDIDATES:
-            _find_candidates(job, task, task, part, space)
+            _find_candidates(job, task, part, slot, slot, space)
             if _is_last(job, task):
-                _list_candidates(job, task, task)
+                _list_candidates(job, task, slot)
+        elif job.step == WEIGH:
+            _weigh_candidates(job, task, slot, part, space)
+            if _is_last(job, task):
+                _choose(job, task, slot, space)
         else:
-            _weigh_candidates(job, task, task, part, space)
-            if _is_last(job, task):
-                _choose(job, task, task, space)
+            _choose(job, task, slot, space)
 
 
 @_njit
@@ -99,19 +111,37 @@ def _is_last(job, task):
 
 
 @_njit
-def _choose_alone(job, task, held, space):
+def _choose_alone(job, task, slot, space):
     n = place_of(job, task)[2]
-    if job.by_task and not _takes_all(job, n):
-        prepare(job, task)
-        for chunk in range(job.chunks):
-            weigh_chunk(job, task, chunk, held, space)
+    if not _takes_all(job, n):
+        prepare(job, task, 0, job.group)
+        if job.whole or job.candidates < n:
+            for chunk in range(job.chunks):
+                weigh_chunk(job, task, chunk, slot, 0, job.group, space)
     if not job.whole:
         for g in range(job.group):
-            _find_candidates(job, task, held, g, space)
-        _list_candidates(job, task, held)
+            _find_candidates(job, task, g, slot, slot, space)
+        _list_candidates(job, task, slot)
         for chunk in range(job.listed_chunks):
-            _weigh_candidates(job, task, held, chunk, space)
-    _choose(job, task, held, space)
+            _weigh_candidates(job, task, slot, chunk, space)
+    _choose(job, task, slot, space)
+
+
+@_njit
+def _find(job, task, part, worker, slot, space):
+    """Mark the candidates of some heads of a task."""
+    n = place_of(job, task)[2]
+    first = part * job.heads_at_once
+    end = min(first + job.heads_at_once, job.group)
+    if _takes_all(job, n):
+        return
+    prepare(job, task, first, end)
+    if job.candidates >= n:
+        return
+    for chunk in range(job.chunks):
+        weigh_chunk(job, task, chunk, worker, first, end, space)
+    for g in range(first, end):
+        _find_candidates(job, task, g, worker, slot, space)
 
 
 @_njit
@@ -121,8 +151,8 @@ def _takes_all(job, n):
 
 
 @_njit
-def _find_candidates(job, task, held, g, space):
-    """Mark a head's `job.candidates` best rows by the coarse code.
+def _find_candidates(job, task, g, scored, slot, space):
+    """Mark a head's `job.candidates` best rows by the coarse scores in the slot `scored`.
 
     Each has its own, since coarse scores err by a share of how far a head's scores are apart:
     among all heads' rows, a peaked head's would lose to those of flat ones.
@@ -130,9 +160,8 @@ def _find_candidates(job, task, held, g, space):
     n = place_of(job, task)[2]
     if job.candidates >= n or _takes_all(job, n):
         return
-    head = held * job.group + g
-    keys = job.scores + 4 * head * job.chunks * CHUNK
-    marks = _marks_of(job, head)
+    keys = job.scores + 4 * (scored * job.group + g) * job.chunks * CHUNK
+    marks = _marks_of(job, slot * job.group + g)
     for i in range(blocks_of(n) * BLOCK // 8):
         marks[i] = 0
     low = likely_below(keys, n, job.candidates, space)
@@ -140,49 +169,50 @@ def _find_candidates(job, task, held, g, space):
 
 
 @_njit
-def _list_candidates(job, task, held):
+def _list_candidates(job, task, slot):
     """The rows that any head has marked."""
     n = place_of(job, task)[2]
-    found = carray(int64_pointer(job.found), held + 1)
-    place = _listed_at(job, held)
+    found = carray(int64_pointer(job.found), slot + 1)
+    place = _listed_at(job, slot)
     if _takes_all(job, n):
-        found[held] = 0
+        found[slot] = 0
         return
     if job.candidates >= n:
         _list_all(n, place)
-        found[held] = n
+        found[slot] = n
         return
-    first = _marks_of(job, held * job.group)
+    first = _marks_of(job, slot * job.group)
     for g in range(1, job.group):
-        own = _marks_of(job, held * job.group + g)
+        own = _marks_of(job, slot * job.group + g)
         for i in range(blocks_of(n) * BLOCK // 8):
             first[i] |= own[i]
-    found[held] = places_of_marks(first.ctypes.data, blocks_of(n) * _PER_BLOCK, place)
+    found[slot] = places_of_marks(first.ctypes.data, blocks_of(n) * _PER_BLOCK, place)
 
 
 @_njit
-def _weigh_candidates(job, task, held, chunk, space):
+def _weigh_candidates(job, task, slot, chunk, space):
     """Each head's scores of a chunk of the candidates, by all of their code."""
     first = chunk * CHUNK
-    length = min(CHUNK, carray(int64_pointer(job.found), held + 1)[held] - first)
+    length = min(CHUNK, carray(int64_pointer(job.found), slot + 1)[slot] - first)
     if length <= 0:
         return
     b, kv_head, _ = place_of(job, task)
-    listed = carray(int32_pointer(_listed_at(job, held) + 4 * first), length)
+    listed = carray(int32_pointer(_listed_at(job, slot) + 4 * first), length)
     chunk_rows = carray(int32_pointer(space + planes_bytes(job.coordinates)), CHUNK)
     for i in range(length):
         chunk_rows[i] = listed[i]
     bring(job, b, kv_head, length, 1, space)
     room = job.listed_chunks * CHUNK
-    scores = job.listed_scores + 4 * (held * job.group * room + first)
-    maxima = job.listed_maxima + 4 * (held * job.group * job.listed_chunks + chunk)
+    scores = job.listed_scores + 4 * (slot * job.group * room + first)
+    maxima = job.listed_maxima + 4 * (slot * job.group * job.listed_chunks + chunk)
     for g in range(0, job.group, WIDEST):
-        score(job, task, g, length, 1, space, scores + 4 * g * room, 4 * room,
-              maxima + 4 * g * job.listed_chunks, 4 * job.listed_chunks)  # fmt: skip
+        score(job, task, g, min(g + WIDEST, job.group), length, 1, space,
+              scores + 4 * g * room, 4 * room, maxima + 4 * g * job.listed_chunks,
+              4 * job.listed_chunks)  # fmt: skip
 
 
 @_njit
-def _choose(job, task, held, space):
+def _choose(job, task, slot, space):
     """Write the ranges of a task, and of how many rows all of the code was read."""
     n = place_of(job, task)[2]
     scored = np.int64(0)
@@ -190,20 +220,20 @@ def _choose(job, task, held, space):
         kept = n
         _list_all(n, space)
     elif job.whole:
-        kept, scored = _best_of_all(job, task, held, n, space), n
+        kept, scored = _best_of_all(job, task, slot, n, space), n
     else:
-        scored = carray(int64_pointer(job.found), held + 1)[held]
-        kept = _best_of_candidates(job, task, held, scored, space)
+        scored = carray(int64_pointer(job.found), slot + 1)[slot]
+        kept = _best_of_candidates(job, task, slot, scored, space)
     carray(int64_pointer(job.counts), job.tasks)[task] = _write_ranges(job, task, space, kept)
     carray(int64_pointer(job.scored), job.tasks)[task] = scored
 
 
 @_njit
-def _best_of_all(job, task, held, n, space):
+def _best_of_all(job, task, slot, n, space):
     """Of all rows, whose weights in each chunk are known, those that weigh most in the sum of the
     heads' softmax; lists them in `space` and returns how many."""
     n_chunks = (n + CHUNK - 1) // CHUNK
-    place = 4 * held * job.group * job.chunks
+    place = 4 * slot * job.group * job.chunks
     shape = (job.group, job.chunks)
     maxima = carray(float32_pointer(job.maxima + place), shape)
     totals = carray(float32_pointer(job.totals + place), shape)
@@ -220,7 +250,7 @@ def _best_of_all(job, task, held, n, space):
         for chunk in range(n_chunks):
             maxima[g, chunk] /= np.float32(total)
     room = job.chunks * CHUNK
-    weights = job.scores + 4 * held * job.group * room
+    weights = job.scores + 4 * slot * job.group * room
     for chunk in range(n_chunks):
         vectors = blocks_of(min(CHUNK, n - chunk * CHUNK)) * _PER_BLOCK
         own = weights + 4 * chunk * CHUNK
@@ -230,12 +260,12 @@ def _best_of_all(job, task, held, n, space):
 
 
 @_njit
-def _best_of_candidates(job, task, held, found, space):
+def _best_of_candidates(job, task, slot, found, space):
     """Of the candidates those that weigh most in the sum of the heads' softmax; lists them in
     `space` and returns how many."""
     room = job.listed_chunks * CHUNK
-    scores = job.listed_scores + 4 * held * job.group * room
-    place = job.listed_maxima + 4 * held * job.group * job.listed_chunks
+    scores = job.listed_scores + 4 * slot * job.group * room
+    place = job.listed_maxima + 4 * slot * job.group * job.listed_chunks
     maxima = carray(float32_pointer(place), (job.group, job.listed_chunks))
     vectors = blocks_of(found) * _PER_BLOCK
     for g in range(job.group):
@@ -246,7 +276,7 @@ def _best_of_candidates(job, task, held, found, space):
         total += _outside(job, task, g, largest)
         maxima[g, 0] = np.float32(1.0) / total
     add_weighed(scores, 4 * room, job.group, place, 4 * job.listed_chunks, vectors, scores)
-    return _best_of(job, scores, found, space, _listed_at(job, held))
+    return _best_of(job, scores, found, space, _listed_at(job, slot))
 
 
 @_njit
@@ -313,5 +343,5 @@ def _marks_of(job, head):
 
 
 @_njit
-def _listed_at(job, held):
-    return job.listed + 4 * held * (job.listed_chunks * CHUNK + LANES)
+def _listed_at(job, slot):
+    return job.listed + 4 * slot * (job.listed_chunks * CHUNK + LANES)

@@ -15,23 +15,24 @@ FIELDS = (
     "q map map_scale mapped coarse fine scale rows weights factors scores maxima "  # addresses
     "totals starts lengths counts scored outside marks listed listed_scores listed_maxima "
     "found finished "
-    "tasks heads kv_heads group coordinates dim chunks by_sequence by_task whole "
+    "tasks heads kv_heads group coordinates dim chunks by_sequence whole "
+    "alone first_slot heads_at_once "
     "map_batch map_scale_batch coarse_batch coarse_head coarse_plane fine_batch "  # bytes
     "fine_head scale_batch scale_head "
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
-    "score step parts ahead workspace worker_bytes next_worker next_task"
+    "score step parts units ahead workspace worker_bytes next_worker next_unit"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
-NEXT_TASK = offset_of(FIELDS, "next_task")
+NEXT_UNIT = offset_of(FIELDS, "next_unit")
 
 Job, SIGNATURE = job_type(FIELDS, ("unused",))
 
 CHUNK = 512
 """Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""
 
-STEPS = 5
-BY_TASK, PREPARE, SCAN, CANDIDATES, WEIGH = range(STEPS)
-"""Steps of a choice: all for a task at a time, or one after the other, in `parts` of each task."""
+STEPS = 6
+FIND, PREPARE, SCAN, CANDIDATES, WEIGH, CHOOSE = range(STEPS)
+"""Steps of a choice, in `parts` of each task."""
 
 _njit = numba.njit(error_model="numpy")
 
@@ -78,19 +79,19 @@ def common_bytes(
     }
 
 
-def kept_bytes(held: int, group: int, most: int, candidates: int) -> dict[str, int]:
+def kept_bytes(slots: int, group: int, most: int, candidates: int) -> dict[str, int]:
     """Bytes of what a choice keeps of so many tasks at a time."""
     room, listed = whole_chunks(most), whole_chunks(candidates)
     chunks, listed_chunks = room // CHUNK, listed // CHUNK
     return {
-        "scores": 4 * held * group * room,
-        "maxima": 4 * held * group * chunks,
-        "totals": 4 * held * group * chunks,
-        "marks": held * group * room // 8,
-        "listed": 4 * held * (listed + LANES),
-        "listed_scores": 4 * held * group * listed,
-        "listed_maxima": 4 * held * group * listed_chunks,
-        "found": 8 * held,
+        "scores": 4 * slots * group * room,
+        "maxima": 4 * slots * group * chunks,
+        "totals": 4 * slots * group * chunks,
+        "marks": slots * group * room // 8,
+        "listed": 4 * slots * (listed + LANES),
+        "listed_scores": 4 * slots * group * listed,
+        "listed_maxima": 4 * slots * group * listed_chunks,
+        "found": 8 * slots,
     }
 
 

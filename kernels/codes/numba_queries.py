@@ -8,7 +8,6 @@ from saap.kernels.cpu.memory import (
     float32_pointer,
     int8_pointer,
     int16_pointer,
-    int64_pointer,
 )
 
 from .layout import (
@@ -19,7 +18,6 @@ from .layout import (
     WHOLE_STEPS,
     WHOLE_ZEROS,
 )
-from .numba_job import STEPS
 
 _njit = numba.njit(error_model="numpy")
 
@@ -46,19 +44,16 @@ def weights_at(job, task, whole):
 
 
 @_njit
-def prepare(job, task):
-    """All that the other steps need of a task's queries; none of its parts are finished."""
+def prepare(job, task, first, end):
+    """All that the other steps need of a task's queries, heads `first` to `end`."""
     if job.map:
-        _map(job, task)
-    _round(job, task)
-    finished = carray(int64_pointer(job.finished + 8 * STEPS * task), STEPS)
-    for i in range(STEPS):
-        finished[i] = 0
+        _map(job, task, first, end)
+    _round(job, task, first, end)
 
 
 @_njit
-def _map(job, task):
-    """`QueryMap` of a task's queries, whose rows are read once for all of them."""
+def _map(job, task, first, end):
+    """`QueryMap` of queries, whose rows are read once for all of them."""
     dim, coordinates = job.dim, job.coordinates
     b, kv_head = task // job.heads, task % job.heads * job.kv_heads // job.heads
     place = job.map + b * job.map_batch + 2 * kv_head * dim * coordinates
@@ -68,22 +63,22 @@ def _map(job, task):
     q = carray(float32_pointer(job.q + 4 * task * job.group * dim), (job.group, dim))
     place = job.mapped + 4 * task * job.group * coordinates
     mapped = carray(float32_pointer(place), (job.group, coordinates))
-    for g in range(job.group):
+    for g in range(first, end):
         for p in range(coordinates):
             mapped[g, p] = np.float32(0.0)
     for d in range(dim):
         row = weights[d]
-        for g in range(job.group):
+        for g in range(first, end):
             own, factor = mapped[g], q[g, d]
             for p in range(coordinates):
                 own[p] += factor * np.float32(row[p])
-    for g in range(job.group):
+    for g in range(first, end):
         for p in range(coordinates):
             mapped[g, p] *= scale[p]
 
 
 @_njit
-def _round(job, task):
+def _round(job, task, first, end):
     q = carray(float32_pointer(job.mapped + 4 * task * job.group * job.coordinates),
                (job.group, job.coordinates))  # fmt: skip
     size = job.coordinates // GROUPS
@@ -92,7 +87,7 @@ def _round(job, task):
         weights = carray(int8_pointer(place), (job.group, job.coordinates))
         offsets = carray(float32_pointer(offset_place), job.group)
         factors = carray(float32_pointer(factor_place), job.group)
-        for g in range(job.group):
+        for g in range(first, end):
             largest = np.float32(0.0)
             for part in range(GROUPS):
                 step = _STEPS[whole, part]

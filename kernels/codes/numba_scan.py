@@ -45,8 +45,8 @@ SCORE_SIGNATURE = signature_of(14)
 
 
 @_njit
-def weigh_chunk(job, task, chunk, held, space):
-    """What each head gives a chunk's rows: number `held` of those that `job` has room for.
+def weigh_chunk(job, task, chunk, slot, first_head, end_head, space):
+    """What heads give a chunk's rows, written where `slot` has room for it.
 
     By whole codes `exp(score - maximum)`, with their maximum and sum; by coarse codes int32 in the
     order of the scores.
@@ -63,19 +63,20 @@ def weigh_chunk(job, task, chunk, held, space):
         rows[i] = first + i
     bring(job, b, kv_head, length, job.whole, space)
     room = job.chunks * CHUNK
-    heads = held * job.group
-    maxima = carray(float32_pointer(job.maxima), (heads + job.group, job.chunks))
-    totals = carray(float32_pointer(job.totals), (heads + job.group, job.chunks))
-    for g in range(job.group):
-        place = job.scores + 4 * ((heads + g) * room + first)
-        if g % WIDEST == 0:
-            maximum = job.maxima + 4 * ((heads + g) * job.chunks + chunk)
-            score(job, task, g, length, job.whole, space, place, 4 * room,
-                  maximum, 4 * job.chunks)  # fmt: skip
-        if not job.whole:  # ranked as they are
-            continue
-        vectors = blocks_of(length) * (BLOCK // LANES)
-        totals[heads + g, chunk] = exponentials(place, vectors, maxima[heads + g, chunk])
+    before = slot * job.group
+    scores = job.scores + 4 * (before * room + first)
+    maxima = job.maxima + 4 * (before * job.chunks + chunk)
+    for g in range(first_head, end_head, WIDEST):
+        score(job, task, g, min(g + WIDEST, end_head), length, job.whole, space,
+              scores + 4 * g * room, 4 * room, maxima + 4 * g * job.chunks,
+              4 * job.chunks)  # fmt: skip
+    if not job.whole:  # ranked as they are
+        return
+    vectors = blocks_of(length) * (BLOCK // LANES)
+    for g in range(first_head, end_head):
+        maximum = carray(float32_pointer(maxima + 4 * g * job.chunks), 1)[0]
+        total = carray(float32_pointer(job.totals), (before + g + 1, job.chunks))
+        total[before + g, chunk] = exponentials(scores + 4 * g * room, vectors, maximum)
 
 
 @_njit
@@ -138,9 +139,9 @@ def bring(job, b, kv_head, length, whole, space):
 
 
 @_njit
-def score(job, task, g, length, whole, space, out, out_bytes, maxima, maximum_bytes):
-    """Scores of up to `WIDEST` heads from g on with the rows brought; their maxima."""
-    heads = min(WIDEST, job.group - g)
+def score(job, task, g, end, length, whole, space, out, out_bytes, maxima, maximum_bytes):
+    """Scores of up to `WIDEST` heads, g to `end`, with the rows brought; their maxima."""
+    heads = end - g
     n_words = words_of(job.coordinates)
     weights, offsets, factors = weights_at(job, task, whole)
     largest = space + chunk_bytes(job.coordinates) - 4 * WIDEST

@@ -78,8 +78,9 @@ def count_from(typing_context, numbers, vectors, least):
         with cgutils.for_range(builder, vectors) as loop:
             place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
             inside = builder.icmp_signed(">=", emit.load(place, VECTOR_I32), least)
-            one = builder.zext(inside, VECTOR_I32)
-            builder.store(builder.add(builder.load(total), one), total)
+            before = builder.load(total)
+            more = builder.add(before, ir.Constant(VECTOR_I32, [1] * LANES))
+            builder.store(builder.select(inside, more, before), total)
         total = builder.load(total)
         count = I64(0)
         for lane in range(LANES):
@@ -100,7 +101,21 @@ def places_from(typing_context, numbers, vectors, least, out):
 
     def codegen(context, builder, signature, args):
         numbers, vectors, least, out = args
-        return _collect(Emitter(builder), numbers, vectors, least, out, None)
+        return _collect(Emitter(builder), ">=", numbers, vectors, least, out, None)
+
+    return _i64(*[_i64] * 4), codegen
+
+
+@intrinsic
+def places_of(typing_context, numbers, vectors, number, out):
+    """Places, ascending, of the int32 that are this number; returns how many.
+
+    out: as for `places_from`.
+    """
+
+    def codegen(context, builder, signature, args):
+        numbers, vectors, number, out = args
+        return _collect(Emitter(builder), "==", numbers, vectors, number, out, None)
 
     return _i64(*[_i64] * 4), codegen
 
@@ -114,7 +129,7 @@ def values_from(typing_context, numbers, values, vectors, least, out):
 
     def codegen(context, builder, signature, args):
         numbers, values, vectors, least, out = args
-        return _collect(Emitter(builder), numbers, vectors, least, out, values)
+        return _collect(Emitter(builder), ">=", numbers, vectors, least, out, values)
 
     return _i64(*[_i64] * 5), codegen
 
@@ -157,14 +172,16 @@ def places_of_marks(typing_context, marks, vectors, out):
     return _i64(*[_i64] * 3), codegen
 
 
-def _collect(emit, numbers, vectors, least, out, values):
-    """What `values_from` does; without values, `places_from`."""
+def _collect(emit, relation, numbers, vectors, bound, out, values):
+    """The values, or without these the places, of numbers that stand in this relation to a bound;
+    returns how many."""
     builder = emit.builder
     found = emit.register(I64(0))
-    least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
+    bound = emit.splat(builder.trunc(bound, I32), VECTOR_I32)
     with cgutils.for_range(builder, vectors) as loop:
         offset = builder.mul(loop.index, I64(_VECTOR_BYTES))
-        inside = builder.icmp_signed(">=", emit.load(emit.at(numbers, offset), VECTOR_I32), least)
+        own = emit.load(emit.at(numbers, offset), VECTOR_I32)
+        inside = builder.icmp_signed(relation, own, bound)
         if values is None:
             own = _numbers(emit, loop)
         else:

@@ -48,7 +48,7 @@ def _scanned(q, codes, n: int, query_map, *, whole: bool) -> tuple[Tensor, Tenso
     job = numba_job.Job(
         q=q.data_ptr(), rows=ctypes.addressof(rows), scores=found.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
-        group=group, dim=dim, chunks=chunks, by_sequence=0, by_task=0, whole=whole,
+        group=group, dim=dim, chunks=chunks, by_sequence=0, alone=0, whole=whole,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
         **places_of(codes), **places_of_map(query_map),
     )  # fmt: skip

@@ -130,12 +130,14 @@ def test_numba_chooses_as_the_reference(
             assert len(set(own) ^ set(other)) <= 2 + 2 * (len(own) // 50)
 
 
-@pytest.mark.parametrize("n_candidates", [700, 4999])
+@pytest.mark.parametrize("n_candidates", [700, 4999, 5000])
 @pytest.mark.parametrize("min_weight", [None, 1e-3])
-def test_the_choice_does_not_depend_on_threads(n_candidates, min_weight):
-    """One thread does a task at a time; where there are more, tasks are divided."""
+@pytest.mark.parametrize("group", [3, 9])
+def test_the_choice_does_not_depend_on_threads(n_candidates, min_weight, group):
+    """Of 6 tasks, threads do each alone (1, 2), or divide the last ones by heads (4) or all of
+    them (16: by heads or by chunks of rows; 5: by chunks where heads are few)."""
     _, codes, _ = coded(batch=2, n=5000, n_kv=3)
-    q = random(2, 9, 64, seed=1) * torch.tensor([0.5, 1.0, 40.0]).repeat(3)[:, None]
+    q = random(2, 3 * group, 64, seed=1) * torch.tensor([0.5, 1.0, 40.0]).repeat(group)[:, None]
     options = {"max_tokens": 300, "n_candidates": n_candidates, "min_weight": min_weight}
     for second in (4000, 250, 0):
         found = []
