@@ -149,6 +149,7 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
 
     They take turns, so that a machine that is busy slows all of them. The first steps of a turn
     are not timed: after a rewind a step prepares the next ones, which a decoder does now and then.
+    Steps are only taken: what they read is not counted.
     """
     found: dict = {float(point.label): [] for point in points} | {"dense": [], "transformers": []}
     with decoder(model, read, method, points[0].budget, UNTIMED + STEPS) as own:
@@ -158,8 +159,8 @@ def timed(model, read: hf.ReadContext, method: Method, points: list[Point]) -> d
                 ("dense", whole(points[0].budget)),
             ]:
                 own.restart(budget)
-                own.logits([0] * UNTIMED)
-                ms = steps_ms(lambda: own.logits([0] * STEPS))
+                own_steps(model, own.cache, UNTIMED)
+                ms = steps_ms(lambda: own_steps(model, own.cache, STEPS))
                 if turn:  # the first one compiles kernels and learns from the prompt
                     found[share].append(ms)
             cache = hf.dynamic_cache_from(model, read)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saap.kernels.cpu.functions import compiled, run, stamp_of
+from saap.kernels.cpu.functions import compiled, openmp_address, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
 from . import numba_choice, numba_job, numba_scan
@@ -63,13 +63,14 @@ class Prepared:
         n, heads, group, dim = shape
         coordinates = codes.coordinates
         most = max(n_rows)
-        self.tasks = tasks = n * heads
+        tasks = n * heads
         least = 0 if min_weight is None else bits_of(min_weight)
         self._bounds = max_tokens, n_candidates, least, group
         chunks, whole, _, listed_chunks = self._sizes = _sizes(most, *self._bounds)
         threads = min(torch.get_num_threads(), tasks * chunks)
         plan = _plan(threads, tasks, group, *self._sizes)
-        self.steps, self.workers = plan.steps, plan.workers
+        products = group * coordinates * dim
+        self.steps = steps_of(plan.steps, plan.workers, tasks, plan.alone, products)
         worker_bytes = numba_job.worker_bytes(coordinates, most)
         self.layout = Layout(
             {
@@ -93,6 +94,7 @@ class Prepared:
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
             least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
             listed_chunks=listed_chunks, **places_of(codes), **places_of_map(query_map),
+            **places_of_functions(self.steps),
         )  # fmt: skip
 
     def follows(self, n_rows: list[int]) -> bool:
@@ -113,8 +115,7 @@ class Prepared:
         if outside is not None:
             outside = outside.contiguous()
             job.outside = outside.data_ptr()
-        run_steps(job, self.steps, self.workers)
-        return max(integers(self.tasks).from_address(job.counts)[:])
+        return run_steps(job)
 
 
 def _sizes(
@@ -162,21 +163,45 @@ def _plan(threads, tasks, group, chunks, whole, every, listed_chunks) -> _Plan:
     return _Plan(steps, workers, alone, first_slot, first_slot + left, heads_at_once)
 
 
-def run_steps(job: numba_job.Job, steps: list[tuple[int, int]], workers: int) -> None:
-    """The steps of a job, each in so many parts of every task, by at most so many workers."""
-    choose, job.score = _functions()
+def steps_of(
+    steps: list[tuple[int, int]], workers: int, tasks: int, alone: int, products: int
+) -> ctypes.Array:
+    """Steps, each in so many parts of every task that is not done alone, by at most so many
+    workers, as a job has them. products: of a task's map of queries."""
+    left, rows = tasks - alone, []
+    for step, parts in steps:
+        units = left * parts + (alone if step == FIND else 0)
+        used = min(workers, units)
+        if step == PREPARE:
+            used = min(used, 1 + left * products // PER_THREAD)
+        rows += [step, parts, units, used, 1 if step == FIND else used]
+    return (ctypes.c_int64 * len(rows))(*rows)
+
+
+def places_of_functions(steps: ctypes.Array) -> dict[str, int]:
+    """A job's fields that say what is done in its steps, and by which functions."""
+    _, choose, score = _functions()
+    return {
+        "choose": ctypes.cast(choose, ctypes.c_void_p).value, "score": score,
+        "parallel": openmp_address(), "steps": ctypes.addressof(steps),
+        "n_steps": len(steps) // numba_job.STEP_FIELDS,
+    }  # fmt: skip
+
+
+def run_steps(job: numba_job.Job) -> int:
+    """Does all that the steps of a job say; returns the most ranges of a selection."""
+    drive, choose, _ = _functions()
     address = ctypes.addressof(job)
-    left = job.tasks - job.alone
+    if job.parallel:
+        drive(address)
+        return job.used
     ctypes.memset(job.finished, 0, 8 * numba_job.STEPS * job.tasks)
-    for job.step, job.parts in steps:
+    each = integers(numba_job.STEP_FIELDS)
+    for row in (each * job.n_steps).from_address(job.steps):
+        job.step, job.parts, job.units, workers, job.ahead = row
         job.next_worker = job.next_unit = 0
-        job.units = left * job.parts + (job.alone if job.step == FIND else 0)
-        used = min(workers, job.units)
-        if job.step == PREPARE:
-            products = left * job.group * job.coordinates * job.dim
-            used = min(used, 1 + products // PER_THREAD)
-        job.ahead = 1 if job.step == FIND else used
-        run(choose, address, used)
+        run(choose, address, workers)
+    return max(integers(job.tasks).from_address(job.counts)[:]) if job.counts else 0
 
 
 def places_of(codes: Codes) -> dict[str, int]:
@@ -215,11 +240,11 @@ def integers(count: int) -> type:
 
 
 @functools.cache
-def _functions() -> tuple[Callable, int]:
-    """What does a step of a job, and the address of what scores a chunk."""
+def _functions() -> tuple[Callable, Callable, int]:
+    """What does a job, what does a step of it, and the address of what scores a chunk."""
     stamp = stamp_of(Path(__file__).parent)
     scores = [numba_scan.score_entry(stamp)]
     score = compiled("scores of coded rows", numba_scan.SCORE_SIGNATURE, scores)[0]
-    entries = [numba_choice.entry(stamp)]
-    choose = compiled("choice of coded rows", numba_job.SIGNATURE, entries)[0]
-    return choose, ctypes.cast(score, ctypes.c_void_p).value
+    entries = [numba_choice.drive_entry(stamp), numba_choice.entry(stamp)]
+    drive, choose = compiled("choice of coded rows", numba_job.SIGNATURE, entries)
+    return drive, choose, ctypes.cast(score, ctypes.c_void_p).value

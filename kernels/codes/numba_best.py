@@ -9,9 +9,16 @@ from numba import carray
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import int32_pointer
 
-from .numba_job import CHUNK, blocks_of
+from .numba_job import blocks_of
 from .numba_simd import BLOCK
-from .numba_vectors import count_from, mark_from, places_from, places_of, values_from
+from .numba_vectors import (
+    count_from,
+    mark_from,
+    places_from,
+    places_of,
+    values_from,
+    values_within,
+)
 
 _PER_BLOCK = BLOCK // LANES
 _OCTAVE = 1 << 23
@@ -31,14 +38,14 @@ def best(weights, n, k, out, names):
     for whole chunks and `LANES` more. names: int32 to call them by; 0: their numbers.
     """
     vectors = blocks_of(n) * _PER_BLOCK
-    least, count = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
+    least, count, above = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
     if count == k and names:
         values_from(weights, names, vectors, least, out)
         return
     found = places_from(weights, vectors, least, out)
     rows = carray(int32_pointer(out), found)
     if count != k:
-        _first_of(weights, least, rows, k)
+        _first_of(weights, least, k - above, rows, k)
     if names:
         own = carray(int32_pointer(names), n)
         for i in range(k):
@@ -50,11 +57,10 @@ def mark_best(keys, n, k, low, bits, space):
     """Set the bits of the k largest of n keys, 0 < k < n; of equal ones of the first. `low`,
     `space`: of `_threshold`."""
     vectors = blocks_of(n) * _PER_BLOCK
-    least, count = _threshold(keys, n, k, low, np.int64(_LEAST), space)
+    least, count, above = _threshold(keys, n, k, low, np.int64(_LEAST), space)
     if count == k:
         mark_from(keys, vectors, least, bits.ctypes.data)
         return
-    above = count_from(keys, vectors, least + 1)
     mark_from(keys, vectors, least + 1, bits.ctypes.data)
     # By so short a code many rows are equal.
     equal = carray(int32_pointer(space), places_of(keys, vectors, least, space))
@@ -93,31 +99,27 @@ def likely_below(keys, n, k, space):
 
 @_njit
 def _threshold(keys, n, k, low, least, space):
-    """A number that at least k of the keys reach, and fewer than k exceed; and how many reach it.
+    """A number that at least k of the keys reach, and fewer than k exceed; how many reach it, and
+    if these are more than k, how many exceed it.
 
-    It is looked for by halving the range of the keys; once few are left, these are brought
-    together.
+    It is looked for by halving the range of the keys; whenever few are left in it, these are
+    brought together.
 
     keys: int32, followed by such as are not above any of them, up to a whole block; or weights,
     float32 not below 0, whose bits are in their order. least: what every key reaches, 0 for
     weights. low: a guess that at least k keys reach, and few more; where there are fewer it is not
     used. space: int32, room for whole chunks and `LANES` more.
     """
-    searched, vectors = keys, blocks_of(n) * _PER_BLOCK
-    room = (n + CHUNK - 1) // CHUNK * CHUNK
-    together = False
-    count = n
+    searched, vectors, held, count = keys, blocks_of(n) * _PER_BLOCK, n, n
     if low > least:
-        count = count_from(keys, vectors, low)
+        count = values_within(keys, vectors, low, np.int64(2**31), space)
         if count < k:
             low, count = least, n
         else:
-            together = True
-    if together:
-        vectors = _bring_together(keys, vectors, low, room, space)
-        searched = space
-    largest = _largest(searched, vectors * LANES if together else n)
-    high = largest + 1  # at least k are from low on, fewer from high on
+            searched, vectors, held = space, _filled_up(space, count), count
+    largest = _largest(searched, held)
+    high, above = largest + 1, np.int64(0)  # of the keys, `above` are from `high` on, fewer than k
+    gone = above  # of these, so many are not searched any more
     octaves = 4
     while high - low > 1 and count != k:
         middle = (low + high) // 2
@@ -127,27 +129,23 @@ def _threshold(keys, n, k, low, least, space):
             octaves *= 2
             if middle <= low or middle >= high:
                 middle = (low + high) // 2
-        reached = count_from(searched, vectors, middle)
+        reached = gone + count_from(searched, vectors, middle)
         if reached < k:
-            high = middle
+            high, above = middle, reached
         else:
             low, count = middle, reached
-            if not together and 4 * count < n:
-                together = True
-                vectors = _bring_together(keys, vectors, low, room, space)
-                searched = space
-    return low, count
+        if 4 * (count - above) < held:
+            held = values_within(searched, vectors, low, high, space)
+            searched, vectors, gone = space, _filled_up(space, held), above
+    return low, count, above
 
 
 @_njit
-def _first_of(keys, least, rows, k):
+def _first_of(keys, least, equal, rows, k):
     """Of the listed rows, whose keys reach `least`, put the k largest in front, in their order; of
-    equal ones the first."""
+    those that are equal to it the first `equal`."""
     bits = carray(int32_pointer(keys), 1 << 31)
-    above = np.int64(0)
-    for i in range(len(rows)):
-        above += bits[rows[i]] > least
-    equal, at = k - above, 0
+    at = 0
     for i in range(len(rows)):
         row = rows[i]
         if bits[row] > least or (bits[row] == least and equal > 0):
@@ -169,12 +167,11 @@ def _largest(keys, n):
 
 
 @_njit
-def _bring_together(keys, vectors, least, room, space):
-    """The keys that are at least so large, filled up to a whole block with what is below all
-    others; returns the number of their vectors."""
-    count = values_from(keys, keys, vectors, least, space)
+def _filled_up(numbers, count):
+    """Fill so many int32 up to whole blocks with what is below all others; returns how many
+    vectors these are."""
     filled = BLOCK * blocks_of(count)
-    own = carray(int32_pointer(space), room + LANES)
+    own = carray(int32_pointer(numbers), filled)
     for i in range(count, filled):
         own[i] = _LEAST
     return filled // LANES

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from numba import carray
 
+from saap.kernels.cpu.calls import call
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import (
     fetch_increment,
@@ -31,6 +32,7 @@ from .numba_job import (
     NEXT_WORKER,
     PREPARE,
     SCAN,
+    STEP_FIELDS,
     STEPS,
     WEIGH,
     blocks_of,
@@ -65,6 +67,37 @@ def entry(stamp):
         _work(carray(jobs, 1))
 
     return choose_entry
+
+
+def drive_entry(stamp):
+    """C function to compile that does all steps of a job, one after the other."""
+
+    def drive(jobs):
+        _ = stamp
+        _drive(carray(jobs, 1))
+
+    return drive
+
+
+@_njit
+def _drive(jobs):
+    job, address = jobs[0], jobs.ctypes.data
+    finished = carray(int64_pointer(job.finished), STEPS * job.tasks)
+    for i in range(STEPS * job.tasks):
+        finished[i] = 0
+    steps = carray(int64_pointer(job.steps), (job.n_steps, STEP_FIELDS))
+    for i in range(job.n_steps):
+        job.step, job.parts, job.units, workers, job.ahead = steps[i]
+        job.next_worker = job.next_unit = 0
+        if workers == 1:
+            call(job.choose, (address,))
+        else:
+            call(job.parallel, (job.choose, address, workers, 0))
+    if job.counts:
+        job.used = 0
+        counts = carray(int64_pointer(job.counts), job.tasks)
+        for i in range(job.tasks):
+            job.used = max(job.used, counts[i])
 
 
 @_njit

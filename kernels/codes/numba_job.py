@@ -20,7 +20,8 @@ FIELDS = (
     "map_batch map_scale_batch coarse_batch coarse_head coarse_plane fine_batch "  # bytes
     "fine_head scale_batch scale_head "
     "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
-    "score step parts units ahead workspace worker_bytes next_worker next_unit"
+    "score choose parallel steps n_steps used "
+    "step parts units ahead workspace worker_bytes next_worker next_unit"
 ).split()
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
 NEXT_UNIT = offset_of(FIELDS, "next_unit")
@@ -33,6 +34,9 @@ CHUNK = 512
 STEPS = 6
 FIND, PREPARE, SCAN, CANDIDATES, WEIGH, CHOOSE = range(STEPS)
 """Steps of a choice, in `parts` of each task."""
+
+STEP_FIELDS = 5
+"""Numbers that tell what a step does: itself, parts of a task, units in all, workers, `ahead`."""
 
 _njit = numba.njit(error_model="numpy")
 

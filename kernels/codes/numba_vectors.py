@@ -135,6 +135,30 @@ def values_from(typing_context, numbers, values, vectors, least, out):
 
 
 @intrinsic
+def values_within(typing_context, numbers, vectors, least, end, out):
+    """The int32 that are at least `least` and below `end`; returns how many. They may be written
+    over the numbers themselves.
+
+    out: as for `places_from`.
+    """
+
+    def codegen(context, builder, signature, args):
+        numbers, vectors, least, end, out = args
+        emit = Emitter(builder)
+        found = emit.register(I64(0))
+        width = emit.splat(builder.trunc(builder.sub(end, least), I32), VECTOR_I32)
+        least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
+        with cgutils.for_range(builder, vectors) as loop:
+            place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
+            own = emit.load(place, VECTOR_I32)
+            inside = builder.icmp_unsigned("<", builder.sub(own, least), width)
+            _store_where(emit, builder.bitcast(inside, _MASK), own, out, found)
+        return builder.load(found)
+
+    return _i64(*[_i64] * 5), codegen
+
+
+@intrinsic
 def mark_from(typing_context, numbers, vectors, least, marks):
     """Set the bit of each int32 that is at least so large; the others stay."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import numba_job
 from .layout import Codes
-from .numba import integers, places_of, places_of_map, run_steps
+from .numba import integers, places_of, places_of_functions, places_of_map, run_steps, steps_of
 from .numba_job import CHUNK, PREPARE, SCAN
 from .query_map import QueryMap
 
@@ -45,14 +45,16 @@ def _scanned(q, codes, n: int, query_map, *, whole: bool) -> tuple[Tensor, Tenso
     mapped = query_map is not None
     sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes, mapped)
     held = {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
+    products = group * coordinates * dim
+    steps = steps_of([(PREPARE, 1), (SCAN, chunks)], threads, heads, 0, products)
     job = numba_job.Job(
         q=q.data_ptr(), rows=ctypes.addressof(rows), scores=found.data_ptr(),
         maxima=maxima.data_ptr(), totals=totals.data_ptr(), tasks=heads, heads=heads,
         group=group, dim=dim, chunks=chunks, by_sequence=0, alone=0, whole=whole,
         worker_bytes=worker_bytes, **{name: t.data_ptr() for name, t in held.items()},
-        **places_of(codes), **places_of_map(query_map),
+        **places_of(codes), **places_of_map(query_map), **places_of_functions(steps),
     )  # fmt: skip
     if query_map is None:
         job.mapped = job.q
-    run_steps(job, [(PREPARE, 1), (SCAN, chunks)], threads)
+    run_steps(job)
     return found, maxima

@@ -63,16 +63,26 @@ def run(work: Callable, address: int, workers: int) -> None:
 
 @functools.cache
 def _in_parallel() -> Callable[[Callable, int, int], None]:
-    """`run(work, address, workers)`: on torch's OpenMP threads, or on Python's where it has none.
-
-    A second pool of threads would compete with torch's. GOMP_parallel is exported by the OpenMP
-    runtimes of GNU, LLVM and Intel on Linux.
-    """
-    try:
-        gomp_parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
+    """`run(work, address, workers)`: on torch's OpenMP threads, or Python's where it has none."""
+    address = openmp_address()
+    if not address:
         pool = ThreadPoolExecutor(thread_name_prefix="saap-kernel")
         return lambda work, address, workers: list(pool.map(work, [address] * workers))
-    gomp_parallel.argtypes = (C_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    gomp_parallel.restype = None
+    arguments = C_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    gomp_parallel = ctypes.CFUNCTYPE(None, *arguments)(address)
     return lambda work, address, workers: gomp_parallel(work, address, workers, 0)
+
+
+@functools.cache
+def openmp_address() -> int:
+    """Of `GOMP_parallel(work, address, workers, 0)`, which calls `work(address)` on so many of
+    torch's threads; 0 where torch has no OpenMP.
+
+    A second pool of threads would compete with torch's. The OpenMP runtimes of GNU, LLVM and Intel
+    export it on Linux.
+    """
+    try:
+        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from saap.kernels.codes import numba_best, numba_vectors
+from saap.kernels.codes.numba_job import CHUNK
 from saap.kernels.codes.numba_simd import BLOCK
 from saap.kernels.cpu.emitter import LANES
 
@@ -73,12 +74,13 @@ def mark_best(keys, n, k, low, bits, space):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 7, 100, 10**6])
-@pytest.mark.parametrize("n", [1, 33, 512, 1300])
+@pytest.mark.parametrize("n", [1, 33, 512, 1300, 9000])
 def test_the_best_and_of_equal_ones_the_first(levels, n):
+    """The larger, the more often keys that may still be among them are brought together."""
     generator = np.random.default_rng(levels + n)
     filled = -(-n // BLOCK) * BLOCK
     rows = np.arange(n)
-    room = -(-n // numba_best.CHUNK) * numba_best.CHUNK
+    room = -(-n // CHUNK) * CHUNK
     for k in sorted({1, n // 3 + 1, n - 1, n} - {0}):
         keys = np.full(filled, -(2**30), np.int32)
         keys[:n] = generator.integers(0, levels, n)
