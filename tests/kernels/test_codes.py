@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap.kernels.codes import Codes, QueryMap, decode, encode, select_rows
+from saap.kernels.codes import numba as numba_backend
+from saap.kernels.cpu import functions
 
 from ..torch_threads import torch_threads
 from .code_cases import rows, whole_numbers
@@ -147,6 +149,22 @@ def test_the_choice_does_not_depend_on_threads(n_candidates, min_weight, group):
                 chosen = select_rows(q, codes, [5000, second], **options, scored=scored)
             found.append((*chosen, scored))
         assert all(all(map(torch.equal, found[0], own)) for own in found)
+
+
+def test_without_openmp_pythons_threads_choose_the_same(monkeypatch):
+    _, codes, _ = coded(batch=2, n=5000, n_kv=3)
+    q, options = random(2, 9, 64, seed=1), {"max_tokens": 300, "n_candidates": 700}
+    expected = select_rows(q, codes, [5000, 4000], **options)
+    for module in (functions, numba_backend):
+        monkeypatch.setattr(module, "openmp_address", lambda: 0)
+    functions._in_parallel.cache_clear()
+    try:
+        for threads in (1, 4):
+            with torch_threads(threads):
+                found = select_rows(q, codes, [5000, 4000], **options)
+            assert all(map(torch.equal, found, expected))
+    finally:
+        functions._in_parallel.cache_clear()
 
 
 def weights_of(q, codes, n, n_kv, outside):
