@@ -73,6 +73,9 @@ ASKED = {
 METHODS = ("dense", "oracle-tokens", "saap", "pq", "blend", "quest")
 """In their order in a table; others come after them."""
 
+MODELS = ("smollm2", "gemma3-270m")
+"""In the order of their tables; others come after them."""
+
 Row = tuple[str, str]  # budget, method
 
 
@@ -131,7 +134,7 @@ def tables(found: list[dict]) -> str:
             config = run["config"]
             own = {"seed": config.get("seed", 0), "window": window_of(config, score["context"])}
             places.setdefault(place, []).append({**score, **own})
-    models = list(dict.fromkeys(run["model"] for run in found))
+    models = list(dict.fromkeys([*MODELS, *(run["model"] for run in found)]))
     parts = []
     for model, chat, context in sorted(places, key=lambda p: (models.index(p[0]), *p[1:])):
         scores = pooled(places[model, chat, context])
