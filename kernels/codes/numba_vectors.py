@@ -78,9 +78,8 @@ def count_from(typing_context, numbers, vectors, least):
         with cgutils.for_range(builder, vectors) as loop:
             place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
             inside = builder.icmp_signed(">=", emit.load(place, VECTOR_I32), least)
-            before = builder.load(total)
-            more = builder.add(before, ir.Constant(VECTOR_I32, [1] * LANES))
-            builder.store(builder.select(inside, more, before), total)
+            one = builder.zext(inside, VECTOR_I32)
+            builder.store(builder.add(builder.load(total), one), total)
         total = builder.load(total)
         count = I64(0)
         for lane in range(LANES):
