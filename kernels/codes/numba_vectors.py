@@ -100,7 +100,8 @@ def places_from(typing_context, numbers, vectors, least, out):
 
     def codegen(context, builder, signature, args):
         numbers, vectors, least, out = args
-        return _collect(Emitter(builder), ">=", numbers, vectors, least, out, None)
+        emit = Emitter(builder)
+        return _collect(emit, _compared(emit, ">=", least), numbers, vectors, out, None)
 
     return _i64(*[_i64] * 4), codegen
 
@@ -114,7 +115,8 @@ def places_of(typing_context, numbers, vectors, number, out):
 
     def codegen(context, builder, signature, args):
         numbers, vectors, number, out = args
-        return _collect(Emitter(builder), "==", numbers, vectors, number, out, None)
+        emit = Emitter(builder)
+        return _collect(emit, _compared(emit, "==", number), numbers, vectors, out, None)
 
     return _i64(*[_i64] * 4), codegen
 
@@ -128,7 +130,8 @@ def values_from(typing_context, numbers, values, vectors, least, out):
 
     def codegen(context, builder, signature, args):
         numbers, values, vectors, least, out = args
-        return _collect(Emitter(builder), ">=", numbers, vectors, least, out, values)
+        emit = Emitter(builder)
+        return _collect(emit, _compared(emit, ">=", least), numbers, vectors, out, values)
 
     return _i64(*[_i64] * 5), codegen
 
@@ -144,15 +147,13 @@ def values_within(typing_context, numbers, vectors, least, end, out):
     def codegen(context, builder, signature, args):
         numbers, vectors, least, end, out = args
         emit = Emitter(builder)
-        found = emit.register(I64(0))
         width = emit.splat(builder.trunc(builder.sub(end, least), I32), VECTOR_I32)
         least = emit.splat(builder.trunc(least, I32), VECTOR_I32)
-        with cgutils.for_range(builder, vectors) as loop:
-            place = emit.at(numbers, builder.mul(loop.index, I64(_VECTOR_BYTES)))
-            own = emit.load(place, VECTOR_I32)
-            inside = builder.icmp_unsigned("<", builder.sub(own, least), width)
-            _store_where(emit, builder.bitcast(inside, _MASK), own, out, found)
-        return builder.load(found)
+
+        def inside(own):
+            return builder.icmp_unsigned("<", builder.sub(own, least), width)
+
+        return _collect(emit, inside, numbers, vectors, out, numbers)
 
     return _i64(*[_i64] * 5), codegen
 
@@ -195,21 +196,24 @@ def places_of_marks(typing_context, marks, vectors, out):
     return _i64(*[_i64] * 3), codegen
 
 
-def _collect(emit, relation, numbers, vectors, bound, out, values):
-    """The values, or without these the places, of numbers that stand in this relation to a bound;
-    returns how many."""
+def _compared(emit, relation, bound):
+    """Which lanes of a vector stand in this relation to a bound."""
+    bound = emit.splat(emit.builder.trunc(bound, I32), VECTOR_I32)
+    return lambda own: emit.builder.icmp_signed(relation, own, bound)
+
+
+def _collect(emit, inside, numbers, vectors, out, values):
+    """The values, or without these the places, of numbers that are `inside`; returns how many."""
     builder = emit.builder
     found = emit.register(I64(0))
-    bound = emit.splat(builder.trunc(bound, I32), VECTOR_I32)
     with cgutils.for_range(builder, vectors) as loop:
         offset = builder.mul(loop.index, I64(_VECTOR_BYTES))
-        own = emit.load(emit.at(numbers, offset), VECTOR_I32)
-        inside = builder.icmp_signed(relation, own, bound)
+        mask = builder.bitcast(inside(emit.load(emit.at(numbers, offset), VECTOR_I32)), _MASK)
         if values is None:
             own = _numbers(emit, loop)
         else:
             own = emit.load(emit.at(values, offset), VECTOR_I32)
-        _store_where(emit, builder.bitcast(inside, _MASK), own, out, found)
+        _store_where(emit, mask, own, out, found)
     return builder.load(found)
 
 
