@@ -67,7 +67,7 @@ def make(family):
     name, options = FAMILIES[family]
     model = random_model(name, **options)
     if name == "gpt_oss":
-        for module in hf.attention_modules(model):
+        for module in hf.attention_modules(model).values():
             torch.nn.init.normal_(module.sinks, std=2.0)
     return model
 
@@ -180,7 +180,7 @@ def test_keys_and_queries_lose_their_rope(case, monkeypatch):
         )[1],
     )
     model = copy.deepcopy(model)
-    for module in hf.attention_modules(model):
+    for module in hf.attention_modules(model).values():
         if hasattr(module, "sinks"):  # they make later tokens weigh more
             torch.nn.init.constant_(module.sinks, -1e9)
     with saap.attached(model, index, FULL, method="blend") as saap_model:
@@ -465,7 +465,7 @@ def test_crop_below_the_sinks(llama):
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("olmo", {}, "model_type must be one of llama, qwen2, .*; got 'olmo'"),
+        ("doge", {}, "model_type must be one of afmoe, apertus, .*; got 'doge'"),
         ("gpt2", {}, "with a rotary position embedding .*; got model_type='gpt2'"),
         (
             "llama4_text",

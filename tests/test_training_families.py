@@ -112,7 +112,7 @@ def test_training_of_gpt_oss_sees_its_sinks():
     masses = []
     for sink in (-1e4, 1e4):
         model = built("gpt_oss")
-        for module in hf.attention_modules(model):
+        for module in hf.attention_modules(model).values():
             torch.nn.init.constant_(module.sinks, sink)
         index = train(model, tokens, **OPTIONS)
         full = [n for n, own in enumerate(index.layers) if own is not None]

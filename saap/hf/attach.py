@@ -50,9 +50,10 @@ class SaapModel:
             method.index.check_model(describe(model))
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
         self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
+        self.layers = model_layers(model)
+        options.check_states(self.layers, verify)
         options.check_prefill(model, prefill, verify, group)
         options.check_kv_dtype(model, kv_dtype)
-        self.layers = model_layers(model)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
         if wrong:
             raise ValueError(
@@ -171,11 +172,13 @@ class SaapModel:
         forward = cache.begin_forward(
             *tokens.shape[:2], keywords.get("attention_mask"), keywords.get("position_ids")
         )
+        broken = True
         try:
             with handled(self.model, forward, self.layers):
                 yield
+            broken = False
         finally:
-            cache.end_forward()
+            cache.end_forward(broken)
 
     def __repr__(self) -> str:
         return f"SaapModel({self.method.name!r}, {self.budget})"

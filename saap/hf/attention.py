@@ -113,7 +113,7 @@ def installed(model: nn.Module) -> Iterator[None]:
     before = config._attn_implementation
     hooks = [
         module.register_forward_pre_hook(_keep_tables, with_kwargs=True)
-        for module in attention_modules(model)
+        for module in attention_modules(model).values()
     ]
     try:
         if not before.startswith(PREFIX):
@@ -189,7 +189,7 @@ def _attention(
     layer = running.layers[module.layer_idx]
     tables = running.tables.pop(module.layer_idx, None)
     searched = layer.rope_variant is not None and layer.is_full
-    rope = (layer.rope_variant, *tables) if searched else None
+    rope = (layer.rope_variant, *tables) if searched and tables is not None else None
     sinks = options.get("s_aux")
     out, lse = running.handler(
         LayerCall(

@@ -13,6 +13,7 @@ from saap.kv import KVStore
 from saap.kv.file_rows import RowReads
 from saap.notebook import line, size, table
 
+from . import unsearched
 from .attention import LayerCall
 from .folders import CacheFolder
 from .forward import Forward
@@ -113,6 +114,8 @@ class SaapCache(Cache):
         """Called with every attention call over this cache: for measuring."""
         self.pace: Pace | None = None
         """What lossless decoding over this cache has learned and counted; None before it."""
+        self.torn = False
+        """Whether a forward was broken off that had moved states on, or may have."""
         self.exact = False
         """Whether a forward of one token visits every row too, as one of several does."""
 
@@ -136,6 +139,17 @@ class SaapCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, SaapLayer)]
 
     @property
+    def states(self) -> list:
+        """Layers without attention, each of which keeps a state."""
+        return [layer for layer in self.layers if unsearched.is_state(layer)]
+
+    @property
+    def slot_counts(self) -> set[int]:
+        """Slots of layers that count them; one number unless a forward was broken off."""
+        counted = (layer for layer in self.layers if not unsearched.is_state(layer))
+        return {layer.get_seq_length() for layer in counted}
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
         stores = self.saap_layers
@@ -144,9 +158,9 @@ class SaapCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held for keys, values and lists of all layers."""
-        sliding = [x for x in self.layers if not isinstance(x, SaapLayer) and x.is_initialized]
-        return sum(layer.store.nbytes for layer in self.saap_layers) + sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in sliding
+        return sum(
+            layer.store.nbytes if isinstance(layer, SaapLayer) else unsearched.nbytes(layer)
+            for layer in self.layers
         )
 
     @property
@@ -217,9 +231,11 @@ class SaapCache(Cache):
         self._forward = forward
         return forward
 
-    def end_forward(self) -> None:
+    def end_forward(self, broken: bool = False) -> None:
+        """`broken`: an error or an interrupt ended the forward."""
         forward, self._forward = self._forward, None
-        if all(layer.get_seq_length() == forward.slots_after for layer in self.layers):
+        self.torn = self.torn or (broken and bool(self.states))
+        if self.slot_counts <= {forward.slots_after}:
             self.last_positions, self._lengths = forward.ends, forward.lengths_after
 
     @contextmanager
@@ -261,14 +277,21 @@ class SaapCache(Cache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens, as in transformers: `crop(-3)` removes three.
 
-        Raises ValueError once a sliding window is full, unless `activate_past_recording()` was
-        called before.
+        Raises ValueError where a layer keeps a state, and once a sliding window is full, unless
+        `activate_past_recording()` was called before.
         """
         tokens_to_remove = int(tokens_to_remove)
+        if not all(unsearched.can_be_cropped(state) for state in self.states):
+            if not tokens_to_remove:
+                return
+            raise ValueError(
+                "the layers of a model must all have attention for its cache to be cropped; got "
+                "some that keep a state"
+            )
         full = [
             layer.sliding_window
             for layer in self.layers
-            if not (isinstance(layer, SaapLayer) or layer.record_past)
+            if not (isinstance(layer, SaapLayer) or layer.record_past)  # states record it by now
             and layer.get_seq_length() >= layer.sliding_window
         ]
         if tokens_to_remove and full:  # before any layer is cut
@@ -285,22 +308,19 @@ class SaapCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again."""
         super().reset()
-        self.last_positions, self._lengths = [], []
+        self.last_positions, self._lengths, self.torn = [], [], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._select_positions(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._select_positions(
-            [b for b in range(len(self.last_positions)) for _ in range(repeats)]
-        )
+        held = torch.arange(len(self.last_positions))
+        self.reorder_cache(held.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        before = torch.arange(len(self.last_positions))
-        super().batch_select_indices(indices)
-        self._select_positions(before[indices.cpu()].tolist())
+        held = torch.arange(len(self.last_positions))
+        self.reorder_cache(held[indices.cpu()])
 
     def _select_positions(self, chosen: Sequence[int]) -> None:
         if self.last_positions:

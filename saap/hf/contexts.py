@@ -8,6 +8,7 @@ from torch import Tensor
 from saap import context_file
 from saap.kv import state as kv_state
 
+from . import options, unsearched
 from .attach import SaapModel
 from .cache import SaapCache, SaapLayer
 from .folders import open_folder
@@ -47,8 +48,7 @@ def save_context(
         if isinstance(layer, SaapLayer):
             state, own = kv_state.saved(layer.store)
         else:
-            own = {"keys": layer.keys, "values": layer.values}
-            state = {"cumulative_length": layer.cumulative_length}
+            state, own = unsearched.saved(layer)
         layers.append(state)
         tensors |= {f"layers.{number}.{name}": t for name, t in own.items()}
     context_file.write(path, header_of(saap_model, layers, note or {}), tensors)
@@ -120,11 +120,9 @@ def open_context(
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
             layer.store.prefill = fresh.prefill
             layer.slots = layer.store.length
+            layer.is_initialized = True
         else:
-            layer.lazy_initialization(own["keys"], own["values"])
-            layer.keys, layer.values = own["keys"], own["values"]
-            layer.cumulative_length = state["cumulative_length"]
-        layer.is_initialized = True
+            unsearched.restore(layer, state, own)
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
         raise ValueError(
@@ -152,6 +150,7 @@ def check_has_index(saap_model: SaapModel) -> None:
         raise ValueError(
             "a context must be whole in one process to be saved or opened; got a group"
         )
+    options.check_can_be_saved(saap_model.model, saap_model.layers)
     if saap_model.index is None and not saap_model.method.saves_itself:
         raise ValueError(
             f"a context of method {saap_model.method.name!r} needs a trained index, since lists "

@@ -10,82 +10,141 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from saap.rope import INTERLEAVED, frequencies
 from saap.selector import LayerInfo
 
-from .models import attention_modules, rope_variant
+from .models import STATES, attention_modules, layer_kinds, rope_variant, rotary_modules
 
 FAMILIES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "phi3",
-    "gemma2",
-    "gemma3_text",
-    "smollm3",
-    "gpt_oss",
+    "afmoe",
+    "apertus",
+    "arcee",
+    "bitnet",
     "cohere",
     "cohere2",
+    "cohere2_moe",
+    "dots1",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "exaone_moe",
+    "flex_olmo",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "glm",
     "glm4",
+    "glm4_moe",
+    "gpt_oss",
     "granite",
+    "granite_swa",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "helium",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hyperclovax",
+    "jais2",
+    "kolibri1",
+    "laguna",
+    "lfm2",
+    "lfm2_moe",
+    "llama",
+    "mellum",
+    "minimax_m2",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
     "olmo2",
     "olmo3",
-    "starcoder2",
-    "exaone4",
+    "olmo_hybrid",
+    "olmoe",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
+    "smollm3",
+    "solar_open",
+    "starcoder2",
+    "vaultgemma",
 )
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+FULL = "full_attention"
+LAYER_TYPES = (FULL, "sliding_attention", *STATES)
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+
+ROPE_IN_WINDOWS = ("afmoe", "cohere2", "cohere2_moe")
+"""Layers of full attention have none."""
+
+ROPE_IN_WINDOWS_IF_ANY = ("exaone4", "exaone_moe", "kolibri1")
 
 
 @dataclass(frozen=True)
 class ModelLayer:
-    """One attention layer. `kind` and `cache_options` are what transformers' caches take.
+    """One layer. `kind` and `cache_options` are what transformers' caches take.
 
     `sliding_window`: tokens that a query sees, itself included; None sees all. `rope_variant`: the
-    name in `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE.
+    name in `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE. `info`:
+    None for a layer without attention, which keeps a state.
     """
 
     kind: str
     cache_options: dict
     sliding_window: int | None
     rope_variant: str | None
-    info: LayerInfo
+    info: LayerInfo | None
 
     @property
     def is_full(self) -> bool:
-        return self.sliding_window is None
+        return self.kind == FULL
+
+    @property
+    def has_state(self) -> bool:
+        return self.kind in STATES
 
 
 def model_layers(model: nn.Module) -> list[ModelLayer]:
     """The layers of a model. Raises ValueError that names what is not supported."""
     kinds, options = check_model(model)
-    variants, inv_freqs = rope_variants(model, kinds)
-    layers = []
-    for number, module in enumerate(attention_modules(model)):
-        variant = variants[number]
-        layers.append(
-            ModelLayer(
-                kinds[number],
-                options[number],
-                options[number].get("sliding_window"),
-                variant,
-                LayerInfo(
-                    sm_scale=float(module.scaling),
-                    number=number,
-                    softcap=getattr(module, "attn_logit_softcapping", None),
-                    inv_freq=inv_freqs[number],
-                    interleaved=variant in INTERLEAVED,
-                    device=next(module.parameters()).device,
-                ),
-            )
-        )
-    return layers
+    modules = attention_modules(model)
+    ropes = rope_variants(model, kinds)
+    return [
+        ModelLayer(kind, own, None, None, None)
+        if number not in modules
+        else _attention_layer(number, modules[number], kind, own, *ropes[number])
+        for number, (kind, own) in enumerate(zip(kinds, options, strict=True))
+    ]
+
+
+def _attention_layer(
+    number: int, module: nn.Module, kind: str, options: dict, variant: str | None,
+    inv_freq: torch.Tensor | None,
+) -> ModelLayer:  # fmt: skip
+    info = LayerInfo(
+        sm_scale=float(module.scaling),
+        number=number,
+        softcap=getattr(module, "attn_logit_softcapping", None),
+        inv_freq=inv_freq,
+        interleaved=variant in INTERLEAVED,
+        device=next(module.parameters()).device,
+    )
+    return ModelLayer(kind, options, options.get("sliding_window"), variant, info)
 
 
 def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:
@@ -102,13 +161,16 @@ def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}")
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError("attention must be causal; got use_bidirectional_attention=True")
-    kinds, options = get_layer_types_and_kwargs(config)
-    if isinstance(options, dict):  # transformers before 5.20: the same for all sliding layers
-        options = [options if kind == "sliding_attention" else {} for kind in kinds]
+    kinds, options = layer_kinds(config)
     for number, kind in enumerate(kinds):
+        if kind == "dummy":
+            raise ValueError(
+                f"every layer must have keys and values of its own; got layer {number}, which has "
+                "those of another layer"
+            )
         if kind not in LAYER_TYPES:
             raise ValueError(
-                f"layers must be {' or '.join(LAYER_TYPES)}; got {kind!r} for layer {number}"
+                f"layers must be one of {', '.join(LAYER_TYPES)}; got {kind!r} for layer {number}"
             )
     return kinds, options
 
@@ -121,38 +183,40 @@ def _rope_parameters(config) -> list[dict]:
 
 def rope_variants(
     model: nn.Module, kinds: list[str]
-) -> tuple[list[str | None], list[torch.Tensor | None]]:
-    """For each layer, the variant that takes its RoPE off, and radians per token; None without.
+) -> dict[int, tuple[str | None, torch.Tensor | None]]:
+    """For each layer with attention, the variant that takes its RoPE off, and radians per token;
+    None without.
 
     Variants are tried on the rotation of the model's own code, with tables from a copy of its
     rotary embedding: the original changes its frequencies when it is called. Raises ValueError if
     no variant fits.
     """
-    rotary = copy.deepcopy(
-        next(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))
-    )
+    modules = attention_modules(model)
+    found_in_model = rotary_modules(model)
+    if not found_in_model:
+        return dict.fromkeys(modules, (None, None))
+    rotary = copy.deepcopy(found_in_model[0])
     weight = next(model.parameters())
     x = weight.new_zeros(1, 8, 1, dtype=torch.float32)
     positions = torch.arange(8, device=weight.device)[None]
     by_type = "layer_type" in inspect.signature(rotary.forward).parameters
     family = model.config.get_text_config().model_type
     found: dict[tuple, tuple] = {}
-    variants, inv_freqs = [], []
-    for module, kind in zip(attention_modules(model), kinds, strict=True):
-        own: tuple = (None, None)
+    ropes: dict[int, tuple] = {}
+    for number, module in modules.items():
+        ropes[number], kind = (None, None), kinds[number]
         if has_rope(module, family, kind):
             key = (type(module), kind if by_type else None)
             if key not in found:
                 tables = rotary(x, positions, kind) if by_type else rotary(x, positions)
                 variant = rope_variant(module, *tables)
                 found[key] = variant, frequencies(variant, *tables)
-            own = found[key]
-        variants.append(own[0])
-        inv_freqs.append(own[1])
-    return variants, inv_freqs
+            ropes[number] = found[key]
+    return ropes
 
 
 def has_rope(module: nn.Module, family: str, kind: str) -> bool:
-    if family == "cohere2" or (family == "exaone4" and module.sliding_window is not None):
-        return kind == "sliding_attention"
+    window = getattr(module, "sliding_window", None) is not None
+    if family in ROPE_IN_WINDOWS or (family in ROPE_IN_WINDOWS_IF_ANY and window):
+        return kind == "sliding_attention" or getattr(module, "force_rope", False)
     return bool(getattr(module, "use_rope", True))

@@ -12,6 +12,9 @@ from saap.kernels.attention.int8_rows import width
 from saap.kv import state as kv_state
 from saap.kv.file_rows import OF_SLOT, FileRows, RowReads
 
+from . import options, unsearched
+from .models import heads_of
+
 METHODS = ("saap", "dense")
 
 
@@ -88,8 +91,8 @@ class CacheFolder:
         for number, layer in enumerate(cache.layers):
             prefix = f"layers.{number}."
             if number not in self.rows:
-                own = {"keys": layer.keys, "values": layer.values}
-                layers.append({"cumulative_length": layer.cumulative_length})
+                facts, own = unsearched.saved(layer)
+                layers.append(facts)
             else:
                 store, file = layer.store, self.rows[number].file
                 store.settle()
@@ -134,11 +137,9 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 )  # fmt: skip
                 layer.slots = layer.store.length
                 folder.digests[number] = own["digests"]
+                layer.is_initialized = True
             else:
-                layer.lazy_initialization(own["keys"], own["values"])
-                layer.keys, layer.values = own["keys"], own["values"]
-                layer.cumulative_length = state["cumulative_length"]
-            layer.is_initialized = True
+                unsearched.restore(layer, state, own)
     except BaseException as error:
         folder.close()
         if isinstance(error, ValueError) and not str(error).startswith(str(path)):
@@ -157,6 +158,7 @@ def check(saap_model, fast_memory: int | None) -> None:
             f"a cache in a directory needs method {' or '.join(METHODS)}, which leave rows in "
             f"time order; got {saap_model.method.name!r}"
         )
+    options.check_can_be_saved(saap_model.model, saap_model.layers)
     if saap_model.group is not None:
         raise ValueError("a cache in a directory must be whole in one process; got a group")
     model = saap_model.model
@@ -177,10 +179,7 @@ def check(saap_model, fast_memory: int | None) -> None:
 
 def least_memory(saap_model) -> int:
     """Bytes for sinks, window and the rows that a step of this budget chooses, of all layers."""
-    config = saap_model.model.config.get_text_config()
-    heads = config.num_attention_heads
-    n_kv = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, n_kv, dim = heads_of(saap_model.model.config)
     budget: Budget = saap_model.budget
     dtype = saap_model.kv_dtype or saap_model.model.dtype
     lists = heads // n_kv if budget.share == "head" else 1

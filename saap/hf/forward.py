@@ -19,8 +19,8 @@ class Forward:
     ):
         self.cache = cache
         stores = [layer.store for layer in cache.saap_layers]
-        slots = {layer.get_seq_length() for layer in cache.layers}
-        if len(slots) > 1 or any(store.lengths != stores[0].lengths for store in stores):
+        uneven = cache.torn or len(cache.slot_counts) > 1
+        if uneven or any(store.lengths != stores[0].lengths for store in stores):
             raise ValueError(
                 "the layers of a cache must hold the same tokens; got others, because a forward "
                 "was broken off: start a new cache"

@@ -37,6 +37,12 @@ class LayerStream:
         self.model, self.chunk = model, chunk
         self.layers = decoder_layers(model)
         self.attention_layers = model_layers(model)
+        stateful = [n for n, own in enumerate(self.attention_layers) if own.has_state]
+        if stateful:
+            raise ValueError(
+                "the layers of a model must all have attention to be run one by one, as training "
+                f"does; got one that keeps a state, layer {stateful[0]}"
+            )
         self._returns_tuple = [False] * len(self.layers)
 
     @torch.no_grad()
@@ -121,7 +127,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that hold the self-attention of each layer, in order."""
     names = {module: name for name, module in model.named_modules()}
     found = []
-    for attention in attention_modules(model):
+    for attention in attention_modules(model).values():
         parts = names[attention].split(".")
         ends = [
             end

@@ -1,12 +1,14 @@
 """Load models and tokenizers, and describe what an index has to fit of a model."""
 
 import hashlib
+import inspect
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from saap.rope import identify_variant
 
@@ -14,6 +16,9 @@ from .gguf_header import is_gguf
 from .packaged import PACKAGED, find_packaged
 
 transformers.utils.logging.disable_progress_bar()
+
+STATES = ("linear_attention", "conv")
+"""Kinds of layers without attention: of all tokens they keep one state of a fixed size."""
 
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -76,34 +81,64 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules by layer. Raises ValueError for a model without RoPE."""
-    text_config = model.config.get_text_config()
+def layer_kinds(config) -> tuple[list[str], list[dict]]:
+    """Of each layer its kind, as transformers' caches name it, and what its cache takes."""
+    kinds, options = get_layer_types_and_kwargs(config.get_text_config())
+    if isinstance(options, dict):  # transformers before 5.20: the same for all sliding layers
+        options = [options if kind == "sliding_attention" else {} for kind in kinds]
+    return kinds, options
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The self-attention module of each layer that has one, by the layer's number.
+
+    Raises ValueError for a model whose positions are in anything but RoPE.
+    """
     found = {
         module.layer_idx: module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
-    rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if not rotary or len(found) != text_config.num_hidden_layers:
+    without = getattr(model.config, "position_embedding_type", "rope") in (None, "nope")
+    kinds, _ = layer_kinds(model.config)
+    expected = {number for number, kind in enumerate(kinds) if kind not in STATES}
+    if set(found) != expected or not (without or rotary_modules(model)):
         raise ValueError(
             "the model must be decoder-only with a rotary position embedding that saap can take "
             "off, such as llama, qwen2, qwen3, mistral, phi3; got "
             f"model_type={model.config.model_type!r}"
         )
-    return [found[layer] for layer in sorted(found)]
+    return dict(sorted(found.items()))
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
 
 
 def max_context(model: nn.Module) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
+def heads_of(config) -> tuple[int, int, int]:
+    """Query heads, KV heads and dimensions of a head, of the first layer with full attention.
+
+    In a few models, such as Gemma 4, layers with a sliding window have others.
+    """
+    config = config.get_text_config()
+    kinds, _ = layer_kinds(config)
+    first = kinds.index("full_attention") if "full_attention" in kinds else 0
+    own = config.per_layer_config[first] if hasattr(config, "per_layer_config") else config
+    heads = own.num_attention_heads
+    kv_heads = getattr(own, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(own, "head_dim", None) or own.hidden_size // heads
+
+
 def describe(model: nn.Module) -> dict:
     """What an index has to fit: shapes, RoPE settings, a fingerprint of the attention weights."""
     config = model.config.get_text_config()
-    modules = attention_modules(model)
-    heads = config.num_attention_heads
+    modules = attention_modules(model).values()
+    heads, kv_heads, dim = heads_of(config)
     norms = [
         float(
             torch.stack([p.detach().float().norm() for p in m.parameters() if p.ndim == 2]).norm()
@@ -113,10 +148,10 @@ def describe(model: nn.Module) -> dict:
     rope = getattr(config, "rope_parameters", None) or {}
     return {
         "model_type": config.model_type,
-        "num_layers": len(modules),
+        "num_layers": config.num_hidden_layers,
         "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": dim,
         "rope": {k: v for k, v in sorted(rope.items()) if isinstance(v, int | float | str)},
         "attention_norms": [round(n, 4) for n in norms],
     }
@@ -124,13 +159,15 @@ def describe(model: nn.Module) -> dict:
 
 def rope_variant(module: nn.Module, cos: Tensor, sin: Tensor) -> str:
     """The name in `saap.rope.VARIANTS` that undoes this model file's own rotation."""
-    apply_rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if apply_rope is None:
+    own = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if own is None:
         raise ValueError(
             f"the model file of {type(module).__name__} must have apply_rotary_pos_emb, from "
             "which "
             "saap finds out how keys are rotated; got none"
         )
+    alone = "k" not in inspect.signature(own).parameters  # gemma4's takes one tensor at a time
+    apply_rope = (lambda q, k, *tables: (own(q, *tables), own(k, *tables))) if alone else own
     return identify_variant(apply_rope, cos[:1, :8], sin[:1, :8], module.head_dim)
 
 

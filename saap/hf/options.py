@@ -7,6 +7,8 @@ from saap.distributed import Group
 from saap.kv import checks
 from saap.prefill import PrefillBudget
 
+from .families import ModelLayer
+from .models import attention_modules
 from .pace import Verify
 
 
@@ -28,6 +30,32 @@ def check_kv_dtype(model: nn.Module, kv_dtype: torch.dtype | None) -> None:
     if device == "cuda" and kv_dtype == torch.int8 and model.dtype.itemsize != 2:
         raise ValueError(
             f"a model must be of 16 bits for kv_dtype torch.int8 on {device}; got {model.dtype}"
+        )
+
+
+def check_states(layers: list[ModelLayer], verify: Verify | None) -> None:
+    """ValueError for lossless decoding of a model whose states keep what was drafted."""
+    stateful = [number for number, layer in enumerate(layers) if layer.has_state]
+    if stateful and verify is not None:
+        raise ValueError(
+            "verify must be None where layers keep a state, from which drafts cannot be taken "
+            f"back; got {verify} and layer {stateful[0]} of kind {layers[stateful[0]].kind!r}"
+        )
+
+
+def check_can_be_saved(model: nn.Module, layers: list[ModelLayer]) -> None:
+    """ValueError for a model whose caches have parts that no file has a place for."""
+    stateful = [number for number, layer in enumerate(layers) if layer.has_state]
+    if stateful:
+        raise ValueError(
+            "the layers of a model must all have attention for its contexts to be kept in files; "
+            f"got one that keeps a state, layer {stateful[0]}"
+        )
+    sizes = sorted({module.head_dim for module in attention_modules(model).values()})
+    if len(sizes) > 1:
+        raise ValueError(
+            "the layers of a model must have heads of one size for its contexts to be kept in "
+            f"files; got {' and '.join(map(str, sizes))} dimensions"
         )
 
 

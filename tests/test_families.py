@@ -1,0 +1,280 @@
+"""Families beside those of `test_generate`: over all rows each gives what its own attention does.
+
+Layers without attention keep a state, and what cannot be done with one is refused.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, DynamicCache
+
+import saap
+from saap import hf
+from saap.budget import Budget
+from saap.hf import families, unsearched
+from saap.training import train
+
+from . import test_generate
+from .conftest import random_model
+from .test_generate import assert_same_logits, generated, logits_of, prompt
+
+FULL = Budget(max_tokens=10_000, n_sink=4, window=8)
+WINDOWS = {"sliding_window": 24, "num_hidden_layers": 4}
+ONE_FULL = {**WINDOWS, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LINEAR = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+OPTIONS = {
+    "afmoe": {**WINDOWS, **EXPERTS, "num_dense_layers": 1},
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "cohere2_moe": {**WINDOWS, **EXPERTS},
+    "dots1": {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone_moe": {**WINDOWS, **EXPERTS},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {},
+    "gemma4_text": {
+        **WINDOWS,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 32,
+    },
+    "glm": {},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "granite_swa": ONE_FULL,
+    "granitemoe": {"num_local_experts": 4},
+    "granitemoe_swa": {**ONE_FULL, "num_local_experts": 4},
+    "granitemoehybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },
+    "granitemoeshared": {"num_local_experts": 4},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**EXPERTS, "num_hidden_layers": 3},
+    "hyperclovax": {},
+    "jais2": {},
+    "kolibri1": {**ONE_FULL, **EXPERTS},
+    "laguna": {**ONE_FULL, **EXPERTS},
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
+    "mellum": {**ONE_FULL, **EXPERTS},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral": ONE_FULL,
+    "ministral3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "nemotron": {},
+    "olmo": {},
+    "olmo_hybrid": {**LINEAR, "linear_num_value_heads": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_moe_text": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": LINEAR,
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "vaultgemma": WINDOWS,
+}
+STATEFUL = ("qwen3_5_text", "lfm2")
+
+
+def make(family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
+    return random_model(family, **OPTIONS[family])
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module", params=STATEFUL)
+def stateful(request):
+    return make(request.param)
+
+
+def test_every_family_is_tested():
+    assert set(families.FAMILIES) == {n for n, _ in test_generate.FAMILIES.values()} | {*OPTIONS}
+
+
+def test_rows_are_searched(model):
+    layers = hf.model_layers(model)
+    assert 0 < sum(layer.is_full for layer in layers) <= len(layers) == len(saap_layers(model))
+
+
+def saap_layers(model):
+    with saap.attached(model, budget=FULL) as saap_model:
+        return saap_model.cache().layers
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_all_rows_have_the_logits_of_dense(model, padded):
+    tokens, mask = prompt(3 if padded else 1), None
+    if padded:
+        mask = (torch.arange(70) >= torch.tensor([0, 45, 9])[:, None]).long()
+    real = torch.ones(tokens.shape).bool() if mask is None else mask.bool()
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    cuts = (30, *range(60, 70))
+    expected = logits_of(eager, tokens, mask, cuts, DynamicCache(config=model.config))
+    with saap.attached(model, budget=FULL) as saap_model:
+        ours = logits_of(model, tokens, mask, cuts, saap_model.cache())
+    assert_same_logits(ours[real], expected[real])
+
+
+def test_greedy_tokens_are_those_of_dense(model):
+    mask = (torch.arange(40) >= torch.tensor([0, 33])[:, None]).long()
+    inputs = {"input_ids": prompt(2, 40), "attention_mask": mask}
+    expected = generated(model, inputs, max_new_tokens=12)
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        found = generated(model, inputs, max_new_tokens=12, **hf.over(cache))
+        assert torch.equal(found, expected)
+        assert cache.lengths == [51, 18]
+        assert cache.nbytes > 0
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}])
+def test_a_state_is_reordered_with_its_sequence(stateful, options):
+    inputs = {"input_ids": prompt(2, 40), "attention_mask": torch.ones(2, 40).long()}
+    expected = generated(stateful, inputs, max_new_tokens=12, **options)
+    with saap.attached(stateful, budget=FULL) as saap_model:
+        found = generated(
+            stateful, inputs, max_new_tokens=12, **options, **hf.over(saap_model.cache())
+        )
+    assert torch.equal(found, expected)
+
+
+def test_drafts_over_states_of_convolutions():
+    """transformers asks them to record the past first; it refuses to draft over other states."""
+    model = make("lfm2")
+    tokens = prompt(1, 12, seed=8).repeat(1, 5)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected = generated(model, inputs, prompt_lookup_num_tokens=4)
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        found = generated(model, inputs, prompt_lookup_num_tokens=4, **hf.over(cache))
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_copies_and_choices_of_sequences_keep_their_states(stateful):
+    tokens = prompt(2, 50)
+    own = stateful(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1]
+    with saap.attached(stateful, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        stateful(tokens, **hf.over(cache))
+        held = sum(unsearched.nbytes(state) for state in cache.states)
+        assert 0 < held < cache.nbytes
+        other, more = copy.deepcopy(cache), copy.deepcopy(cache)
+        other.batch_select_indices(torch.tensor([1]))
+        more.batch_repeat_interleave(2)
+        for chosen, kept in ((other, [1]), (more, [0, 0, 1, 1]), (cache, [0, 1])):
+            found = stateful(tokens[kept, :1], **hf.over(chosen)).logits[:, -1]
+            assert_same_logits(found, own[kept])
+        cache.reset()
+        assert_same_logits(stateful(tokens, **hf.over(cache)).logits[:, -1], logits(stateful))
+
+
+def logits(model):
+    return model(prompt(2, 50)).logits[:, -1]
+
+
+@torch.no_grad()
+def test_a_context_that_was_read_goes_on_and_is_rewound(stateful):
+    tokens = prompt(1, 60)[0]
+    own = stateful(tokens[None]).logits[0, 40:]
+    read = hf.read_context(stateful, tokens[:40], chunk=16)
+    with saap.attached(stateful, budget=FULL) as saap_model:
+        cache = hf.cache_from(saap_model, read, 60)
+        for _ in range(2):
+            found = [stateful(t[None, None], **hf.over(cache)).logits[0, -1] for t in tokens[40:]]
+            assert_same_logits(torch.stack(found), own)
+            hf.rewind(cache, read)
+    theirs = hf.dynamic_cache_from(stateful, read)
+    assert_same_logits(stateful(tokens[None, 40:], **hf.over(theirs)).logits[0], own)
+
+
+@torch.no_grad()
+def test_what_a_state_does_not_allow_is_refused(stateful, tmp_path, tiny_tokens):
+    tokens = prompt(1, 50)
+    with pytest.raises(ValueError, match=r"verify must be None .* got .*4.* and layer 0 of kind"):
+        saap.attached(stateful, budget=FULL, verify=4).__enter__()
+    with saap.attached(stateful, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        stateful(tokens, **hf.over(cache))
+        cache.crop(0)
+        with pytest.raises(ValueError, match="must all have attention for its cache to be crop"):
+            cache.crop(-3)
+        assert cache.lengths == [50]
+        with pytest.raises(ValueError, match=r"to be kept in files; got one .* layer 0"):
+            saap_model.save_context(cache, tokens[0], tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=r"to be kept in files; got one .* layer 0"):
+            saap_model.cache(directory=tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"as training does; got one .* layer 0"):
+        train(stateful, tiny_tokens, nlist=8, steps=2)
+
+
+@torch.no_grad()
+def test_a_broken_forward_is_not_gone_on_from(stateful, monkeypatch):
+    """A state has moved on by then, and no count of slots tells."""
+    tokens = prompt(1, 50)
+    last = stateful.model.layers[-1].mlp if hasattr(stateful.model.layers[-1], "mlp") else (
+        stateful.model.layers[-1].feed_forward
+    )  # fmt: skip
+    with saap.attached(stateful, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        stateful(tokens, **hf.over(cache))
+        with monkeypatch.context() as patched:
+            patched.setattr(last, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                stateful(tokens[:, :1], **hf.over(cache))
+        with pytest.raises(ValueError, match="a forward was broken off: start a new cache"):
+            stateful(tokens[:, :1], **hf.over(cache))
+        cache.reset()
+        stateful(tokens, **hf.over(cache))
+
+
+def test_layers_that_share_keys_are_refused():
+    model = random_model(
+        "gemma4_text",
+        **{**OPTIONS["gemma4_text"], **ONE_FULL, "num_kv_shared_layers": 2},
+    )
+    with pytest.raises(ValueError, match=r"keys and values of its own; got layer 2, which has"):
+        hf.model_layers(model)
+
+
+def test_heads_of_several_sizes_are_not_saved(tmp_path):
+    model = make("gemma4_text")
+    tokens = prompt(1, 50)
+    with saap.attached(model, budget=FULL) as saap_model, torch.no_grad():
+        cache = saap_model.cache()
+        model(tokens, **hf.over(cache))
+        with pytest.raises(ValueError, match=r"heads of one size .* got 16 and 32 dimensions"):
+            saap_model.save_context(cache, tokens[0], tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=r"heads of one size .* got 16 and 32 dimensions"):
+            saap_model.cache(directory=tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
