@@ -18,6 +18,8 @@ from saap.kernels.attention.int8_rows import width
 FORMAT = tensor_files.Format("saap.Context", 5, "`saap prefill`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32,)
+UNSEARCHED = {"cumulative_length", "state"}
+"""What only layers with a sliding window or with a state say."""
 
 
 def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
@@ -38,8 +40,8 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     """The tensors that a header asks for; `tensors` say how long the buffers of a layer are.
 
-    A layer either is searched and has lists, or has a sliding window and is kept as transformers
-    keeps it.
+    A layer is searched and has lists, or has a sliding window and is kept as transformers keeps
+    it, or has a state.
     """
     model = fields.section("model")
     n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))
@@ -51,31 +53,41 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     for number, values in enumerate(states):
         state = Fields(fields.path, values, f"its header's layer {number}")
         prefix = f"layers.{number}."
-        searched = "cumulative_length" not in state.values
-        if searched:
-            lengths, middles = state.integers("lengths"), state.integers("middles")
-            if not lengths or len(lengths) != len(middles):
-                raise state.wrong("middles", "one number for each of at least one length")
-            batch, names = len(lengths), ("k", "v")
-        else:
-            state.integer("cumulative_length")
-            batch, names = 1, ("keys", "values")
-        first = tensors.get(prefix + names[0])
+        layout |= unchecked(tensors, prefix)
+        if not UNSEARCHED.isdisjoint(state.values):
+            layout |= window(state, tensors, prefix)
+            continue
+        lengths, middles = state.integers("lengths"), state.integers("middles")
+        if not lengths or len(lengths) != len(middles):
+            raise state.wrong("middles", "one number for each of at least one length")
+        first = tensors.get(prefix + "k")
         rows = first.shape[2] if first is not None and first.ndim == 4 else 0
-        dtypes = (*FLOATS, torch.int8) if searched else FLOATS
+        dtypes = (*FLOATS, torch.int8)
         if first is not None and first.dtype in dtypes:
             dtypes = (first.dtype,)
+        batch = len(lengths)
         shape = batch, n_kv, rows, width(dim, dtypes[0])
-        layout |= {prefix + name: (shape, dtypes) for name in names}
-        if searched:
-            layout |= {
-                prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")
-            }
-            # What a selector and the rest of its rows saved they check themselves.
-            starts = prefix + "selector.", prefix + "rest."
-            own = {name: t for name, t in tensors.items() if name.startswith(starts)}
-            layout |= {name: (tuple(t.shape), (t.dtype,)) for name, t in own.items()}
+        layout |= {prefix + name: (shape, dtypes) for name in ("k", "v")}
+        layout |= {prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")}
     return layout
+
+
+def window(state: Fields, tensors: dict[str, Tensor], prefix: str) -> Layout:
+    """What a layer with a sliding window saved, as long and wide as it may be; none of a state."""
+    if "state" in state.values:
+        return {}
+    state.integer("cumulative_length")
+    first = tensors.get(prefix + "keys")
+    fits = first is not None and first.ndim == 4 and first.dtype in FLOATS
+    shape = (1, *first.shape[1:]) if fits else (1, 1, 1, 1)
+    return {prefix + n: (shape, (first.dtype,) if fits else FLOATS) for n in ("keys", "values")}
+
+
+def unchecked(tensors: dict[str, Tensor], prefix: str) -> Layout:
+    """What a layer's selector, the rest of its rows and its state saved, and check themselves."""
+    starts = tuple(prefix + part for part in ("selector.", "rest.", "state."))
+    own = {name: t for name, t in tensors.items() if name.startswith(starts)}
+    return {name: (tuple(t.shape), (t.dtype,)) for name, t in own.items()}
 
 
 def verify(path: str | Path, progress: Callable[[str], None] = lambda name: None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saap.context_file import UNSEARCHED, unchecked, window
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kv.row_file import DIGESTED, RowFile
@@ -117,7 +118,8 @@ class ContextFolder:
 def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     """The tensors that a header asks for."""
     model = fields.section("model")
-    n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))
+    for name in ("num_kv_heads", "head_dim"):
+        model.integer(name, 1, 2**16)
     fields.text("index")
     fields.section("budget")
     ids = tensors.get("token_ids")
@@ -126,19 +128,13 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     for number, values in enumerate(fields.items("layers", model.integer("num_layers", 1, 2**16))):
         state = Fields(fields.path, values, f"its header's layer {number}")
         prefix = f"layers.{number}."
-        if "cumulative_length" in state.values:
-            state.integer("cumulative_length")
-            first = tensors.get(prefix + "keys")
-            rows = first.shape[2] if first is not None and first.ndim == 4 else 0
-            dtype = FLOATS if first is None or first.dtype not in FLOATS else (first.dtype,)
-            layout |= {prefix + name: ((1, n_kv, rows, dim), dtype) for name in ("keys", "values")}
+        layout |= unchecked(tensors, prefix)
+        if not UNSEARCHED.isdisjoint(state.values):
+            layout |= window(state, tensors, prefix)
             continue
         if state.integers("lengths") != [n_tokens] or len(state.integers("middles")) != 1:
             raise state.wrong("lengths", f"the {n_tokens} tokens of one sequence")
         layout[prefix + "digests"] = ((-(-n_tokens // DIGESTED), 32), (torch.uint8,))
-        starts = prefix + "selector.", prefix + "rest."
-        own = (name for name in tensors if name.startswith(starts))
-        layout |= {name: (tuple(tensors[name].shape), (tensors[name].dtype,)) for name in own}
     return layout
 
 

@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import saap
-from saap import hf
+from saap import context_file, context_folder, hf
 from saap.budget import Budget
-from saap.hf import families, unsearched
+from saap.hf import families, options, unsearched
+from saap.index import tensor_files
 from saap.training import train
 
 from . import test_generate
@@ -218,7 +219,64 @@ def test_a_context_that_was_read_goes_on_and_is_rewound(stateful):
 
 
 @torch.no_grad()
-def test_what_a_state_does_not_allow_is_refused(stateful, tmp_path, tiny_tokens):
+@pytest.mark.parametrize("family", [*STATEFUL, "gemma4_text"])
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_saved_context_goes_on(tmp_path, family, directory):
+    model, tokens, path = make(family), prompt(1, 60), tmp_path / "context"
+    own = model(tokens).logits[:, 40:]
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache(directory=path if directory else None)
+        model(tokens[:, :40], **hf.over(cache))
+        saap_model.save_context(cache, tokens[0, :40], path)
+        if directory:
+            model(tokens[:, 40:50], **hf.over(cache))  # what is not saved is not opened
+            cache.close()
+        again, held = saap_model.open_context(path)
+        assert torch.equal(held, tokens[0, :40])
+        assert_same_logits(model(tokens[:, 40:], **hf.over(again)).logits, own)
+        again.close()
+
+
+ALTERED = {
+    "qwen3_5_text": (("state.conv_states.0",), r"layer 0 must have a state of .*; got "),
+    "gemma4_text": (
+        ("keys", "values"),
+        r"layer 0 must have KV heads, dimensions and dtype \[2, 16, .*; got ",
+    ),
+}
+OTHERS = {"gemma4_text": {"state": True}, "qwen3_5_text": {"cumulative_length": 40}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ALTERED)
+@pytest.mark.parametrize("directory", [False, True])
+def test_an_altered_layer_that_is_not_searched_is_refused(tmp_path, family, directory):
+    model, tokens, path = make(family), prompt(1, 40), tmp_path / "context"
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache(directory=path if directory else None)
+        model(tokens, **hf.over(cache))
+        saap_model.save_context(cache, tokens[0], path)
+        cache.close()
+        file = path / context_folder.STATE if directory else path
+        kind = context_folder.FORMAT if directory else context_file.FORMAT
+        header, tensors = tensor_files.read(file, kind)
+        names, refusal = ALTERED[family]
+        for change in (lambda t: t[:, 1:], lambda t: t[..., 1:], lambda t: t.half()):
+            altered = {f"layers.0.{name}": change(tensors[f"layers.0.{name}"]) for name in names}
+            tensor_files.write(file, kind, header, tensors | altered)
+            with pytest.raises(ValueError, match=refusal):
+                saap_model.open_context(path)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("layers.0.")}
+        if "state" not in OTHERS[family]:
+            tensors |= {f"layers.0.{n}": torch.zeros(1, 2, 3, 16) for n in ("keys", "values")}
+        header["layers"][0] = OTHERS[family]
+        tensor_files.write(file, kind, header, tensors)
+        with pytest.raises(ValueError, match="layer 0 must be of the kind that the model has"):
+            saap_model.open_context(path)
+
+
+@torch.no_grad()
+def test_what_a_state_does_not_allow_is_refused(stateful, tiny_tokens):
     tokens = prompt(1, 50)
     with pytest.raises(ValueError, match=r"verify must be None .* got .*4.* and layer 0 of kind"):
         saap.attached(stateful, budget=FULL, verify=4).__enter__()
@@ -229,11 +287,6 @@ def test_what_a_state_does_not_allow_is_refused(stateful, tmp_path, tiny_tokens)
         with pytest.raises(ValueError, match="must all have attention for its cache to be crop"):
             cache.crop(-3)
         assert cache.lengths == [50]
-        with pytest.raises(ValueError, match=r"to be kept in files; got one .* layer 0"):
-            saap_model.save_context(cache, tokens[0], tmp_path / "a.safetensors")
-        with pytest.raises(ValueError, match=r"to be kept in files; got one .* layer 0"):
-            saap_model.cache(directory=tmp_path / "folder")
-    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"as training does; got one .* layer 0"):
         train(stateful, tiny_tokens, nlist=8, steps=2)
 
@@ -267,14 +320,8 @@ def test_layers_that_share_keys_are_refused():
         hf.model_layers(model)
 
 
-def test_heads_of_several_sizes_are_not_saved(tmp_path):
-    model = make("gemma4_text")
-    tokens = prompt(1, 50)
-    with saap.attached(model, budget=FULL) as saap_model, torch.no_grad():
-        cache = saap_model.cache()
-        model(tokens, **hf.over(cache))
-        with pytest.raises(ValueError, match=r"heads of one size .* got 16 and 32 dimensions"):
-            saap_model.save_context(cache, tokens[0], tmp_path / "a.safetensors")
-        with pytest.raises(ValueError, match=r"heads of one size .* got 16 and 32 dimensions"):
-            saap_model.cache(directory=tmp_path / "folder")
-    assert not list(tmp_path.iterdir())
+def test_searched_heads_of_several_sizes_are_not_saved(monkeypatch):
+    model = random_model("llama")
+    monkeypatch.setattr(options, "heads_of", lambda _, layer: (4, 2, 16 + 16 * layer))
+    with pytest.raises(ValueError, match=r"as each other .* got \(2, 16\) and \(2, 32\)"):
+        options.check_can_be_saved(model, hf.model_layers(model))

@@ -102,6 +102,7 @@ def open_context(
     header, tensors = context_file.read(path)
     check_made_with(saap_model, path, header)
     cache = saap_model.cache()
+    like = unsearched.after_a_token(saap_model.model, saap_model.layers)
     for number, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         prefix = f"layers.{number}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -122,7 +123,10 @@ def open_context(
             layer.slots = layer.store.length
             layer.is_initialized = True
         else:
-            unsearched.restore(layer, state, own)
+            try:
+                unsearched.restore(layer, state, own, like[number])
+            except ValueError as error:
+                raise ValueError(f"{path}: layer {number} {error}") from error
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
         raise ValueError(

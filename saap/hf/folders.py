@@ -122,6 +122,7 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
         check_made_with(saap_model, path, header)
         model = header["model"]
         layers = saap_model.cache_layers()
+        like = unsearched.after_a_token(saap_model.model, saap_model.layers)
         for number, (layer, state) in enumerate(zip(layers, header["layers"], strict=True)):
             prefix = f"layers.{number}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -139,7 +140,10 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 folder.digests[number] = own["digests"]
                 layer.is_initialized = True
             else:
-                unsearched.restore(layer, state, own)
+                try:
+                    unsearched.restore(layer, state, own, like[number])
+                except ValueError as error:
+                    raise ValueError(f"{path}: layer {number} {error}") from error
     except BaseException as error:
         folder.close()
         if isinstance(error, ValueError) and not str(error).startswith(str(path)):

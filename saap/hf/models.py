@@ -120,15 +120,16 @@ def max_context(model: nn.Module) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def heads_of(config) -> tuple[int, int, int]:
+def heads_of(config, layer: int | None = None) -> tuple[int, int, int]:
     """Query heads, KV heads and dimensions of a head, of the first layer with full attention.
 
-    In a few models, such as Gemma 4, layers with a sliding window have others.
+    `layer`: another one; in a few models, such as Gemma 4, layers differ.
     """
     config = config.get_text_config()
-    kinds, _ = layer_kinds(config)
-    first = kinds.index("full_attention") if "full_attention" in kinds else 0
-    own = config.per_layer_config[first] if hasattr(config, "per_layer_config") else config
+    if layer is None:
+        kinds, _ = layer_kinds(config)
+        layer = kinds.index("full_attention") if "full_attention" in kinds else 0
+    own = config.per_layer_config[layer] if hasattr(config, "per_layer_config") else config
     heads = own.num_attention_heads
     kv_heads = getattr(own, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(own, "head_dim", None) or own.hidden_size // heads

@@ -8,7 +8,7 @@ from saap.kv import checks
 from saap.prefill import PrefillBudget
 
 from .families import ModelLayer
-from .models import attention_modules
+from .models import heads_of
 from .pace import Verify
 
 
@@ -44,18 +44,13 @@ def check_states(layers: list[ModelLayer], verify: Verify | None) -> None:
 
 
 def check_can_be_saved(model: nn.Module, layers: list[ModelLayer]) -> None:
-    """ValueError for a model whose caches have parts that no file has a place for."""
-    stateful = [number for number, layer in enumerate(layers) if layer.has_state]
-    if stateful:
+    """ValueError for a model whose searched layers have heads of several sizes."""
+    searched = [number for number, layer in enumerate(layers) if layer.is_full]
+    shapes = sorted({heads_of(model.config, number)[1:] for number in searched})
+    if len(shapes) > 1:
         raise ValueError(
-            "the layers of a model must all have attention for its contexts to be kept in files; "
-            f"got one that keeps a state, layer {stateful[0]}"
-        )
-    sizes = sorted({module.head_dim for module in attention_modules(model).values()})
-    if len(sizes) > 1:
-        raise ValueError(
-            "the layers of a model must have heads of one size for its contexts to be kept in "
-            f"files; got {' and '.join(map(str, sizes))} dimensions"
+            "layers with full attention must have as many KV heads and dimensions as each other "
+            f"for contexts to be kept in files; got {' and '.join(map(str, shapes))}"
         )
 
 

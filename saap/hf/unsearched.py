@@ -5,8 +5,13 @@ attention (linear attention, a convolution) has a state of one size whatever the
 cannot be taken out of it again, but for those of a convolution that was told to record the past.
 """
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+
+from .cache_argument import over
+from .families import ModelLayer
 
 
 def is_state(layer) -> bool:
@@ -18,23 +23,68 @@ def can_be_cropped(layer) -> bool:
     return layer.record_past and getattr(layer, "is_croppable", False)
 
 
+def states_of(layer) -> dict[str, Tensor]:
+    """The tensors of a state, by the name of their kind and their number."""
+    kinds = {name: getattr(layer, name) for name in ("conv_states", "recurrent_states")}
+    return {
+        f"{name}.{number}": state
+        for name, states in kinds.items()
+        for number, state in states.items()
+        if state is not None
+    }
+
+
 def nbytes(layer) -> int:
     """Bytes that a layer holds."""
     if is_state(layer):
-        held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-        return sum(state.nbytes for state in held if state is not None)
+        return sum(state.nbytes for state in states_of(layer).values())
     return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
 
 
 def saved(layer) -> tuple[dict, dict[str, Tensor]]:
-    """What a header says of a sliding window, and its tensors."""
+    """What a header says of a layer, and its tensors."""
+    if is_state(layer):
+        return {"state": True}, {f"state.{name}": t for name, t in states_of(layer).items()}
     facts = {"cumulative_length": layer.cumulative_length}
     return facts, {"keys": layer.keys, "values": layer.values}
 
 
-def restore(layer, facts: dict, tensors: dict[str, Tensor]) -> None:
-    """Put what `saved` gave into a new layer."""
+def restore(layer, facts: dict, tensors: dict[str, Tensor], like) -> None:
+    """Put what `saved` gave into a new layer; `like`: the layer after any other forward.
+
+    Raises ValueError for a layer of another kind, and for a window or a state of another size.
+    """
+    if is_state(layer) != ("state" in facts):
+        raise ValueError("must be of the kind that the model has; got another")
+    if is_state(layer):
+        _restore_state(layer, tensors, states_of(like))
+        return
+    wanted, found = ([t.shape[1], t.shape[3], t.dtype] for t in (like.keys, tensors["keys"]))
+    if wanted != found:
+        raise ValueError(f"must have KV heads, dimensions and dtype {wanted}; got {found}")
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     layer.cumulative_length = facts["cumulative_length"]
     layer.is_initialized = True
+
+
+def _restore_state(layer, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
+    own = {name.removeprefix("state."): t for name, t in tensors.items()}
+    wanted, found = ({n: (tuple(t.shape), t.dtype) for n, t in x.items()} for x in (like, own))
+    if wanted != found:
+        raise ValueError(f"must have a state of {wanted}; got {found}")
+    for name, state in own.items():
+        kind, number = name.split(".")
+        layer.lazy_initialization(**{kind: state}, state_idx=int(number))
+        getattr(layer, kind)[int(number)].copy_(state)
+        layer.has_previous_state[int(number)] = True
+
+
+@torch.no_grad()
+def after_a_token(model: nn.Module, layers: list[ModelLayer]) -> list:
+    """Layers of a cache after one token, to compare with; empty ones if all are searched."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    if not all(layer.is_full for layer in layers):
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(token, **over(cache), use_cache=True)
+    return cache.layers
