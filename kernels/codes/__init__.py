@@ -2,11 +2,11 @@
 
 from .api import PreparedChoice, select_rows
 from .coding import encode_rows
-from .layout import Codes, coordinates_for, decode, encode
+from .layout import Codes, candidates_of, coordinates_for, decode, encode
 from .query_map import QueryMap
 from .weights import coarse_scores, codes_of_rows, weigh_rows
 
 __all__ = [
-    "Codes", "PreparedChoice", "QueryMap", "coarse_scores", "codes_of_rows", "coordinates_for",
-    "decode", "encode", "encode_rows", "select_rows", "weigh_rows",
+    "Codes", "PreparedChoice", "QueryMap", "candidates_of", "coarse_scores", "codes_of_rows",
+    "coordinates_for", "decode", "encode", "encode_rows", "select_rows", "weigh_rows",
 ]  # fmt: skip

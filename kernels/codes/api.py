@@ -27,6 +27,7 @@ def select_rows(
     *,
     max_tokens: int,
     n_candidates: int,
+    one_of: int | None = None,
     query_map: QueryMap | None = None,
     min_weight: float | None = None,
     outside: Float[Tensor, "n Hq"] | None = None,
@@ -53,6 +54,7 @@ def select_rows(
         n_rows: rows of each sequence, at most `codes.n`; rows after them hold anything.
         max_tokens: rows to choose, all if there are no more.
         n_candidates: rows that each head lets through to its fine codes; at least `max_tokens`.
+        one_of: if given, each head lets through at least one row of so many that a sequence has.
         query_map: of the codes' KV heads, for n sequences or 1.
         min_weight: the least sum of a row that is chosen; None: any.
         outside: float32, for each head the log-sum-exp of the scores of rows that attention visits
@@ -73,7 +75,7 @@ def select_rows(
     Raises:
         ValueError: an argument that does not fit, or that `impl` cannot do, naming its value.
     """
-    n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map)
+    n, n_heads, _ = _check(q, codes, n_rows, max_tokens, n_candidates, one_of, share, query_map)
     _check_min_weight(min_weight)
     _check_outside(outside, q)
     heads = codes.scale.shape[1] if share == "group" else n_heads
@@ -91,7 +93,7 @@ def select_rows(
     backend = _backend(impl, q, codes, out)
     return backend.select_rows(
         q.unflatten(1, (heads, -1)), codes, n_rows, max_tokens=max_tokens,
-        n_candidates=max(n_candidates, max_tokens), query_map=query_map,
+        n_candidates=max(n_candidates, max_tokens), one_of=one_of, query_map=query_map,
         min_weight=min_weight, outside=outside, first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
 
@@ -111,8 +113,8 @@ class PreparedChoice(Preparation):
 
     def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
         n, n_heads, _ = _check(
-            q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates", "share")),
-            options.get("query_map"),
+            q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates")),
+            options.get("one_of"), options["share"], options.get("query_map"),
         )  # fmt: skip
         _check_min_weight(options.get("min_weight"))
         heads = codes.scale.shape[1] if options["share"] == "group" else n_heads
@@ -130,6 +132,7 @@ class PreparedChoice(Preparation):
                 (n, heads, n_heads // heads, q.shape[2]), codes, n_rows,
                 max_tokens=options["max_tokens"],
                 n_candidates=max(options["n_candidates"], options["max_tokens"]),
+                one_of=options.get("one_of"),
                 query_map=options.get("query_map"), min_weight=options.get("min_weight"),
                 first_row=options.get("first_row", 0), out=out, scored=scored,
             )  # fmt: skip
@@ -185,7 +188,7 @@ def _backend(impl, q, codes, out):
     )  # fmt: skip
 
 
-def _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map) -> torch.Size:
+def _check(q, codes, n_rows, max_tokens, n_candidates, one_of, share, query_map) -> torch.Size:
     """The shape of q."""
     if codes.fault is not None:
         raise ValueError(codes.fault)
@@ -204,9 +207,10 @@ def _check(q, codes, n_rows, max_tokens, n_candidates, share, query_map) -> torc
         )
     if any(not 0 <= own <= n for own in n_rows):
         raise ValueError(f"n_rows must be in 0..{n}; got {n_rows}")
-    for name, value in (("max_tokens", max_tokens), ("n_candidates", n_candidates)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+    numbers = [("max_tokens", max_tokens, 0), ("n_candidates", n_candidates, 0)]
+    for name, value, least in numbers + [("one_of", one_of, 1)] * (one_of is not None):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
         if value >= 2**63:  # it would wrap on its way to the kernel
             raise ValueError(f"{name} must be an integer below 2 ** 63; got {value}")
     if share not in ("group", "head"):

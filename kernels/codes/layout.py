@@ -92,6 +92,11 @@ FINE = (
 """Parts of a coarse word, and of the words of each fine plane."""
 
 
+def candidates_of(n_rows: int, n_candidates: int, one_of: int | None) -> int:
+    """How many of a sequence's rows each head lets through; more than there are means all."""
+    return max(n_candidates, -(-n_rows // one_of)) if one_of else n_candidates
+
+
 def coordinates_for(dim: int) -> int:
     """P for vectors of so many dimensions; where these are fewer, others are 0."""
     return CODED * -(-dim // CODED)

@@ -13,7 +13,7 @@ from saap.kernels.cpu.functions import compiled, openmp_address, run, stamp_of
 from saap.kernels.cpu.scratch import Layout
 
 from . import numba_choice, numba_job, numba_scan
-from .layout import Codes
+from .layout import Codes, candidates_of
 from .numba_job import CANDIDATES, CHOOSE, FIND, PREPARE, SCAN, WEIGH
 from .query_map import QueryMap
 
@@ -35,13 +35,13 @@ def limit(q: Tensor, codes: Codes, out: tuple[Tensor, Tensor]) -> str | None:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
+    outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
     prepared = Prepared(
-        a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates,
+        a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates, one_of=one_of,
         query_map=query_map, min_weight=min_weight, first_row=first_row, out=out, scored=scored,
     )  # fmt: skip
     used = prepared(a, outside)
@@ -57,15 +57,15 @@ class Prepared:
 
     def __init__(
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
-        n_candidates: int, query_map: QueryMap | None, min_weight: float | None,
-        first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+        n_candidates: int, one_of: int | None, query_map: QueryMap | None,
+        min_weight: float | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
         n, heads, group, dim = shape
         coordinates = codes.coordinates
         most = max(n_rows)
         tasks = n * heads
         least = 0 if min_weight is None else bits_of(min_weight)
-        self._bounds = max_tokens, n_candidates, least, group
+        self._bounds = max_tokens, n_candidates, one_of, least, group
         chunks, whole, _, listed_chunks = self._sizes = _sizes(most, *self._bounds)
         threads = min(torch.get_num_threads(), tasks * chunks)
         plan = _plan(threads, tasks, group, *self._sizes)
@@ -92,9 +92,9 @@ class Prepared:
             alone=plan.alone, first_slot=plan.first_slot, heads_at_once=plan.heads_at_once,
             out_batch=4 * starts.stride(0), out_head=4 * starts.stride(1),
             capacity=starts.shape[2], first_row=first_row, max_tokens=max_tokens,
-            least_weight=least, candidates=n_candidates, worker_bytes=worker_bytes,
-            listed_chunks=listed_chunks, **places_of(codes), **places_of_map(query_map),
-            **places_of_functions(self.steps),
+            least_weight=least, candidates=n_candidates, one_of=one_of or 0,
+            worker_bytes=worker_bytes, listed_chunks=listed_chunks,
+            **places_of(codes), **places_of_map(query_map), **places_of_functions(self.steps),
         )  # fmt: skip
 
     def follows(self, n_rows: list[int]) -> bool:
@@ -119,12 +119,13 @@ class Prepared:
 
 
 def _sizes(
-    most: int, max_tokens: int, n_candidates: int, least: int, group: int
+    most: int, max_tokens: int, n_candidates: int, one_of: int | None, least: int, group: int
 ) -> tuple[int, bool, bool, int]:
     """What buffers and steps depend on: chunks of rows, whether all are candidates, whether all
     are chosen, chunks of candidates."""
-    whole, every = n_candidates >= most, max_tokens >= most and not least
-    candidates = 0 if whole else min(most, group * n_candidates)
+    wanted = candidates_of(most, n_candidates, one_of)
+    whole, every = wanted >= most, max_tokens >= most and not least
+    candidates = 0 if whole else min(most, group * wanted)
     return -(-most // numba_job.CHUNK), whole, every, -(-candidates // numba_job.CHUNK)
 
 

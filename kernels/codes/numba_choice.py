@@ -23,6 +23,7 @@ from .numba_job import (
     STEP_FIELDS,
     STEPS,
     WEIGH,
+    candidates_of,
     place_of,
 )
 from .numba_queries import prepare
@@ -124,7 +125,7 @@ def _choose_alone(job, task, slot, space):
     n = place_of(job, task)[2]
     if not takes_all(job, n):
         prepare(job, task, 0, job.group)
-        if job.whole or job.candidates < n:
+        if job.whole or candidates_of(job, n) < n:
             for chunk in range(job.chunks):
                 weigh_chunk(job, task, chunk, slot, 0, job.group, space)
     if not job.whole:
@@ -145,7 +146,7 @@ def _find(job, task, part, worker, slot, space):
     if takes_all(job, n):
         return
     prepare(job, task, first, end)
-    if job.candidates >= n:
+    if candidates_of(job, n) >= n:
         return
     for chunk in range(job.chunks):
         weigh_chunk(job, task, chunk, worker, first, end, space)

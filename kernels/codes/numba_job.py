@@ -19,7 +19,8 @@ FIELDS = (
     "alone first_slot heads_at_once "
     "map_batch map_scale_batch coarse_batch coarse_head coarse_plane fine_batch "  # bytes
     "fine_head scale_batch scale_head "
-    "out_batch out_head capacity first_row max_tokens least_weight candidates listed_chunks "
+    "out_batch out_head capacity first_row max_tokens least_weight candidates one_of "
+    "listed_chunks "
     "score choose parallel steps n_steps used "
     "step parts units ahead workspace worker_bytes next_worker next_unit"
 ).split()
@@ -57,6 +58,14 @@ def planes_bytes(coordinates):
 def chunk_bytes(coordinates):
     """Bytes that a chunk needs: words, numbers of rows, scales, the largest scores."""
     return planes_bytes(coordinates) + 4 * CHUNK + CHUNK + 4 * WIDEST
+
+
+@_njit
+def candidates_of(job, n):
+    """`layout.candidates_of` of a task's n rows."""
+    if job.one_of == 0:
+        return job.candidates
+    return max(job.candidates, (n + job.one_of - 1) // job.one_of)
 
 
 def whole_chunks(n: int) -> int:

@@ -13,7 +13,7 @@ from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import float32_pointer, int32_pointer, int64_pointer, uint8_pointer
 
 from .numba_best import best, likely_below, mark_best
-from .numba_job import CHUNK, blocks_of, place_of, planes_bytes
+from .numba_job import CHUNK, blocks_of, candidates_of, place_of, planes_bytes
 from .numba_scan import bring, score
 from .numba_simd import BLOCK, WIDEST
 from .numba_vectors import (
@@ -38,20 +38,21 @@ def takes_all(job, n):
 
 @_njit
 def find_candidates(job, task, g, scored, slot, space):
-    """Mark a head's `job.candidates` best rows by the coarse scores in the slot `scored`.
+    """Mark the best rows of a head, its candidates, by the coarse scores in the slot `scored`.
 
     Each has its own, since coarse scores err by a share of how far a head's scores are apart:
     among all heads' rows, a peaked head's would lose to those of flat ones.
     """
     n = place_of(job, task)[2]
-    if job.candidates >= n or takes_all(job, n):
+    wanted = candidates_of(job, n)
+    if wanted >= n or takes_all(job, n):
         return
     keys = job.scores + 4 * (scored * job.group + g) * job.chunks * CHUNK
     marks = _marks_of(job, slot * job.group + g)
     for i in range(blocks_of(n) * BLOCK // 8):
         marks[i] = 0
-    low = likely_below(keys, n, job.candidates, space)
-    mark_best(keys, n, job.candidates, low, marks, space)
+    low = likely_below(keys, n, wanted, space)
+    mark_best(keys, n, wanted, low, marks, space)
 
 
 @_njit
@@ -63,7 +64,7 @@ def list_candidates(job, task, slot):
     if takes_all(job, n):
         found[slot] = 0
         return
-    if job.candidates >= n:
+    if candidates_of(job, n) >= n:
         _list_all(n, place)
         found[slot] = n
         return

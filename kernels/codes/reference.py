@@ -12,6 +12,7 @@ from .layout import (
     WHOLE_STEPS,
     WHOLE_ZEROS,
     Codes,
+    candidates_of,
     decode,
     decode_coarse,
     of_coordinates,
@@ -21,8 +22,8 @@ from .query_map import QueryMap
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
+    outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
@@ -42,8 +43,8 @@ def select_rows(
         for h, heads in enumerate(own):
             kv = h * fine.shape[1] // len(own)
             rows, scored[i, h] = chosen(
-                heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens, n_candidates,
-                min_weight, outside[i, h],
+                heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens,
+                candidates_of(n, n_candidates, one_of), min_weight, outside[i, h],
             )  # fmt: skip
             begins, counts = as_ranges(rows)
             starts[i, h, : len(begins)] = begins + first_row

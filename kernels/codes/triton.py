@@ -19,7 +19,7 @@ from saap.kernels.backends.graphs import replayed
 from saap.kernels.backends.launches import Launch, launch_all
 
 from . import triton_choice as choice
-from .layout import Codes
+from .layout import Codes, candidates_of
 from .query_map import QueryMap
 from .reference import tables
 from .triton_kernels import score_codes
@@ -63,16 +63,18 @@ class Prepared:
 
     def __init__(
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
-        n_candidates: int, query_map: QueryMap | None, min_weight: float | None,
-        first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+        n_candidates: int, one_of: int | None, query_map: QueryMap | None,
+        min_weight: float | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
         self.a = torch.empty(shape, device=scored.device)
         self.outside: Tensor | None = None
-        self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a))
+        self.wanted = n_candidates, one_of
+        self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a, *self.wanted))
         self.options = {
-            "max_tokens": max_tokens, "n_candidates": n_candidates, "query_map": query_map,
+            "max_tokens": max_tokens, "n_candidates": candidates_of(codes.n, *self.wanted),
+            "query_map": query_map,
             "min_weight": min_weight, "first_row": first_row, "out": out, "scored": scored,
-            "most": codes.n, "counts": self.counts,
+            "most": codes.n, "counts": self.counts, "every": sampled(n_candidates),
         }  # fmt: skip
         self.codes = codes
         self.run = None
@@ -80,7 +82,7 @@ class Prepared:
 
     def follows(self, n_rows: list[int]) -> bool:
         """It is for so many rows from now on."""
-        for own, new in zip(self.counts, _counts_of(n_rows, self.a), strict=True):
+        for own, new in zip(self.counts, _counts_of(n_rows, self.a, *self.wanted), strict=True):
             own.copy_(new)
         return True
 
@@ -103,16 +105,17 @@ class Prepared:
 
 def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
-    query_map: QueryMap | None, min_weight: float | None, outside: Tensor | None,
-    first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
+    outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
     most = max(n_rows)
     _choose(
-        a, codes, max_tokens=max_tokens, n_candidates=n_candidates, query_map=query_map,
-        min_weight=min_weight, outside=outside, first_row=first_row, out=out, scored=scored,
-        most=most, counts=_counts_of(n_rows, a),
+        a, codes, max_tokens=max_tokens, n_candidates=candidates_of(most, n_candidates, one_of),
+        query_map=query_map, min_weight=min_weight, outside=outside, first_row=first_row, out=out,
+        scored=scored, most=most, counts=_counts_of(n_rows, a, n_candidates, one_of),
+        every=sampled(n_candidates),
     )  # fmt: skip
     k = min(max_tokens, most)
     return out[0][..., :k], out[1][..., :k]
@@ -125,16 +128,18 @@ def _choose(a: Tensor, codes: Codes, **options: Any) -> None:
 def launches(
     a: Tensor, codes: Codes, *, max_tokens: int, n_candidates: int, query_map: QueryMap | None,
     min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor, most: int, counts: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor], scored: Tensor, most: int,
+    counts: tuple[Tensor, Tensor, Tensor], every: int = 1,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels of a choice with all their arguments, on memory that is made here.
 
-    `counts`: int32, rows of each task and of each sequence; none is above `most`.
+    `counts`: int32, rows of each task and of each sequence, none above `most`, and candidates of
+    each head, none above `n_candidates`, of which one in `every` is looked for.
     """
     n, heads, group, dim = a.shape
     tasks, device, coordinates = n * heads, a.device, codes.coordinates
     k, n_candidates = min(max_tokens, most), min(n_candidates, most)
-    all_rows, of_sequences = counts
+    all_rows, of_sequences, of_heads = counts
     listed, n_listed = None, all_rows
 
     def ints(*shape: int) -> Tensor:
@@ -169,15 +174,14 @@ def launches(
         )  # fmt: skip
 
     n_heads = tasks * group
-    of_heads = COARSE[0] * n_heads << COARSE[1]
-    digits = ints(of_heads + digits_of_weights(tasks)).zero_()
+    of_candidates = COARSE[0] * n_heads << COARSE[1]
+    digits = ints(of_candidates + digits_of_weights(tasks)).zero_()
     room = most
     if n_candidates < most:
         found = torch.empty(n_heads, most, dtype=torch.int16, device=device)
         kth = ints(2, n_heads)
         yield scores(0, most, found)
-        every = max(1, min(MOST_SKIPPED, n_candidates // SAMPLED))
-        yield from find_kth(found, all_rows, digits, kth, n_candidates, group, COARSE, every)
+        yield from find_kth(found, all_rows, digits, kth, of_heads, group, COARSE, every)
         blocks = triton.cdiv(most, COUNTED)
         per_block = ints(tasks, blocks)
         room = min(most, group * (n_candidates + n_candidates // SPARE + 64))
@@ -197,7 +201,7 @@ def launches(
     yield from add_weights(found, n_listed, weights, outside)
     rows, n_chosen = ints(tasks, k), ints(tasks)
     yield from heaviest(
-        weights, n_listed, digits[of_heads:], rows, n_chosen, k=k,
+        weights, n_listed, digits[of_candidates:], rows, n_chosen, k=k,
         least=0.0 if min_weight is None else float(min_weight), listed=listed,
     )  # fmt: skip
     yield as_ranges(rows, n_chosen, out, scored, n_listed, first_row)
@@ -214,20 +218,33 @@ def _places(codes: Codes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _counts_of(n_rows: list[int], a: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of each task of queries `a [n, H, ...]`, and of each sequence; not to be changed."""
-    rows, (n, heads) = tuple(n_rows), a.shape[:2]
-    return _counts(rows, heads, n, a.device), _counts(rows, 1, len(rows), a.device)
+def sampled(n_candidates: int) -> int:
+    """The last candidate is looked for among one row in so many."""
+    return max(1, min(MOST_SKIPPED, n_candidates // SAMPLED))
+
+
+def _counts_of(
+    n_rows: list[int], a: Tensor, n_candidates: int, one_of: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of each task of queries `a [n, H, G, ...]` and of each sequence, candidates of each
+    head that are looked for; not to be changed."""
+    rows, (n, heads, group) = tuple(n_rows), a.shape[:3]
+    every = sampled(n_candidates)
+    wanted = tuple(min(own, candidates_of(own, n_candidates, one_of)) // every for own in rows)
+    return (
+        _counts(rows, heads, n, a.device), _counts(rows, 1, len(rows), a.device),
+        _counts(wanted, heads * group, n, a.device),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _counts(n_rows: tuple[int, ...], heads: int, n: int, device: torch.device) -> Tensor:
-    """Rows of each of the `n * heads` tasks, int32.
+def _counts(numbers: tuple[int, ...], each: int, n: int, device: torch.device) -> Tensor:
+    """`each` times the number of each of n sequences, or n times that of one, int32.
 
     Kept, since a layer has as many rows as the one before it, and a copy cannot be captured.
     """
-    of_sequence = torch.tensor(n_rows, dtype=torch.int32, device=device).expand(n)
-    return of_sequence.repeat_interleave(heads)
+    of_sequence = torch.tensor(numbers, dtype=torch.int32, device=device).expand(n)
+    return of_sequence.repeat_interleave(each)
 
 
 @functools.lru_cache(maxsize=64)

@@ -140,7 +140,7 @@ def find_kth(
 ) -> Iterator[Launch]:  # fmt: skip
     """Finds the k-th of `numbers [heads, room]`, of which `in_use[head // per_use]` count.
 
-    `every`: one of so many numbers is looked at.
+    `every`: one of so many numbers is looked at, and a k of each head is of these.
     """
     n_heads, room = numbers.shape
     passes, bits = digits

@@ -24,6 +24,7 @@ from saap.kernels.codes import (
     Codes,
     PreparedChoice,
     QueryMap,
+    candidates_of,
     coordinates_for,
     encode_rows,
 )
@@ -35,6 +36,7 @@ GROWTH = 1.5
 """Coordinates are learned again when the rows are so many times those that they came from."""
 
 SPARE, MOST_SPARE = 256, 1 << 16  # rows: room for codes that are still to come
+MOST_CANDIDATES = 2**31 - 1
 CODED_AT_ONCE = 2048  # rows: what coding holds of them stays in the cache
 
 
@@ -47,8 +49,9 @@ def as_coded(coordinates: Coordinates) -> Coordinates:
 class SaapSearch:
     """How many rows each query head lets through its coarse codes to the whole ones.
 
-    `width` times the rows of the budget, and at least `least`, but not more than `margin` beyond
-    the budget: rows near its edge have little weight. `width` None: every row, which reads most.
+    `width` times the rows of the budget, but not more than `margin` beyond it: rows near its edge
+    have little weight. And at least `least`, and one of `one_of` rows: the longer a context, the
+    more of its rows come before a needle by chance. `width` None: every row, which reads most.
     Each head has candidates of its own, for what a coarse score errs by is a share of how far a
     head's scores are apart: chosen together, a peaked head's rows lose to those of flat ones, and
     with them what a rare query asks for (docs/routing.md).
@@ -57,6 +60,7 @@ class SaapSearch:
     width: float | None = 2.0
     least: int = 1024
     margin: int = 1024
+    one_of: int = 8
 
     def __post_init__(self):
         if self.width is not None and not 1 <= self.width <= 1e6:
@@ -65,13 +69,19 @@ class SaapSearch:
             raise ValueError(f"least must be in 0..2**31; got {self.least}")
         if not 0 <= self.margin <= 2**31:
             raise ValueError(f"margin must be in 0..2**31; got {self.margin}")
+        if not 1 <= self.one_of <= 2**31:
+            raise ValueError(f"one_of must be in 1..2**31; got {self.one_of}")
+
+    def of_any_context(self, max_tokens: int) -> int:
+        """Rows that a head lets through, however many there are."""
+        if self.width is None:
+            return MOST_CANDIDATES
+        return max(self.least, min(round(self.width * max_tokens), max_tokens + self.margin))
 
     def candidates(self, max_tokens: int, n_rows: int) -> int:
         """Rows of `n_rows` that a head lets through."""
-        if self.width is None:
-            return n_rows
-        wanted = min(round(self.width * max_tokens), max_tokens + self.margin)
-        return min(n_rows, max(self.least, wanted))
+        wanted = candidates_of(n_rows, self.of_any_context(max_tokens), self.one_of)
+        return min(n_rows, wanted)
 
 
 class SaapSelector(Selector):
@@ -300,7 +310,8 @@ class SaapSelector(Selector):
             self.codes,
             middle.n_rows,
             max_tokens=budget.max_tokens,
-            n_candidates=self.method.search_options.candidates(budget.max_tokens, n),
+            n_candidates=self.method.search_options.of_any_context(budget.max_tokens),
+            one_of=self.method.search_options.one_of,
             query_map=self.query_map,
             min_weight=budget.least_weight(self.layer.number),
             share=budget.share,

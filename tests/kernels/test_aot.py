@@ -229,7 +229,8 @@ def test_the_choice_by_codes_fits_the_chip(capability, dim, group, candidates, t
     codes = Codes.empty(1, 8, dim, n, torch.device("meta"))
     launches = codes_backend.launches(
         meta(1, 8, group, dim, dtype=torch.float32), codes, most=n, query_map=query_map,
-        counts=(meta(8), meta(1)), max_tokens=4096, n_candidates=candidates, min_weight=None,
+        counts=(meta(8), meta(1), meta(8 * group)), max_tokens=4096, n_candidates=candidates,
+        min_weight=None,
         outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
     )  # fmt: skip

@@ -92,9 +92,10 @@ def test_all_candidates_are_chosen_from(impl, coordinates, group):
     threads=st.sampled_from([1, 3]),
     min_weight=st.sampled_from([None, 1e-30, 1e-4, 2e-3, 0.1]),
     with_outside=st.booleans(),
+    one_of=st.sampled_from([None, 1, 2, 5, 50]),
 )
 def test_numba_chooses_as_the_reference(
-    seed, n, max_tokens, width, group, share, threads, min_weight, with_outside
+    seed, n, max_tokens, width, group, share, threads, min_weight, with_outside, one_of
 ):
     """Three threads divide tasks, one does a task at a time."""
     _, codes, _ = coded(batch=2, n=n, seed=seed)
@@ -102,7 +103,7 @@ def test_numba_chooses_as_the_reference(
     n_rows = [n, max(0, n - 37)]
     options = {
         "max_tokens": max_tokens, "n_candidates": width * max_tokens, "share": share,
-        "min_weight": min_weight,
+        "min_weight": min_weight, "one_of": one_of,
     }  # fmt: skip
     if with_outside:
         options["outside"] = 8 * random(2, 2 * group, seed=seed + 2)
@@ -130,6 +131,22 @@ def test_numba_chooses_as_the_reference(
             assert all(3 <= row < 3 + n_rows[i] for row in own)
             # Sums in another order put a row here and there on the other side of an edge.
             assert len(set(own) ^ set(other)) <= 2 + 2 * (len(own) // 50)
+
+
+@pytest.mark.parametrize("impl", ["reference", "numba"])
+def test_a_longer_sequence_has_more_candidates(impl):
+    """Of each sequence, whatever others there are beside it."""
+    _, codes, _ = coded(batch=2, n=3000, n_kv=1)
+    q = random(2, 1, 64, seed=1)
+    options = {"max_tokens": 50, "n_candidates": 200, "one_of": 8, "impl": impl}
+    scored = torch.zeros(2, 1, dtype=torch.int64)
+    found = select_rows(q, codes, [3000, 900], **options, scored=scored)
+    assert scored.flatten().tolist() == [375, 200]
+    short = Codes(codes.coarse[1:], codes.fine[1:], codes.scale[1:])
+    alone = select_rows(q[1:], short, [900], **options)
+    assert rows(found, 1, 0) == rows(alone, 0, 0)
+    with pytest.raises(ValueError, match="one_of must be an integer of at least 1; got 0"):
+        select_rows(q, codes, [3000, 900], **{**options, "one_of": 0})
 
 
 @pytest.mark.parametrize("n_candidates", [700, 4999, 5000])

@@ -22,16 +22,16 @@ def problem(n, group, coordinates, batch=2, n_kv=2, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("coordinates", "group", "share", "n_candidates"),
+    ("coordinates", "group", "share", "n_candidates", "one_of"),
     [
-        (64, 1, "group", 40),
-        (64, 3, "head", 40),
-        (64, 3, "group", 10**6),
-        (128, 4, "group", 40),
-        (128, 20, "group", 10**6),
+        (64, 1, "group", 40, None),
+        (64, 3, "head", 40, 5),
+        (64, 3, "group", 10**6, 3),
+        (128, 4, "group", 31, 4),
+        (128, 20, "group", 10**6, None),
     ],
 )
-def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
+def test_chooses_as_the_reference(coordinates, group, share, n_candidates, one_of):
     q, codes = problem(300, group, coordinates)
     n_rows = [300, 210]
     heads = 2 if share == "group" else 2 * group
@@ -39,8 +39,8 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates):
     for impl in ("reference", "triton"):
         scored[impl] = torch.zeros(2, heads, dtype=torch.int64, device=DEVICE)
         found[impl] = select_rows(
-            q, codes, n_rows, max_tokens=30, n_candidates=n_candidates, share=share, first_row=5,
-            scored=scored[impl], impl=impl,
+            q, codes, n_rows, max_tokens=30, n_candidates=n_candidates, one_of=one_of, share=share,
+            first_row=5, scored=scored[impl], impl=impl,
         )  # fmt: skip
     assert (scored["triton"] - scored["reference"]).abs().max() <= 3
     for i in range(2):
