@@ -349,8 +349,9 @@ class SaapSelector(Selector):
 
 
 class Saap(Method):
-    """`search.width`: candidates per row of the budget. Without an index that holds coordinates
-    they are learned from the prompt's own queries and keys."""
+    """`search.width`: candidates per row of the budget; `search.one_of`: rows per candidate, at
+    most. Without an index that holds coordinates they are learned from the prompt's own queries
+    and keys."""
 
     name = "saap"
     needs_index = False
