@@ -311,6 +311,25 @@ def test_a_broken_forward_is_not_gone_on_from(stateful, monkeypatch):
         stateful(tokens, **hf.over(cache))
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "variants"),
+    [
+        ("olmo_hybrid", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, [None]),
+        ("granite_swa", {"layer_rope_theta": [1e4, 0, 1e4, 5e5]}, [None, "half"]),
+    ],
+)
+def test_layers_without_rope_or_with_one_of_their_own(family, options, variants):
+    """As released models have them; all rows give what dense attention gives."""
+    model = random_model(family, **{**OPTIONS[family], **options})
+    full = [layer for layer in hf.model_layers(model) if layer.is_full]
+    assert [layer.rope_variant for layer in full] == variants
+    if family == "granite_swa":
+        assert full[0].info.inv_freq is None
+        assert torch.allclose(full[1].info.inv_freq[1], torch.tensor(5e5 ** (-1 / 8)), rtol=1e-4)
+    test_all_rows_have_the_logits_of_dense(model, padded=True)
+    test_greedy_tokens_are_those_of_dense(model)
+
+
 def test_layers_that_share_keys_are_refused():
     model = random_model(
         "gemma4_text",

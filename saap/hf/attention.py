@@ -189,7 +189,7 @@ def _attention(
     layer = running.layers[module.layer_idx]
     tables = running.tables.pop(module.layer_idx, None)
     searched = layer.rope_variant is not None and layer.is_full
-    rope = (layer.rope_variant, *tables) if searched and tables is not None else None
+    rope = (layer.rope_variant, *tables) if searched else None
     sinks = options.get("s_aux")
     out, lse = running.handler(
         LayerCall(

@@ -137,27 +137,37 @@ def rope_variants(
     no variant fits.
     """
     modules = attention_modules(model)
-    found_in_model = rotary_modules(model)
-    if not found_in_model:
+    if not rotary_modules(model):
         return dict.fromkeys(modules, (None, None))
-    rotary = copy.deepcopy(found_in_model[0])
     weight = next(model.parameters())
     x = weight.new_zeros(1, 8, 1, dtype=torch.float32)
     positions = torch.arange(8, device=weight.device)[None]
-    by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    family = model.config.get_text_config().model_type
+    config = model.config.get_text_config()
+    thetas = getattr(config, "layer_rope_theta", None)  # of each layer; 0: no RoPE
     found: dict[tuple, tuple] = {}
     ropes: dict[int, tuple] = {}
     for number, module in modules.items():
         ropes[number], kind = (None, None), kinds[number]
-        if has_rope(module, family, kind):
-            key = (type(module), kind if by_type else None)
+        theta = thetas[number] if thetas else None
+        if theta != 0 and has_rope(module, config.model_type, kind):
+            rotary = _rotary_of(model, theta)
+            by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+            key = (type(module), kind if by_type else None, theta)
             if key not in found:
+                rotary = copy.deepcopy(rotary)
                 tables = rotary(x, positions, kind) if by_type else rotary(x, positions)
                 variant = rope_variant(module, *tables)
                 found[key] = variant, frequencies(variant, *tables)
             ropes[number] = found[key]
     return ropes
+
+
+def _rotary_of(model: nn.Module, theta: float | None) -> nn.Module:
+    """The model's rotary embedding; that of `theta`, if it has several."""
+    rotary = rotary_modules(model)
+    if theta is None:
+        return rotary[0]
+    return next(own for own in rotary if own.config.rope_parameters["rope_theta"] == theta)
 
 
 def has_rope(module: nn.Module, family: str, kind: str) -> bool:

@@ -100,7 +100,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
-    without = getattr(model.config, "position_embedding_type", "rope") in (None, "nope")
+    without = is_without_positions(model.config.get_text_config())
     kinds, _ = layer_kinds(model.config)
     expected = {number for number, kind in enumerate(kinds) if kind not in STATES}
     if set(found) != expected or not (without or rotary_modules(model)):
@@ -110,6 +110,13 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             f"model_type={model.config.model_type!r}"
         )
     return dict(sorted(found.items()))
+
+
+def is_without_positions(config) -> bool:
+    """Whether attention knows no positions, as in some models that have other layers, too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = getattr(config, "position_embedding_type", "rope")
+    return kind in (None, "nope") or rope.get("rope_theta", 0) is None
 
 
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
