@@ -123,10 +123,8 @@ def open_context(
             layer.slots = layer.store.length
             layer.is_initialized = True
         else:
-            try:
-                unsearched.restore(layer, state, own, like[number])
-            except ValueError as error:
-                raise ValueError(f"{path}: layer {number} {error}") from error
+            where = f"{path}: layer {number}"
+            unsearched.restore(where, layer, state, own, like[number])
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
         raise ValueError(

@@ -140,10 +140,8 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 folder.digests[number] = own["digests"]
                 layer.is_initialized = True
             else:
-                try:
-                    unsearched.restore(layer, state, own, like[number])
-                except ValueError as error:
-                    raise ValueError(f"{path}: layer {number} {error}") from error
+                where = f"{path}: layer {number}"
+                unsearched.restore(where, layer, state, own, like[number])
     except BaseException as error:
         folder.close()
         if isinstance(error, ValueError) and not str(error).startswith(str(path)):

@@ -49,30 +49,31 @@ def saved(layer) -> tuple[dict, dict[str, Tensor]]:
     return facts, {"keys": layer.keys, "values": layer.values}
 
 
-def restore(layer, facts: dict, tensors: dict[str, Tensor], like) -> None:
+def restore(where: str, layer, facts: dict, tensors: dict[str, Tensor], like) -> None:
     """Put what `saved` gave into a new layer; `like`: the layer after any other forward.
 
-    Raises ValueError for a layer of another kind, and for a window or a state of another size.
+    Raises ValueError that says `where` for a layer of another kind, and for a window or a state of
+    another size.
     """
     if is_state(layer) != ("state" in facts):
-        raise ValueError("must be of the kind that the model has; got another")
+        raise ValueError(f"{where} must be of the kind that the model has; got another")
     if is_state(layer):
-        _restore_state(layer, tensors, states_of(like))
+        _restore_state(where, layer, tensors, states_of(like))
         return
     wanted, found = ([t.shape[1], t.shape[3], t.dtype] for t in (like.keys, tensors["keys"]))
     if wanted != found:
-        raise ValueError(f"must have KV heads, dimensions and dtype {wanted}; got {found}")
+        raise ValueError(f"{where} must have KV heads, dimensions and dtype {wanted}; got {found}")
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     layer.cumulative_length = facts["cumulative_length"]
     layer.is_initialized = True
 
 
-def _restore_state(layer, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
+def _restore_state(where: str, layer, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
     own = {name.removeprefix("state."): t for name, t in tensors.items()}
     wanted, found = ({n: (tuple(t.shape), t.dtype) for n, t in x.items()} for x in (like, own))
     if wanted != found:
-        raise ValueError(f"must have a state of {wanted}; got {found}")
+        raise ValueError(f"{where} must have a state of {wanted}; got {found}")
     for name, state in own.items():
         kind, number = name.split(".")
         layer.lazy_initialization(**{kind: state}, state_idx=int(number))
