@@ -20,6 +20,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32,)
 UNSEARCHED = {"cumulative_length", "state"}
 """What only layers with a sliding window or with a state say."""
+SHARES = "shares"
+"""What a layer says that has no rows of its own."""
 
 
 def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
@@ -41,7 +43,7 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     """The tensors that a header asks for; `tensors` say how long the buffers of a layer are.
 
     A layer is searched and has lists, or has a sliding window and is kept as transformers keeps
-    it, or has a state.
+    it, or has a state. A layer that shares another one's keys has no tensors of rows.
     """
     model = fields.section("model")
     n_kv, dim = (model.integer(name, 1, 2**16) for name in ("num_kv_heads", "head_dim"))
@@ -57,9 +59,13 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         if not UNSEARCHED.isdisjoint(state.values):
             layout |= window(state, tensors, prefix)
             continue
+        if holds_nothing(state):
+            continue
         lengths, middles = state.integers("lengths"), state.integers("middles")
         if not lengths or len(lengths) != len(middles):
             raise state.wrong("middles", "one number for each of at least one length")
+        if SHARES in state.values:
+            continue
         first = tensors.get(prefix + "k")
         rows = first.shape[2] if first is not None and first.ndim == 4 else 0
         dtypes = (*FLOATS, torch.int8)
@@ -70,6 +76,11 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         layout |= {prefix + name: (shape, dtypes) for name in ("k", "v")}
         layout |= {prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")}
     return layout
+
+
+def holds_nothing(state: Fields) -> bool:
+    """Whether a layer has nothing in the file: another one's rows, and no search over them."""
+    return set(state.values) == {SHARES}
 
 
 def window(state: Fields, tensors: dict[str, Tensor], prefix: str) -> Layout:

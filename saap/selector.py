@@ -176,6 +176,11 @@ class Selector(ABC):
         """Whether it can choose already; until then every row stays in the tail."""
         return True
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether rows stay in time order; else lists or `update` say in which order they lie."""
+        return self.assigns_by is None
+
     def check_budget(self, budget: Budget) -> None:
         """Raise ValueError, naming the bound, for a budget that this selector cannot follow."""
         for bound in BOUNDS:

@@ -18,6 +18,7 @@ from saap.training import train
 
 from . import test_generate
 from .conftest import random_model
+from .models_with_images import with_images
 from .test_generate import assert_same_logits, generated, logits_of, prompt
 
 FULL = Budget(max_tokens=10_000, n_sink=4, window=8)
@@ -28,6 +29,10 @@ LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {
+    **WINDOWS, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+}  # fmt: skip
 CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
 OPTIONS = {
     "afmoe": {**WINDOWS, **EXPERTS, "num_dense_layers": 1},
@@ -49,12 +54,19 @@ OPTIONS = {
     "exaone_moe": {**WINDOWS, **EXPERTS},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
+    "gemma3n_text": {
+        **SHARED,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 6,
+    },
     "gemma4_text": {
         **WINDOWS,
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 0,
         "global_head_dim": 32,
     },
+    "gemma4_unified_text": {**SHARED, "global_head_dim": 32},
     "glm": {},
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "granite_swa": ONE_FULL,
@@ -97,16 +109,19 @@ OPTIONS = {
     "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "vaultgemma": WINDOWS,
 }
+WITH_IMAGES = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text")
 STATEFUL = ("qwen3_5_text", "lfm2")
 
 
 def make(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {family}")
+    if family in WITH_IMAGES:
+        return with_images(family.removesuffix("_text"))
     return random_model(family, **OPTIONS[family])
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(scope="module", params=[*OPTIONS, *WITH_IMAGES])
 def model(request):
     return make(request.param)
 
@@ -117,7 +132,8 @@ def stateful(request):
 
 
 def test_every_family_is_tested():
-    assert set(families.FAMILIES) == {n for n, _ in test_generate.FAMILIES.values()} | {*OPTIONS}
+    tested = {name for name, _ in test_generate.FAMILIES.values()}
+    assert set(families.FAMILIES) == tested | {*OPTIONS, *WITH_IMAGES}
 
 
 def test_rows_are_searched(model):
@@ -328,15 +344,6 @@ def test_layers_without_rope_or_with_one_of_their_own(family, options, variants)
         assert torch.allclose(full[1].info.inv_freq[1], torch.tensor(5e5 ** (-1 / 8)), rtol=1e-4)
     test_all_rows_have_the_logits_of_dense(model, padded=True)
     test_greedy_tokens_are_those_of_dense(model)
-
-
-def test_layers_that_share_keys_are_refused():
-    model = random_model(
-        "gemma4_text",
-        **{**OPTIONS["gemma4_text"], **ONE_FULL, "num_kv_shared_layers": 2},
-    )
-    with pytest.raises(ValueError, match=r"keys and values of its own; got layer 2, which has"):
-        hf.model_layers(model)
 
 
 def test_searched_heads_of_several_sizes_are_not_saved(monkeypatch):

@@ -257,6 +257,25 @@ def test_sequences_change_places():
         assert_counted(store, b)
 
 
+def test_a_short_sequence_changes_places_with_a_long_one():
+    """Nothing was summed up of the last one."""
+    k, v, q = drawn(720, batch=2)
+    store = store_of()
+    mask = torch.arange(700) >= torch.tensor([0, 690])[:, None]
+    store.append(k[:, :, :700], v[:, :, :700], k[:, :, :700], mask)
+    store.attend(q[:, :, :700], q[:, :, :700])
+    for n in range(700, 720):
+        own = slice(n, n + 1)
+        rows = k[:, :, own], v[:, :, own], k[:, :, own]
+        found = store.step(*rows, q[:, :, own], q[:, :, own])
+        if n < 719:
+            assert store.estimated is not None
+            store.select_sequences([1, 0])
+            k, v, q = (t.flip(0) for t in (k, v, q))
+    assert all(bool(t.isfinite().all()) for t in found)
+    assert_counted(store, 1)
+
+
 def test_nothing_is_added_where_all_is_visited():
     tensors = drawn(800)
     every = dataclasses.replace(BUDGET, max_tokens=10_000)

@@ -20,7 +20,7 @@ class PreparedAppend(Preparation):
     """Writes rows into the same buffers again and again, and counts them.
 
     Args:
-        buffers: a row's elements lie beside each other.
+        buffers: a row's elements lie beside each other. Without any it only counts.
         counts: numbers that each call adds 1 to; any strides.
 
     Raises ValueError for other tensors.
@@ -44,7 +44,7 @@ class PreparedAppend(Preparation):
         self, rows: Sequence[Shaped[Tensor, "B H 1 width"]], places: Sequence[int]
     ) -> None:
         """`rows`: of each buffer's dtype and device. `places`: the row of each sequence, within
-        the capacity. The caller answers for both."""
+        the capacity; none without buffers. The caller answers for both."""
         if self._write is None or not self._write(rows, places):
             reference.append(*self._tensors, rows, places)
 

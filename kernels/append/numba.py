@@ -35,7 +35,7 @@ class Prepared:
         self._counts = _table([
             (t.data_ptr(), *t.shape, *(4 * s for s in t.stride())) for t in counts
         ])  # fmt: skip
-        batch, heads = buffers[0].shape[:2]
+        batch, heads = buffers[0].shape[:2] if buffers else (0, 0)
         self._places = _table([[0] * batch])
         self._job = _Job(
             copies=ctypes.addressof(self._copies), n_copies=len(buffers),

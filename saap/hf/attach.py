@@ -14,11 +14,12 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from saap.budget import Budget
 from saap.distributed import Group, SplitStore
 from saap.kv import KVStore
+from saap.kv.shared import SharedStore
 from saap.methods import Method, find_method
 from saap.prefill import PrefillBudget
 from saap.trained_index import TrainedIndex
 
-from . import agreement, lossless, options
+from . import agreement, lossless, options, unsearched
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .cache_argument import given
@@ -26,6 +27,9 @@ from .families import model_layers
 from .folders import CacheFolder
 from .models import describe
 from .pace import Verify
+
+LATEST = 2048
+"""Queries of a prompt that a selector learns from."""
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, SaapModel]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -52,6 +56,7 @@ class SaapModel:
         self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
         self.layers = model_layers(model)
         options.check_states(self.layers, verify)
+        options.check_shared(self.layers, group)
         options.check_prefill(model, prefill, verify, group)
         options.check_kv_dtype(model, kv_dtype)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
@@ -130,25 +135,37 @@ class SaapModel:
         folder: CacheFolder | None = None,
     ) -> list:
         """New layers for a cache, with their rows in `folder` or in memory."""
-        layers = []
+        layers: list = []
         for number, layer in enumerate(self.layers):
             if layer.is_full:
-                dense = number in self.budget.dense_layers
-                selector = None if dense else self.method.selector(layer.info)
-                if self.group is None:
-                    store = KVStore(
-                        selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype,
-                        prefill=None if dense else self.prefill,
-                        rows=None if folder is None else folder.new_rows(number),
-                    )  # fmt: skip
-                else:
-                    store = SplitStore(
-                        selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype
-                    )
-                layers.append(SaapLayer(store))
+                owner = None if layer.shares is None else layers[layer.shares].store
+                layers.append(SaapLayer(self._store(number, owner, capacity, parts, folder)))
             else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer.kind](**layer.cache_options))
+                kind = layer.kind if layer.shares is None else unsearched.NOTHING
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**layer.cache_options))
         return layers
+
+    def _store(
+        self,
+        number: int,
+        owner: KVStore | None,
+        capacity: int,
+        parts: Sequence[int] | None,
+        folder: CacheFolder | None,
+    ) -> KVStore | SplitStore:
+        """The store of a searched layer. `owner`: of the layer whose keys and values it shares."""
+        dense = number in self.budget.dense_layers
+        selector = None if dense else self.method.selector(self.layers[number].info)
+        prefill = None if dense else self.prefill
+        if owner is not None:
+            return SharedStore(selector, self.budget, owner, prefill=prefill)
+        if self.group is not None:
+            return SplitStore(selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype)
+        rows = None if folder is None else folder.new_rows(number)
+        return KVStore(
+            selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype, prefill=prefill,
+            rows=rows,
+        )  # fmt: skip
 
     @contextmanager
     def forward_over(self, cache: SaapCache, arguments: tuple, keywords: dict) -> Iterator[None]:
@@ -206,7 +223,21 @@ def _forward(decoder, *arguments, **keywords):
 @torch.compiler.disable
 def _forward_over(saap_model: SaapModel, cache: SaapCache, arguments: tuple, keywords: dict):
     with saap_model.forward_over(cache, arguments, keywords):
-        return saap_model.own_forward(*arguments, **keywords)
+        if not any(layer.shares is not None for layer in saap_model.layers):
+            return saap_model.own_forward(*arguments, **keywords)
+        return last_tokens(saap_model.own_forward, *arguments, **keywords)
+
+
+def last_tokens(forward: Callable, *arguments, logits_to_keep: int | Tensor = 0, **keywords):
+    """A forward of a decoder that computes its layers without keys of their own for no more tokens
+    than logits are asked for: here for as many as selectors of these layers learn from."""
+    if not isinstance(logits_to_keep, int) or not logits_to_keep:
+        return forward(*arguments, logits_to_keep=logits_to_keep, **keywords)
+    found = forward(*arguments, logits_to_keep=max(logits_to_keep, LATEST), **keywords)
+    if isinstance(found, tuple):
+        return found[0][:, -logits_to_keep:], *found[1:]
+    found.last_hidden_state = found.last_hidden_state[:, -logits_to_keep:]
+    return found
 
 
 def _generate(model, *arguments, **keywords):

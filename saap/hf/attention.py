@@ -38,7 +38,8 @@ class LayerCall:
     done when they are first asked for. `rope`: the variant in `saap.rope.VARIANTS` and the tables
     `cos, sin [B, T, r]`, None without RoPE. A layer with a sliding window is never searched: its
     RoPE is left on, and where the model keeps a cache, `k_rope, v` are not the new tokens alone
-    but all that the window reaches. `sinks [Hq]`: learned logits that take part in the softmax
+    but all that the window reaches. A layer that shares another one's keys gets the keys of T
+    tokens, and queries of all or of the last of them, `cos, sin` too. `sinks [Hq]`: learned logits that take part in the softmax
     without a value, or None.
     """
 
@@ -58,6 +59,8 @@ class LayerCall:
         if self.rope is None:
             return self.q_rope, self.k_rope
         variant, *tables = self.rope
+        if self.q_rope.shape[2] != self.k_rope.shape[2]:
+            return VARIANTS[variant](self.q_rope, *tables), self.k_rope[:, :, :0]
         both = VARIANTS[variant](torch.cat([self.q_rope, self.k_rope], 1), *tables)
         return both[:, : self.q_rope.shape[1]], both[:, self.q_rope.shape[1] :]
 
@@ -170,12 +173,12 @@ def _keep_tables(module, _, keywords: dict) -> None:
 
 
 @stateful
-def _mask(original: str, *arguments, attention_mask=None, config=None, **options):
+def _mask(original: str, *arguments, config=None, **options):
     """No mask: padding is taken from the model's own argument, once per forward."""
     if config is not None and id(config) in _threads.running:
-        return attention_mask
+        return None
     make = ALL_MASK_ATTENTION_FUNCTIONS[original]
-    return make(*arguments, attention_mask=attention_mask, config=config, **options)
+    return make(*arguments, config=config, **options)
 
 
 @stateful

@@ -146,7 +146,8 @@ class SaapCache(Cache):
     @property
     def slot_counts(self) -> set[int]:
         """Slots of layers that count them; one number unless a forward was broken off."""
-        counted = (layer for layer in self.layers if not unsearched.is_state(layer))
+        uncounted = unsearched.is_state, unsearched.holds_nothing
+        counted = (layer for layer in self.layers if not any(own(layer) for own in uncounted))
         return {layer.get_seq_length() for layer in counted}
 
     @property
@@ -216,7 +217,7 @@ class SaapCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def begin_forward(
-        self, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
+        self, batch: int, length: int, mask: Tensor | dict | None, positions: Tensor | None
     ) -> "Forward":
         """Check the input of one forward, and make room for it.
 
@@ -245,7 +246,11 @@ class SaapCache(Cache):
         This is also so if a forward breaks off in between.
         """
         slots, lengths, positions = self.get_seq_length(), self.lengths, self.last_positions
-        sliding = [layer for layer in self.layers if not isinstance(layer, SaapLayer)]
+        sliding = [
+            layer
+            for layer in self.layers
+            if not (isinstance(layer, SaapLayer) or unsearched.holds_nothing(layer))
+        ]
         recorded = [layer.record_past for layer in sliding]
         self.activate_past_recording()  # else a window cannot be moved back
         trial = Trial()
@@ -291,7 +296,8 @@ class SaapCache(Cache):
         full = [
             layer.sliding_window
             for layer in self.layers
-            if not (isinstance(layer, SaapLayer) or layer.record_past)  # states record it by now
+            if not (isinstance(layer, SaapLayer) or unsearched.holds_nothing(layer))
+            and not layer.record_past  # states record it by now
             and layer.get_seq_length() >= layer.sliding_window
         ]
         if tokens_to_remove and full:  # before any layer is cut

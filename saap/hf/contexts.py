@@ -107,16 +107,23 @@ def open_context(
         prefix = f"layers.{number}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         own = {n: t.to(saap_model.model.device) for n, t in own.items()}
-        if isinstance(layer, SaapLayer) != ("lengths" in state):
+        shares = saap_model.layers[number].shares
+        kind = isinstance(layer, SaapLayer), shares is not None
+        if kind != ("lengths" in state, context_file.SHARES in state):
             raise ValueError(
                 f"{path}: layer {number} must be of the kind that the model has; got another"
             )
         if isinstance(layer, SaapLayer):
             fresh = layer.store
             try:
-                layer.store = kv_state.restored(
-                    state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
-                )
+                if shares is not None:
+                    layer.store = kv_state.restored_shared(
+                        state, own, fresh.selector, cache.layers[shares].store
+                    )
+                else:
+                    layer.store = kv_state.restored(
+                        state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
+                    )
             except ValueError as error:
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
             layer.store.prefill = fresh.prefill

@@ -14,17 +14,24 @@ from torch import nn
 from saap.rope import INTERLEAVED, frequencies
 from saap.selector import LayerInfo
 
-from .models import STATES, attention_modules, layer_kinds, rope_variant, rotary_modules
+from .models import (
+    STATES,
+    attention_modules,
+    layer_kinds,
+    rope_variant,
+    rotary_modules,
+    shared_layers,
+)
 
 FAMILIES = (
     "afmoe", "apertus", "arcee", "bitnet", "cohere", "cohere2", "cohere2_moe", "dots1",
     "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2",
-    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "kolibri1",
     "laguna", "lfm2", "lfm2_moe", "llama", "mellum", "minimax_m2", "ministral", "ministral3",
     "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+    "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text",
     "qwen3_next", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
@@ -46,7 +53,8 @@ class ModelLayer:
 
     `sliding_window`: tokens that a query sees, itself included; None sees all. `rope_variant`: the
     name in `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE. `info`:
-    None for a layer without attention, which keeps a state.
+    None for a layer without attention, which keeps a state. `shares`: the number of the earlier
+    layer whose keys and values it reads, having none of its own; None with its own.
     """
 
     kind: str
@@ -54,6 +62,7 @@ class ModelLayer:
     sliding_window: int | None
     rope_variant: str | None
     info: LayerInfo | None
+    shares: int | None = None
 
     @property
     def is_full(self) -> bool:
@@ -68,18 +77,20 @@ def model_layers(model: nn.Module) -> list[ModelLayer]:
     """The layers of a model. Raises ValueError that names what is not supported."""
     kinds, options = check_model(model)
     modules = attention_modules(model)
-    ropes = rope_variants(model, kinds)
+    ropes, shared = rope_variants(model, kinds), shared_layers(model.config)
     return [
         ModelLayer(kind, own, None, None, None)
         if number not in modules
-        else _attention_layer(number, modules[number], kind, own, *ropes[number])
+        else _attention_layer(
+            number, modules[number], kind, own, *ropes[number], shares=shared.get(number)
+        )
         for number, (kind, own) in enumerate(zip(kinds, options, strict=True))
     ]
 
 
 def _attention_layer(
     number: int, module: nn.Module, kind: str, options: dict, variant: str | None,
-    inv_freq: torch.Tensor | None,
+    inv_freq: torch.Tensor | None, shares: int | None,
 ) -> ModelLayer:  # fmt: skip
     info = LayerInfo(
         sm_scale=float(module.scaling),
@@ -89,7 +100,7 @@ def _attention_layer(
         interleaved=variant in INTERLEAVED,
         device=next(module.parameters()).device,
     )
-    return ModelLayer(kind, options, options.get("sliding_window"), variant, info)
+    return ModelLayer(kind, options, options.get("sliding_window"), variant, info, shares)
 
 
 def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:
@@ -104,15 +115,11 @@ def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:
         kind = parameters.get("rope_type", "default")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError("attention must be causal; got use_bidirectional_attention=True")
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    if both_ways not in (None, False, "vision"):  # "vision": of images, whose masks are looked at
+        raise ValueError(f"attention must be causal; got use_bidirectional_attention={both_ways}")
     kinds, options = layer_kinds(config)
     for number, kind in enumerate(kinds):
-        if kind == "dummy":
-            raise ValueError(
-                f"every layer must have keys and values of its own; got layer {number}, which has "
-                "those of another layer"
-            )
         if kind not in LAYER_TYPES:
             raise ValueError(
                 f"layers must be one of {', '.join(LAYER_TYPES)}; got {kind!r} for layer {number}"

@@ -1,10 +1,13 @@
 """Caches whose keys and values lie in a folder: made, saved and opened."""
 
+import functools
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from saap import context_file
 from saap.budget import LEAST_FLUSH, Budget
 from saap.context_folder import ContextFolder
 from saap.index.tensor_files import SAFETENSORS_DTYPES
@@ -28,8 +31,9 @@ class CacheFolder:
     def __init__(self, saap_model, path: str | Path, fast_memory: int | None, *, new: bool):
         check(saap_model, fast_memory)
         self.model = saap_model
-        n_layers = max(1, sum(layer.is_full for layer in saap_model.layers))
-        self.fast_bytes = None if fast_memory is None else fast_memory // n_layers
+        layers = [layer for layer in saap_model.layers if layer.is_full]
+        self.fast_bytes = None if fast_memory is None else fast_memory // max(1, len(layers))
+        self.n_sharing = Counter(layer.shares for layer in layers)
         self.folder = ContextFolder(path, new=new)
         self.rows: dict[int, FileRows] = {}
         self.tokens = torch.zeros(0, dtype=torch.int32)
@@ -51,15 +55,20 @@ class CacheFolder:
 
     def new_rows(self, number: int) -> FileRows:
         """Rows of a new layer; its file is made when the first keys come."""
-        self.rows[number] = FileRows(
-            lambda like: self.folder.create(number, like), self.fast_bytes
-        )
+        create = functools.partial(self.folder.create, number)
+        self.rows[number] = FileRows(create, self._fast_bytes_of(number))
         return self.rows[number]
 
     def opened_rows(self, number: int, n_kv: int, dim: int) -> FileRows:
         file = self.folder.open(number, n_kv, dim)
-        self.rows[number] = FileRows(lambda like: file, self.fast_bytes, file)
+        self.rows[number] = FileRows(lambda like: file, self._fast_bytes_of(number), file)
         return self.rows[number]
+
+    def _fast_bytes_of(self, number: int) -> int | None:
+        """For the rows that a layer's steps visit, and those of layers that share its rows."""
+        if self.fast_bytes is None:
+            return None
+        return self.fast_bytes * (1 + self.n_sharing[number])
 
     def close(self) -> None:
         for rows in self.rows.values():
@@ -83,6 +92,7 @@ class CacheFolder:
 
     def save(self, cache, tokens: Tensor, note: dict | None = None) -> None:
         """Save the rows, then the file that counts them; raises what `save_context` raises."""
+        from .cache import SaapLayer
         from .contexts import header_of
 
         self.note = self.note if note is None else note
@@ -90,17 +100,17 @@ class CacheFolder:
         n, n_known = len(tokens), len(self.tokens)
         for number, layer in enumerate(cache.layers):
             prefix = f"layers.{number}."
-            if number not in self.rows:
+            if not isinstance(layer, SaapLayer):
                 facts, own = unsearched.saved(layer)
-                layers.append(facts)
             else:
-                store, file = layer.store, self.rows[number].file
+                store = layer.store
                 store.settle()
+                facts, own = kv_state.counts_of(store), kv_state.of_selector(store)
+            if number in self.rows:
+                file, known = self.rows[number].file, self.digests.get(number)
                 file.sync()
-                known = self.digests.get(number)
-                digests[number] = file.digests(n, known, min(n, n_known))
-                layers.append({"lengths": store.lengths, "middles": store.middles})
-                own = {**kv_state.of_selector(store), "digests": digests[number]}
+                own["digests"] = digests[number] = file.digests(n, known, min(n, n_known))
+            layers.append(facts)
             tensors |= {prefix + name: t for name, t in own.items()}
         self.folder.write(header_of(self.model, layers, self.note), tensors)
         self._saved(tensors["token_ids"], digests)
@@ -126,11 +136,19 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
         for number, (layer, state) in enumerate(zip(layers, header["layers"], strict=True)):
             prefix = f"layers.{number}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            if isinstance(layer, SaapLayer) != ("lengths" in state):
+            shares = saap_model.layers[number].shares
+            kind = isinstance(layer, SaapLayer), shares is not None
+            if kind != ("lengths" in state, context_file.SHARES in state):
                 raise ValueError(
                     f"{path}: layer {number} must be of the kind that the model has; got another"
                 )
-            if isinstance(layer, SaapLayer):
+            if kind == (True, True):
+                layer.store = kv_state.restored_shared(
+                    state, own, layer.store.selector, layers[shares].store
+                )
+                layer.slots = layer.store.length
+                layer.is_initialized = True
+            elif isinstance(layer, SaapLayer):
                 rows = folder.opened_rows(number, model["num_kv_heads"], model["head_dim"])
                 layer.store = kv_state.restored_in_file(
                     state, own, layer.store.selector, saap_model.budget, rows,

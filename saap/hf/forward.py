@@ -7,6 +7,7 @@ from saap.budget import Budget
 from saap.kv import attend_chunk
 
 from .attention import LayerCall
+from .masks import tokens_of
 
 EVERY_ROW = Budget(max_tokens=0, dense_below=2**31 - 1)
 
@@ -15,9 +16,9 @@ class Forward:
     """The handler of one forward, made by `SaapCache.begin_forward`; raises what that raises."""
 
     def __init__(
-        self, cache, batch: int, length: int, mask: Tensor | None, positions: Tensor | None
+        self, cache, batch: int, length: int, mask: Tensor | dict | None, positions: Tensor | None
     ):
-        self.cache = cache
+        self.cache, self.length = cache, length
         stores = [layer.store for layer in cache.saap_layers]
         uneven = cache.torn or len(cache.slot_counts) > 1
         if uneven or any(store.lengths != stores[0].lengths for store in stores):
@@ -28,6 +29,7 @@ class Forward:
         held = cache.lengths or [0] * batch
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
+        mask = tokens_of(mask, cache.get_seq_length(), length)
         self.new_mask = None if mask is None else self._new_of_mask(mask, held, length)
         n_new = [length] * batch if self.new_mask is None else self.new_mask.sum(1).tolist()
         self.lengths_after = [n + m for n, m in zip(held, n_new, strict=True)]
@@ -47,7 +49,7 @@ class Forward:
             return attend_sliding(call, self.lengths_after)
         store, q, k = layer.store, call.q_rope, call.k_rope
         options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
-        if q.shape[2] == 1 and self.new_mask is None and not self.cache.exact:
+        if self.length == 1 and self.new_mask is None and not self.cache.exact:
             found = store.again(q, k, call.v, **options)
             if found is not None:
                 layer.slots += 1
@@ -56,7 +58,7 @@ class Forward:
         if store.selector is not None and store.selector.reads_derope:
             q_derope, k_derope = call.q_derope, call.k_derope
         store.append(k, call.v, k_derope, self.new_mask)
-        layer.slots += q.shape[2]
+        layer.slots += self.length
         budget = EVERY_ROW if self.cache.exact else None
         return store.attend(q, q_derope, budget, **options)
 
@@ -82,10 +84,15 @@ class Forward:
         """The last position of each sequence after this forward."""
         if positions is None:  # the model will count slots
             positions = torch.arange(self.slots_after - length, self.slots_after)[None]
+        on_axes = positions.ndim == 3  # time, height and width, alike but for parts of an image
+        if on_axes:
+            positions = positions[-3:].amax(0)
         positions = positions.expand(len(n_new), -1)
         before = self.cache.last_positions or [-1] * len(n_new)
         backwards = positions[:, 1:] <= positions[:, :-1]
-        if self.new_mask is not None:
+        if on_axes:
+            backwards = torch.zeros_like(backwards)
+        elif self.new_mask is not None:
             backwards = backwards & self.new_mask[:, :-1].to(backwards.device)
         rows = zip(positions.tolist() if length == 1 else positions, before, n_new, strict=True)
         first = [(int(row[length - n]), last) for row, last, n in rows if n]
@@ -93,7 +100,7 @@ class Forward:
         if wrong or bool(backwards.any()):
             got = f"{wrong[0][0]} after {wrong[0][1]}" if wrong else "others"
             raise ValueError(f"position_ids must ascend; got {got}")
-        ends = positions[:, -1].tolist()
+        ends = positions.amax(1).tolist()
         return [end if n else last for end, last, n in zip(ends, before, n_new, strict=True)]
 
 

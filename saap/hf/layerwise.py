@@ -43,6 +43,12 @@ class LayerStream:
                 "the layers of a model must all have attention to be run one by one, as training "
                 f"does; got one that keeps a state, layer {stateful[0]}"
             )
+        shared = [n for n, own in enumerate(self.attention_layers) if own.shares is not None]
+        if shared:
+            raise ValueError(
+                "the layers of a model must all have keys and values of their own to be run one "
+                f"by one, as training does; got one that has those of another, layer {shared[0]}"
+            )
         self._returns_tuple = [False] * len(self.layers)
 
     @torch.no_grad()

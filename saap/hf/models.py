@@ -82,11 +82,23 @@ def first_line(error: BaseException) -> str:
 
 
 def layer_kinds(config) -> tuple[list[str], list[dict]]:
-    """Of each layer its kind, as transformers' caches name it, and what its cache takes."""
-    kinds, options = get_layer_types_and_kwargs(config.get_text_config())
+    """Of each layer its kind, as transformers' caches name it, and what its cache takes; of a
+    layer without keys of its own, those of the layer that it shares keys with."""
+    config = config.get_text_config()
+    kinds, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20: the same for all sliding layers
         options = [options if kind == "sliding_attention" else {} for kind in kinds]
+    for number, other in shared_layers(config).items():
+        kinds[number], options[number] = kinds[other], options[other]
     return kinds, options
+
+
+def shared_layers(config) -> dict[int, int]:
+    """Layers without keys and values of their own, and the earlier ones whose they read."""
+    modes = getattr(config.get_text_config(), "kv_sharing_modes", None) or []
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    storing = {kinds[n]: n for n, mode in enumerate(modes) if mode == "store"}
+    return {n: storing[kinds[n]] for n, mode in enumerate(modes) if mode == "reuse"}
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -96,7 +108,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """
     found = {
         module.layer_idx: module
-        for module in model.modules()
+        for module in decoder_of(model).modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
@@ -119,8 +131,14 @@ def is_without_positions(config) -> bool:
     return kind in (None, "nope") or rope.get("rope_theta", 0) is None
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that decodes: without its vision or audio part, if it has one."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    decoder = decoder_of(model)
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
 
 
 def max_context(model: nn.Module) -> int:

@@ -43,6 +43,16 @@ def check_states(layers: list[ModelLayer], verify: Verify | None) -> None:
         )
 
 
+def check_shared(layers: list[ModelLayer], group: Group | None) -> None:
+    """ValueError for a group and a model of which some layers share their keys."""
+    shared = [number for number, layer in enumerate(layers) if layer.shares is not None]
+    if shared and group is not None:
+        raise ValueError(
+            "group must be None where layers share keys and values; got a group and layer "
+            f"{shared[0]}, which has those of layer {layers[shared[0]].shares}"
+        )
+
+
 def check_can_be_saved(model: nn.Module, layers: list[ModelLayer]) -> None:
     """ValueError for a model whose searched layers have heads of several sizes."""
     searched = [number for number, layer in enumerate(layers) if layer.is_full]

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from saap.budget import Budget
 from saap.prefill import PrefillBudget
 
+from . import unsearched
 from .attach import SaapModel, attached
 from .attention import LayerCall
 from .cache import SaapCache, SaapLayer
@@ -83,9 +84,10 @@ def read_context(
     with attached(model, method="dense", budget=DENSE, prefill=prefill) as saap_model:
         cache = saap_model.cache(len(tokens))
         cache.observer = keep
+        decoder = model.get_decoder()
         for start in range(0, len(tokens), chunk):
             part = tokens[None, start : start + chunk].to(model.device)
-            model(part, **over(cache), logits_to_keep=1)
+            decoder(part, **over(cache))
             progress(min(start + chunk, len(tokens)), len(tokens))
     return ReadContext(
         cache,
@@ -120,6 +122,8 @@ def dynamic_cache_from(model: nn.Module, context: ReadContext) -> DynamicCache:
     """transformers' own cache with the tokens of `context`: to compare with."""
     cache = DynamicCache(config=model.config.get_text_config())
     for number, layer in enumerate(context.cache.layers):
+        if unsearched.holds_nothing(cache.layers[number]):
+            continue
         if isinstance(layer, SaapLayer):
             k, v, _ = context.keys(number)
             cache.update(k.clone(), v.clone(), number)

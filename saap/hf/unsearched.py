@@ -8,14 +8,23 @@ cannot be taken out of it again, but for those of a convolution that was told to
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from saap.context_file import SHARES
 
 from .cache_argument import over
 from .families import ModelLayer
 
+NOTHING = "dummy"
+"""transformers' kind of a layer that holds nothing, as one that shares another's keys."""
+
+
+def holds_nothing(layer) -> bool:
+    return type(layer) is DYNAMIC_LAYER_TYPE_MAPPING.get(NOTHING)
+
 
 def is_state(layer) -> bool:
-    return not isinstance(layer, CacheLayerMixin)
+    return not (isinstance(layer, CacheLayerMixin) or holds_nothing(layer))
 
 
 def can_be_cropped(layer) -> bool:
@@ -36,6 +45,8 @@ def states_of(layer) -> dict[str, Tensor]:
 
 def nbytes(layer) -> int:
     """Bytes that a layer holds."""
+    if holds_nothing(layer):
+        return 0
     if is_state(layer):
         return sum(state.nbytes for state in states_of(layer).values())
     return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
@@ -43,6 +54,8 @@ def nbytes(layer) -> int:
 
 def saved(layer) -> tuple[dict, dict[str, Tensor]]:
     """What a header says of a layer, and its tensors."""
+    if holds_nothing(layer):
+        return {SHARES: True}, {}
     if is_state(layer):
         return {"state": True}, {f"state.{name}": t for name, t in states_of(layer).items()}
     facts = {"cumulative_length": layer.cumulative_length}
@@ -55,8 +68,10 @@ def restore(where: str, layer, facts: dict, tensors: dict[str, Tensor], like) ->
     Raises ValueError that says `where` for a layer of another kind, and for a window or a state of
     another size.
     """
-    if is_state(layer) != ("state" in facts):
+    if (is_state(layer), holds_nothing(layer)) != ("state" in facts, SHARES in facts):
         raise ValueError(f"{where} must be of the kind that the model has; got another")
+    if holds_nothing(layer):
+        return
     if is_state(layer):
         _restore_state(where, layer, tensors, states_of(like))
         return

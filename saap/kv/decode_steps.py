@@ -50,10 +50,15 @@ class DecodeSteps:
         self.ranges = StepRanges(n_sink)
         self._attention = StepAttention(self.ranges)
         self.rest = RestOfRows(self._rows, n_sink)
+        self._writes = True  # whether a step writes the row of its token
         self.estimated: Moments | None = None
         """What the last step estimated the rows from that it left out; None if it did not."""
         self._adds: PreparedRest | None = None
         self._next: NextStep | None = None
+
+    def share(self, rest: RestOfRows) -> None:
+        """The rows, and what is summed up of them, are another store's, which writes them."""
+        self.rest, self._writes = rest, False
 
     @property
     def nbytes(self) -> int:
@@ -223,7 +228,7 @@ class DecodeSteps:
         k, v = self._rows.vectors["k"], self._rows.vectors["v"]
         self._next = NextStep(
             (k, v), self._as_stored, new_dtype, self.ranges.growing(local),
-            choose, attend, q_rope.shape, q_rope.dtype, terms, steps,
+            choose, attend, q_rope.shape, q_rope.dtype, terms, steps, writes=self._writes,
         )  # fmt: skip
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:

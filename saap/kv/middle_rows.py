@@ -58,9 +58,10 @@ class MiddleRows:
     def restore(self, counts: list[int]) -> None:
         """As saved: so many rows of each sequence lie in the order that the selector wants."""
         selector = self.selector
-        in_memory = not isinstance(self.rows, FileRows)
         self.counts = counts
-        self.reordered = in_memory and selector is not None and selector.assigns_by is None
+        self.reordered = (
+            selector is not None and selector.assigns_by is None and not selector.keeps_order
+        )
 
     def of_new(
         self, k_rope: Tensor, k_derope: Tensor, new: list[int], lengths: list[int]

@@ -36,6 +36,7 @@ class NextStep(Preparation):
         shape, dtype: of the queries `[B, Hq, 1, D]`.
         terms: what such steps have in common with the one before, beside their tensors.
         steps: how many such steps there can be.
+        writes: whether it appends the token; else another store of the same rows has.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class NextStep(Preparation):
         dtype: torch.dtype,
         terms: dict[str, object],
         steps: int,
+        *,
+        writes: bool = True,
     ):
-        self._as_stored, self._append = as_stored, PreparedAppend(buffers, growing)
+        self._as_stored, self._writes = as_stored, writes
+        self._append = PreparedAppend(buffers if writes else (), growing)
         self._choose, self._attend = choose, attend
         k = buffers[0]
         self._fits = shape, dtype, (len(k), k.shape[1], 1, head_dim(k)), new_dtype, k.device
@@ -80,7 +84,10 @@ class NextStep(Preparation):
 
     def write(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """The token's row, behind the others of the tail."""
-        self._append((self._as_stored(k), self._as_stored(v)), lengths)
+        if self._writes:
+            self._append((self._as_stored(k), self._as_stored(v)), lengths)
+        else:
+            self._append((), ())
 
     def choose(self, q: Tensor) -> None:
         if self._choose is not None:

@@ -5,10 +5,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saap.budget import Budget
+from saap.context_file import SHARES
 from saap.index.rows import BucketRows
 from saap.selector import Selector
 
 from .file_rows import FileRows
+from .shared import SharedStore
 from .store import KVStore
 
 SPARE_ROWS = 1024
@@ -17,8 +19,13 @@ LAYOUT = ("n_sink", "window", "flush_every")
 
 
 def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
-    """Lengths, and views of the rows with some spare ones: an opened store is written in place."""
+    """Lengths, and views of the rows with some spare ones: an opened store is written in place.
+
+    Of a store that shares another one's rows, only what is its own.
+    """
     store.settle()
+    if isinstance(store, SharedStore):
+        return counts_of(store), of_selector(store)
     n = store.length
     store.reserve(n + SPARE_ROWS)
     rows = store.rows
@@ -27,15 +34,43 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = buffer[:, :, : n + SPARE_ROWS]
         for b, length in enumerate(store.lengths):
             tensors[name][b, :, length:] = 0  # whatever was in that memory is nobody's business
-    return {"lengths": store.lengths, "middles": store.middles}, tensors | of_selector(store)
+    return counts_of(store), tensors | of_selector(store)
+
+
+def counts_of(store: KVStore) -> dict:
+    """What a header says of a store."""
+    counts = {"lengths": store.lengths, "middles": store.middles}
+    return counts | {SHARES: True} if isinstance(store, SharedStore) else counts
 
 
 def of_selector(store: KVStore) -> dict[str, Tensor]:
     """What is saved of the selector of a settled store, and of its rest."""
     if store.selector is None or not any(store.middles):
         return {}
-    parts = (OF_SELECTOR, store.selector.state()), (OF_REST, store.rest.state(store.middles))
+    rest = {} if isinstance(store, SharedStore) else store.rest.state(store.middles)
+    parts = (OF_SELECTOR, store.selector.state()), (OF_REST, rest)
     return {prefix + name: t for prefix, state in parts for name, t in state.items()}
+
+
+def restored_shared(
+    header: dict, tensors: dict[str, Tensor], selector: Selector | None, owner: KVStore
+) -> SharedStore:
+    """A store over the rows of `owner`, which was restored already. ValueError where the two do
+    not fit."""
+    lengths, middles = list(header["lengths"]), list(header["middles"])
+    if lengths != owner.lengths or len(middles) != len(lengths):
+        raise ValueError(
+            f"lengths and middles must be of sequences of {owner.lengths} tokens, as those of the "
+            f"layer that it shares keys with; got {lengths} and {middles}"
+        )
+    store = SharedStore(selector, owner.budget, owner)
+    for length, middle in zip(lengths, middles, strict=True):
+        if not 0 <= middle <= max(0, length - owner.budget.n_sink) or (
+            selector is None and middle
+        ):
+            raise ValueError(f"middles must be rows behind the sinks; got {middles} of {lengths}")
+    store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors))
+    return store
 
 
 def restored(

@@ -80,7 +80,7 @@ class KVStore:
         self.selector, self.budget, self.capacity = selector, budget, capacity
         self.kv_dtype = kv_dtype
         self.in_file = isinstance(rows, FileRows)
-        if self.in_file and selector is not None and selector.assigns_by is not None:
+        if self.in_file and selector is not None and not selector.keeps_order:
             raise ValueError(
                 "rows in a file need a method that leaves them in time order, saap or dense; got "
                 f"{type(selector).__name__}"
@@ -512,11 +512,15 @@ class KVStore:
         self._lists.assign(self.lengths)
         self._let_go()
         self.rows.select(chosen, self.length)
+        self.rest.select_sequences(chosen.tolist())
+        self._take_sequences(chosen)
+
+    def _take_sequences(self, chosen: Int[Tensor, " B"]) -> None:
+        """Of rows that have been chosen already."""
         for name in ("lengths", "_new"):
             held = getattr(self, name)
             setattr(self, name, [held[i] for i in chosen.tolist()] if held else [])
         self._lists.select_sequences(chosen)
-        self.rest.select_sequences(chosen.tolist())
         if any(self.middles):
             self.reindex()
 

@@ -68,6 +68,7 @@ class OnlineChooser(BucketChooser):
 class KMeansOnline(SnapshotMethod):
     name = "kmeans-online"
     follows = False
+    keeps_order = False
 
     def __init__(self, index=None, *, seed=0, build: OnlineBuild | None = None):
         super().__init__(index, seed=seed)

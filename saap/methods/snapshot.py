@@ -59,6 +59,8 @@ class SnapshotMethod(Method):
     needs_index = False
     follows: ClassVar[bool] = True
     visits_best: ClassVar[bool] = False
+    keeps_order: ClassVar[bool] = True
+    """Whether the choosers that it builds leave rows in time order."""
 
     @abstractmethod
     def build(self, keys: LayerKeys) -> RowChooser: ...
@@ -80,6 +82,10 @@ class Snapshot(Selector):
     @property
     def bounds(self) -> tuple[str, ...]:
         return self.method.bounds
+
+    @property
+    def keeps_order(self) -> bool:
+        return self.method.keeps_order
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,124 @@
+"""Models that see images, whose decoder is one of the supported families: text, then images."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import saap
+from saap import hf
+from saap.budget import Budget
+from saap.hf import masks
+
+from .models_with_images import CONFIGS, END, IMAGE, START, with_images
+from .test_families import (
+    test_all_rows_have_the_logits_of_dense,
+    test_greedy_tokens_are_those_of_dense,
+)
+from .test_generate import assert_same_logits, generated, prompt
+
+__all__ = ["test_all_rows_have_the_logits_of_dense", "test_greedy_tokens_are_those_of_dense"]
+
+FULL = Budget(max_tokens=10_000, n_sink=4, window=8)
+CAUSAL = ("llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module", params=[n for n in CONFIGS if not n.startswith("qwen")])
+def model(request):
+    """Those of Qwen are in `test_families`."""
+    return with_images(request.param)
+
+
+def about_an_image(name: str) -> dict:
+    """A prompt with one image of four tokens in it."""
+    generator = torch.Generator().manual_seed(4)
+    before, after = (torch.randint(3, 80, (1, 25), generator=generator) for _ in range(2))
+    ids = torch.cat([before, torch.tensor([[START, *[IMAGE] * 4, END]]), after], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "qwen" in name:
+        pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=generator)
+        grid = torch.tensor([[1, 4, 4]])
+        kinds = (ids == IMAGE).long()
+        return inputs | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    inputs["pixel_values"] = torch.randn(1, 3, 28, 28, generator=generator)
+    if name == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()
+    return inputs
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_an_image_is_read_as_dense_attention_reads_it(name):
+    model, inputs = with_images(name), about_an_image(name)
+    expected = generated(model, inputs, max_new_tokens=12)
+    with torch.no_grad():
+        own = model(**inputs, **hf.over(DynamicCache(config=model.config))).logits
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        found = generated(model, inputs, max_new_tokens=12, **hf.over(cache))
+        assert torch.equal(found, expected)
+        assert cache.lengths == [inputs["input_ids"].shape[1] + 11]
+        with torch.no_grad():
+            logits = model(**inputs, **hf.over(saap_model.cache())).logits
+    assert_same_logits(logits, own)
+
+
+def test_an_image_whose_tokens_see_later_ones_is_refused():
+    model, inputs = with_images("gemma3"), about_an_image("gemma3")
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        with pytest.raises(ValueError, match="a mask in which tokens see later ones, as those of"):
+            model(**inputs, **hf.over(cache))
+        assert cache.lengths == []
+
+
+def causal(tokens, slots):
+    """A mask of every token and slot, as a model makes it. `tokens [B, N]`."""
+    n = tokens.shape[1]
+    return (tokens[:, None] & torch.ones(n, n).tril().bool())[:, None, slots:]
+
+
+@pytest.mark.parametrize("slots", [0, 90])
+@pytest.mark.parametrize("floats", [False, True])
+def test_tokens_of_a_whole_mask(slots, floats):
+    tokens = torch.arange(200) >= torch.tensor([0, 7, 150])[:, None]
+    mask = causal(tokens, slots)
+    mask[2, :, : 150 - slots] = True  # padding may see anything
+    given = torch.where(mask, 0.0, -3e38) if floats else mask
+    for whole in (given, {"sliding_attention": None, "full_attention": given}):
+        assert torch.equal(masks.tokens_of(whole, slots, 200 - slots), tokens)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 100), (1, 109, 30)])
+def test_a_mask_that_is_not_causal_is_refused(place):
+    tokens = torch.arange(200) >= torch.tensor([0, 7])[:, None]
+    mask = causal(tokens, 90)
+    b, row, column = place
+    mask[b, 0, row, column] ^= True
+    if row == 109:
+        tokens = mask[:, 0, -1]
+        mask[1, 0, 50, 30] = True
+    with pytest.raises(ValueError, match="must be causal over a SaapCache"):
+        masks.tokens_of(mask, 90, 110)
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"), [(torch.ones(1, 2, 5, 5), r"\(1, 2, 5, 5\)"), ("flex", "str")]
+)
+def test_a_mask_of_another_form_is_refused(mask, got):
+    with pytest.raises(ValueError, match=rf"\[B, cached \+ new\] or \[B, 1, 5, 5\]; got {got}"):
+        masks.tokens_of(mask, 0, 5)
+
+
+def test_a_mask_of_no_layer_hides_nothing():
+    assert masks.tokens_of({}, 3, 5) is None
+    assert masks.tokens_of({"sliding_attention": torch.ones(1, 8)}, 3, 5).shape == (1, 8)
+
+
+def test_text_is_sparse_behind_an_image_part():
+    """What a step leaves out changes logits, so the test above is of more than dense steps."""
+    model = with_images("mistral3")
+    tokens = prompt(1, 700)
+    with torch.no_grad(), saap.attached(model, budget=Budget(max_tokens=32)) as saap_model:
+        cache = saap_model.cache()
+        model(tokens, **hf.over(cache))
+        model(tokens[:, :1], **hf.over(cache))
+        assert cache.visited_share < 0.2
