@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32,)
 UNSEARCHED = {"cumulative_length", "state"}
 """What only layers with a sliding window or with a state say."""
-SHARES = "shares"
+NO_ROWS = "no_rows"
 """What a layer says that has no rows of its own."""
 
 
@@ -64,7 +64,7 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         lengths, middles = state.integers("lengths"), state.integers("middles")
         if not lengths or len(lengths) != len(middles):
             raise state.wrong("middles", "one number for each of at least one length")
-        if SHARES in state.values:
+        if NO_ROWS in state.values:
             continue
         first = tensors.get(prefix + "k")
         rows = first.shape[2] if first is not None and first.ndim == 4 else 0
@@ -79,8 +79,8 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
 
 
 def holds_nothing(state: Fields) -> bool:
-    """Whether a layer has nothing in the file: another one's rows, and no search over them."""
-    return set(state.values) == {SHARES}
+    """Whether a layer has nothing in the file: neither rows nor a search over another's."""
+    return set(state.values) == {NO_ROWS}
 
 
 def window(state: Fields, tensors: dict[str, Tensor], prefix: str) -> Layout:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap.context_file import SHARES, UNSEARCHED, holds_nothing, unchecked, window
+from saap.context_file import NO_ROWS, UNSEARCHED, holds_nothing, unchecked, window
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kv.row_file import DIGESTED, RowFile
@@ -138,7 +138,7 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
             raise state.wrong("lengths", f"the {n_tokens} tokens of one sequence")
         if len(state.integers("middles")) != 1:
             raise state.wrong("middles", "one number for the one sequence")
-        if SHARES not in state.values:
+        if NO_ROWS not in state.values:
             layout[prefix + "digests"] = ((-(-n_tokens // DIGESTED), 32), (torch.uint8,))
     return layout
 

@@ -37,9 +37,20 @@ CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"
 OPTIONS = {
     "afmoe": {**WINDOWS, **EXPERTS, "num_dense_layers": 1},
     "apertus": {},
+    "apertus1p5_text": {},
     "arcee": {},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "bamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },
     "bitnet": {},
     "cohere2_moe": {**WINDOWS, **EXPERTS},
+    "cwm": {"sliding_window": 24, "num_hidden_layers": 4},
     "dots1": {
         "moe_intermediate_size": 32,
         "n_routed_experts": 4,
@@ -87,6 +98,16 @@ OPTIONS = {
     "hy_v3": {**EXPERTS, "num_hidden_layers": 3},
     "hyperclovax": {},
     "jais2": {},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
     "kolibri1": {**ONE_FULL, **EXPERTS},
     "laguna": {**ONE_FULL, **EXPERTS},
     "lfm2": CONVOLUTIONS,
@@ -97,6 +118,20 @@ OPTIONS = {
     "ministral3": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "nemotron": {},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "olmo": {},
     "olmo_hybrid": {**LINEAR, "linear_num_value_heads": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -110,7 +145,7 @@ OPTIONS = {
     "vaultgemma": WINDOWS,
 }
 WITH_IMAGES = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text")
-STATEFUL = ("qwen3_5_text", "lfm2")
+STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h")
 
 
 def make(family):
@@ -311,14 +346,13 @@ def test_what_a_state_does_not_allow_is_refused(stateful, tiny_tokens):
 def test_a_broken_forward_is_not_gone_on_from(stateful, monkeypatch):
     """A state has moved on by then, and no count of slots tells."""
     tokens = prompt(1, 50)
-    last = stateful.model.layers[-1].mlp if hasattr(stateful.model.layers[-1], "mlp") else (
-        stateful.model.layers[-1].feed_forward
-    )  # fmt: skip
+    block = stateful.model.layers[-1]
+    last = next(getattr(block, n) for n in ("mlp", "feed_forward", "mixer") if hasattr(block, n))
     with saap.attached(stateful, budget=FULL) as saap_model:
         cache = saap_model.cache()
         stateful(tokens, **hf.over(cache))
         with monkeypatch.context() as patched:
-            patched.setattr(last, "forward", lambda *_: 1 / 0)
+            patched.setattr(last, "forward", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 stateful(tokens[:, :1], **hf.over(cache))
         with pytest.raises(ValueError, match="a forward was broken off: start a new cache"):

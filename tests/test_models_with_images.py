@@ -38,7 +38,11 @@ def about_an_image(name: str) -> dict:
         pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=generator)
         grid = torch.tensor([[1, 4, 4]])
         kinds = (ids == IMAGE).long()
-        return inputs | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        return inputs | {
+            "pixel_values": pixels,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": kinds,
+        }
     inputs["pixel_values"] = torch.randn(1, 3, 28, 28, generator=generator)
     if name == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()

@@ -317,9 +317,9 @@ def test_an_altered_context_is_refused(tmp_path, directory):
             (3, {"middles": [900]}, "middles must be rows behind the sinks"),
             (3, {"middles": []}, "middles"),
             (3, {"lengths": [799]}, "lengths"),
-            (2, {"shares": None}, "layer 2"),
-            (3, {"shares": None}, "layer 3|layers.3"),
-            (1, {"shares": True}, "layer 1|layers.1"),
+            (2, {"no_rows": None}, "layer 2"),
+            (3, {"no_rows": None}, "layer 3|layers.3"),
+            (1, {"no_rows": True}, "layer 1|layers.1"),
         ):
             altered = copy.deepcopy(header)
             own = {**altered["layers"][number], **change}

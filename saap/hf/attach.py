@@ -19,13 +19,13 @@ from saap.methods import Method, find_method
 from saap.prefill import PrefillBudget
 from saap.trained_index import TrainedIndex
 
-from . import agreement, lossless, options, unsearched
+from . import agreement, lossless, options
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .cache_argument import given
 from .families import model_layers
 from .folders import CacheFolder
-from .models import describe
+from .models import NOTHING, describe
 from .pace import Verify
 
 LATEST = 2048
@@ -141,7 +141,7 @@ class SaapModel:
                 owner = None if layer.shares is None else layers[layer.shares].store
                 layers.append(SaapLayer(self._store(number, owner, capacity, parts, folder)))
             else:
-                kind = layer.kind if layer.shares is None else unsearched.NOTHING
+                kind = layer.kind if layer.shares is None else NOTHING
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**layer.cache_options))
         return layers
 

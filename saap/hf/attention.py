@@ -38,9 +38,9 @@ class LayerCall:
     done when they are first asked for. `rope`: the variant in `saap.rope.VARIANTS` and the tables
     `cos, sin [B, T, r]`, None without RoPE. A layer with a sliding window is never searched: its
     RoPE is left on, and where the model keeps a cache, `k_rope, v` are not the new tokens alone
-    but all that the window reaches. A layer that shares another one's keys gets the keys of T
-    tokens, and queries of all or of the last of them, `cos, sin` too. `sinks [Hq]`: learned logits that take part in the softmax
-    without a value, or None.
+    but all that the window reaches. A layer that shares another one's keys gets keys of T tokens,
+    but queries and `cos, sin` of the last of them only, or of all. `sinks [Hq]`: learned logits
+    that take part in the softmax without a value, or None.
     """
 
     layer: int

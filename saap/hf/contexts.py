@@ -108,12 +108,13 @@ def open_context(
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         own = {n: t.to(saap_model.model.device) for n, t in own.items()}
         shares = saap_model.layers[number].shares
-        kind = isinstance(layer, SaapLayer), shares is not None
-        if kind != ("lengths" in state, context_file.SHARES in state):
+        searched = isinstance(layer, SaapLayer)
+        kind = searched, shares is not None or unsearched.holds_nothing(layer)
+        if kind != ("lengths" in state, context_file.NO_ROWS in state):
             raise ValueError(
                 f"{path}: layer {number} must be of the kind that the model has; got another"
             )
-        if isinstance(layer, SaapLayer):
+        if searched:
             fresh = layer.store
             try:
                 if shares is not None:

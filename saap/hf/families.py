@@ -15,6 +15,7 @@ from saap.rope import INTERLEAVED, frequencies
 from saap.selector import LayerInfo
 
 from .models import (
+    NOTHING,
     STATES,
     attention_modules,
     layer_kinds,
@@ -24,20 +25,23 @@ from .models import (
 )
 
 FAMILIES = (
-    "afmoe", "apertus", "arcee", "bitnet", "cohere", "cohere2", "cohere2_moe", "dots1",
-    "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "bamba", "bitnet",
+    "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
-    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "kolibri1",
-    "laguna", "lfm2", "lfm2_moe", "llama", "mellum", "minimax_m2", "ministral", "ministral3",
-    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3",
-    "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text",
-    "qwen3_next", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2",
+    "jamba", "kolibri1", "laguna", "lfm2", "lfm2_moe", "llama", "mellum", "minimax_m2",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo",
+    "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_5_vl_text",
+    "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+    "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "solar_open",
+    "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
 FULL = "full_attention"
-LAYER_TYPES = (FULL, "sliding_attention", *STATES)
+LAYER_TYPES = (FULL, "sliding_attention", *STATES, NOTHING)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -49,12 +53,13 @@ ROPE_IN_WINDOWS_IF_ANY = ("exaone4", "exaone_moe", "kolibri1")
 
 @dataclass(frozen=True)
 class ModelLayer:
-    """One layer. `kind` and `cache_options` are what transformers' caches take.
+    """One layer. `kind` and `cache_options` are what transformers' caches take, those of the layer
+    that it shares keys with if it has none of its own.
 
     `sliding_window`: tokens that a query sees, itself included; None sees all. `rope_variant`: the
     name in `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE. `info`:
-    None for a layer without attention, which keeps a state. `shares`: the number of the earlier
-    layer whose keys and values it reads, having none of its own; None with its own.
+    None for a layer without attention: it keeps a state, or nothing. `shares`: the number of the
+    earlier layer whose keys and values it reads, having none of its own; None with its own.
     """
 
     kind: str

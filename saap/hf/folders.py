@@ -137,18 +137,19 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
             prefix = f"layers.{number}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             shares = saap_model.layers[number].shares
-            kind = isinstance(layer, SaapLayer), shares is not None
-            if kind != ("lengths" in state, context_file.SHARES in state):
+            searched = isinstance(layer, SaapLayer)
+            kind = searched, shares is not None or unsearched.holds_nothing(layer)
+            if kind != ("lengths" in state, context_file.NO_ROWS in state):
                 raise ValueError(
                     f"{path}: layer {number} must be of the kind that the model has; got another"
                 )
-            if kind == (True, True):
+            if searched and shares is not None:
                 layer.store = kv_state.restored_shared(
                     state, own, layer.store.selector, layers[shares].store
                 )
                 layer.slots = layer.store.length
                 layer.is_initialized = True
-            elif isinstance(layer, SaapLayer):
+            elif searched:
                 rows = folder.opened_rows(number, model["num_kv_heads"], model["head_dim"])
                 layer.store = kv_state.restored_in_file(
                     state, own, layer.store.selector, saap_model.budget, rows,

@@ -20,6 +20,13 @@ transformers.utils.logging.disable_progress_bar()
 STATES = ("linear_attention", "conv")
 """Kinds of layers without attention: of all tokens they keep one state of a fixed size."""
 
+NOTHING = "dummy"
+"""transformers' kind of a layer for which a cache holds nothing: a feed-forward layer alone, or
+one that shares another layer's keys (`shared_layers`)."""
+
+WITHOUT_POSITIONS = ("jamba", "nemotron_h")
+"""Their other layers know the order of tokens."""
+
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """A causal language model in evaluation mode.
@@ -106,15 +113,16 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 
     Raises ValueError for a model whose positions are in anything but RoPE.
     """
+    kinds, _ = layer_kinds(model.config)
+    expected = {n for n, kind in enumerate(kinds) if kind not in (*STATES, NOTHING)}
     found = {
         module.layer_idx: module
         for module in decoder_of(model).modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
+        if isinstance(number := getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
+        and (number in expected or number >= len(kinds))
     }
     without = is_without_positions(model.config.get_text_config())
-    kinds, _ = layer_kinds(model.config)
-    expected = {number for number, kind in enumerate(kinds) if kind not in STATES}
     if set(found) != expected or not (without or rotary_modules(model)):
         raise ValueError(
             "the model must be decoder-only with a rotary position embedding that saap can take "
@@ -128,6 +136,8 @@ def is_without_positions(config) -> bool:
     """Whether attention knows no positions, as in some models that have other layers, too."""
     rope = getattr(config, "rope_parameters", None) or {}
     kind = getattr(config, "position_embedding_type", "rope")
+    if config.model_type in WITHOUT_POSITIONS:
+        return True
     return kind in (None, "nope") or rope.get("rope_theta", 0) is None
 
 

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from saap.context_file import SHARES
+from saap.context_file import NO_ROWS
 
 from .cache_argument import over
 from .families import ModelLayer
-
-NOTHING = "dummy"
-"""transformers' kind of a layer that holds nothing, as one that shares another's keys."""
+from .models import NOTHING
 
 
 def holds_nothing(layer) -> bool:
@@ -55,7 +53,7 @@ def nbytes(layer) -> int:
 def saved(layer) -> tuple[dict, dict[str, Tensor]]:
     """What a header says of a layer, and its tensors."""
     if holds_nothing(layer):
-        return {SHARES: True}, {}
+        return {NO_ROWS: True}, {}
     if is_state(layer):
         return {"state": True}, {f"state.{name}": t for name, t in states_of(layer).items()}
     facts = {"cumulative_length": layer.cumulative_length}
@@ -68,7 +66,7 @@ def restore(where: str, layer, facts: dict, tensors: dict[str, Tensor], like) ->
     Raises ValueError that says `where` for a layer of another kind, and for a window or a state of
     another size.
     """
-    if (is_state(layer), holds_nothing(layer)) != ("state" in facts, SHARES in facts):
+    if (is_state(layer), holds_nothing(layer)) != ("state" in facts, NO_ROWS in facts):
         raise ValueError(f"{where} must be of the kind that the model has; got another")
     if holds_nothing(layer):
         return

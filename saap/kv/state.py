@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.context_file import SHARES
+from saap.context_file import NO_ROWS
 from saap.index.rows import BucketRows
 from saap.selector import Selector
 
@@ -40,7 +40,7 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
 def counts_of(store: KVStore) -> dict:
     """What a header says of a store."""
     counts = {"lengths": store.lengths, "middles": store.middles}
-    return counts | {SHARES: True} if isinstance(store, SharedStore) else counts
+    return counts | {NO_ROWS: True} if isinstance(store, SharedStore) else counts
 
 
 def of_selector(store: KVStore) -> dict[str, Tensor]:
