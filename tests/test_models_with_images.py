@@ -8,6 +8,7 @@ import saap
 from saap import hf
 from saap.budget import Budget
 from saap.hf import masks
+from saap.training import train
 
 from .models_with_images import CONFIGS, END, IMAGE, START, with_images
 from .test_families import (
@@ -63,6 +64,48 @@ def test_an_image_is_read_as_dense_attention_reads_it(name):
         with torch.no_grad():
             logits = model(**inputs, **hf.over(saap_model.cache())).logits
     assert_same_logits(logits, own)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_drafts_after_an_image_are_verified(name):
+    model, inputs = with_images(name), about_an_image(name)
+    expected = generated(model, inputs, max_new_tokens=12)
+    with saap.attached(model, budget=FULL, verify=4) as saap_model:
+        cache = saap_model.cache()
+        found = generated(model, inputs, max_new_tokens=12, **hf.over(cache))
+    assert torch.equal(found, expected)
+
+
+def test_a_folder_is_loaded_with_its_vision_part(tmp_path):
+    """Also one that transformers does not count among causal language models."""
+    for name in ("gemma3", "qwen3_vl"):
+        model = with_images(name)
+        model.save_pretrained(tmp_path / name)
+        loaded = hf.load_model(tmp_path / name)
+        assert type(loaded) is type(model)
+        assert hf.describe(loaded) == hf.describe(model)
+
+
+@torch.no_grad()
+def test_a_context_is_read_and_saved(model, tmp_path):
+    tokens, path = prompt(1, 60).clamp(max=80), tmp_path / "context"  # none is an image's
+    read = hf.read_context(model, tokens[0, :40], chunk=16)
+    own = model(tokens).logits[:, 40:]
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = hf.cache_from(saap_model, read)
+        saap_model.save_context(cache, tokens[0, :40], path)
+        for held in (cache, saap_model.open_context(path)[0]):
+            assert_same_logits(model(tokens[:, 40:], **hf.over(held)).logits, own)
+
+
+def test_an_index_is_trained_for_the_text_part(tiny_tokens):
+    model = with_images("mistral3")
+    index = train(model, tiny_tokens, nlist=8, steps=2, window=32)
+    with torch.no_grad(), saap.attached(model, index, Budget(nprobe=1), method="mlp") as own:
+        cache = own.cache()
+        model(tiny_tokens[:1], **hf.over(cache))
+        model(tiny_tokens[:1, :1], **hf.over(cache))
+        assert cache.visited_share < 0.9
 
 
 def test_an_image_whose_tokens_see_later_ones_is_refused():

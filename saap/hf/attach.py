@@ -13,6 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from saap.budget import Budget
 from saap.distributed import Group, SplitStore
+from saap.index.coordinates import MOST_OBSERVED
 from saap.kv import KVStore
 from saap.kv.shared import SharedStore
 from saap.methods import Method, find_method
@@ -27,9 +28,6 @@ from .families import model_layers
 from .folders import CacheFolder
 from .models import NOTHING, describe
 from .pace import Verify
-
-LATEST = 2048
-"""Queries of a prompt that a selector learns from."""
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, SaapModel]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -233,7 +231,7 @@ def last_tokens(forward: Callable, *arguments, logits_to_keep: int | Tensor = 0,
     than logits are asked for: here for as many as selectors of these layers learn from."""
     if not isinstance(logits_to_keep, int) or not logits_to_keep:
         return forward(*arguments, logits_to_keep=logits_to_keep, **keywords)
-    found = forward(*arguments, logits_to_keep=max(logits_to_keep, LATEST), **keywords)
+    found = forward(*arguments, logits_to_keep=max(logits_to_keep, MOST_OBSERVED), **keywords)
     if isinstance(found, tuple):
         return found[0][:, -logits_to_keep:], *found[1:]
     found.last_hidden_state = found.last_hidden_state[:, -logits_to_keep:]

@@ -46,7 +46,14 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
         )
     else:
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            config = transformers.AutoConfig.from_pretrained(source)
+            text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            auto = (
+                transformers.AutoModelForCausalLM
+                if text
+                else transformers.AutoModelForImageTextToText
+            )
+            model = auto.from_pretrained(source, config=config, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{source}: no model could be loaded ({first_line(error)})"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saap.budget import Budget
+from saap.index.coordinates import MOST_OBSERVED
 from saap.prefill import PrefillBudget
 
 from . import unsearched
@@ -19,7 +20,6 @@ from .cache import SaapCache, SaapLayer
 from .cache_argument import over
 
 DENSE = Budget(max_tokens=0)
-LATEST = 2048  # queries kept of each layer, for selectors that learn from them
 
 
 @dataclass
@@ -73,7 +73,7 @@ def read_context(
             return
         keys.setdefault(call.layer, []).append(call.k_derope)
         before = [latest[call.layer]] if call.layer in latest else []
-        latest[call.layer] = torch.cat([*before, call.q_rope], 2)[:, :, -LATEST:]
+        latest[call.layer] = torch.cat([*before, call.q_rope], 2)[:, :, -MOST_OBSERVED:]
         if n_queries:
             both = tuple(
                 q[0, :, -n_queries:].transpose(0, 1) for q in (call.q_rope, call.q_derope)

@@ -135,11 +135,7 @@ class RestOfRows:
 
     def select_sequences(self, chosen: list[int]) -> None:
         if self._sums:
-            sums = [
-                *self._sums,
-                *[None] * (1 + max(chosen, default=0)),
-            ]  # of short sequences there are none
-            own = [sums[b] for b in chosen]
+            own = [self._sums[b] if b < len(self._sums) else None for b in chosen]
             self._sums = [None if s is None else s.copy() for s in own]
         self._moments = self._held = None
 
