@@ -8,6 +8,7 @@ import saap
 from saap import hf
 from saap.budget import Budget
 from saap.hf import masks
+from saap.kv.chunks import attend_visible
 from saap.training import train
 
 from .models_with_images import CONFIGS, END, IMAGE, START, with_images
@@ -20,7 +21,7 @@ from .test_generate import assert_same_logits, generated, prompt
 __all__ = ["test_all_rows_have_the_logits_of_dense", "test_greedy_tokens_are_those_of_dense"]
 
 FULL = Budget(max_tokens=10_000, n_sink=4, window=8)
-CAUSAL = ("llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+SEEING = ("gemma3", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=[n for n in CONFIGS if not n.startswith("qwen")])
@@ -50,7 +51,7 @@ def about_an_image(name: str) -> dict:
     return inputs
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", SEEING)
 def test_an_image_is_read_as_dense_attention_reads_it(name):
     model, inputs = with_images(name), about_an_image(name)
     expected = generated(model, inputs, max_new_tokens=12)
@@ -66,7 +67,7 @@ def test_an_image_is_read_as_dense_attention_reads_it(name):
     assert_same_logits(logits, own)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen3_vl"])
 def test_drafts_after_an_image_are_verified(name):
     model, inputs = with_images(name), about_an_image(name)
     expected = generated(model, inputs, max_new_tokens=12)
@@ -108,13 +109,68 @@ def test_an_index_is_trained_for_the_text_part(tiny_tokens):
         assert cache.visited_share < 0.9
 
 
-def test_an_image_whose_tokens_see_later_ones_is_refused():
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_of_an_image_see_later_ones(padded):
+    """As Gemma 3 has it: alone and beside others, behind text that came before."""
     model, inputs = with_images("gemma3"), about_an_image("gemma3")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if padded:
+        ids = torch.cat([ids, ids.roll(7, 1)])
+        mask = (torch.arange(ids.shape[1]) >= torch.tensor([0, 9])[:, None]).long()
+    text = prompt(len(ids), 30).clamp(max=80)
+    mask = torch.cat([torch.ones_like(text), mask], 1)
+    if padded:
+        mask[1] = torch.arange(mask.shape[1]) >= 12
+    inputs |= {
+        "input_ids": ids, "attention_mask": mask, "token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": inputs["pixel_values"].repeat(len(ids), 1, 1, 1),
+    }  # fmt: skip
+    found = []
     with saap.attached(model, budget=FULL) as saap_model:
+        for cache in (DynamicCache(config=model.config), saap_model.cache()):
+            model(text, attention_mask=mask[:, :30], **hf.over(cache))
+            parts = [model(**inputs, **hf.over(cache)).logits]
+            whole = mask
+            for n in range(4):
+                whole = torch.cat([whole, torch.ones_like(whole[:, :1])], 1)
+                given = {"attention_mask": whole, **hf.over(cache)}
+                parts.append(model(text[:, n : n + 1], **given).logits)
+            found.append(torch.cat(parts, 1))
+    real = torch.cat([mask[:, 30:], torch.ones(len(ids), 4)], 1).bool()
+    assert_same_logits(found[1][real], found[0][real])
+
+
+@torch.no_grad()
+def test_what_an_image_does_not_allow_is_refused():
+    model, inputs = with_images("gemma3"), about_an_image("gemma3")
+    budget = Budget(nprobe=2, n_sink=4, window=8, flush_every=8)
+    with saap.attached(model, budget=budget, method="kmeans-online") as saap_model:
         cache = saap_model.cache()
-        with pytest.raises(ValueError, match="a mask in which tokens see later ones, as those of"):
+        with pytest.raises(
+            ValueError, match=r"leaves rows in time order, .* got 'kmeans-online'$"
+        ):
             model(**inputs, **hf.over(cache))
         assert cache.lengths == []
+
+
+def test_rows_that_a_mask_shows():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, n, 8, generator=generator) for h, n in ((4, 30), (2, 70), (2, 70))
+    )
+    visible = torch.rand(2, 30, 70, generator=generator) < 0.5
+    visible[1, 3] = False
+    out, lse = attend_visible(q, k, v, visible, sm_scale=0.3, softcap=5.0)
+    keys, values = (t.double().repeat_interleave(2, 1) for t in (k, v))
+    scores = 5 * torch.tanh(q.double() @ keys.mT * 0.3 / 5)
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ values
+    assert (out - expected).abs().max() < 1e-5
+    seen = visible.any(-1)[:, None].expand_as(lse)
+    assert (lse - scores.logsumexp(-1))[seen].abs().max() < 1e-5
+    assert (lse[~seen] == -torch.inf).all()
+    assert (out[1, :, 3] == 0).all()
 
 
 def causal(tokens, slots):
@@ -131,20 +187,26 @@ def test_tokens_of_a_whole_mask(slots, floats):
     mask[2, :, : 150 - slots] = True  # padding may see anything
     given = torch.where(mask, 0.0, -3e38) if floats else mask
     for whole in (given, {"sliding_attention": None, "full_attention": given}):
-        assert torch.equal(masks.tokens_of(whole, slots, 200 - slots), tokens)
+        found = masks.masks_of(whole, slots, 200 - slots)
+        assert torch.equal(found.tokens, tokens)
+        assert found.visible == {}
+    given[1, :, 100 - slots, 120] = 0.0 if floats else True
+    found = masks.masks_of(
+        {"full_attention": given, "sliding_attention": given}, slots, 200 - slots
+    )
+    assert torch.equal(found.tokens, tokens)
+    assert set(found.visible) == {"full_attention", "sliding_attention"}
+    shown = found.of_kind("full_attention", 5)
+    assert torch.equal(shown, mask[:, 0, -5:])
+    assert found.of_kind("other", 5) is None
 
 
-@pytest.mark.parametrize("place", [(0, 0, 100), (1, 109, 30)])
-def test_a_mask_that_is_not_causal_is_refused(place):
+def test_a_mask_that_hides_earlier_tokens_is_refused():
     tokens = torch.arange(200) >= torch.tensor([0, 7])[:, None]
     mask = causal(tokens, 90)
-    b, row, column = place
-    mask[b, 0, row, column] ^= True
-    if row == 109:
-        tokens = mask[:, 0, -1]
-        mask[1, 0, 50, 30] = True
-    with pytest.raises(ValueError, match="must be causal over a SaapCache"):
-        masks.tokens_of(mask, 90, 110)
+    mask[1, 0, 50, 30] = False
+    with pytest.raises(ValueError, match="every token must see all those before it; got a mask"):
+        masks.masks_of(mask, 90, 110)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +214,13 @@ def test_a_mask_that_is_not_causal_is_refused(place):
 )
 def test_a_mask_of_another_form_is_refused(mask, got):
     with pytest.raises(ValueError, match=rf"\[B, cached \+ new\] or \[B, 1, 5, 5\]; got {got}"):
-        masks.tokens_of(mask, 0, 5)
+        masks.masks_of(mask, 0, 5)
 
 
 def test_a_mask_of_no_layer_hides_nothing():
-    assert masks.tokens_of({}, 3, 5) is None
-    assert masks.tokens_of({"sliding_attention": torch.ones(1, 8)}, 3, 5).shape == (1, 8)
+    assert masks.masks_of({}, 3, 5).tokens is None
+    given = {"sliding_attention": torch.ones(1, 8)}
+    assert masks.masks_of(given, 3, 5).tokens.shape == (1, 8)
 
 
 def test_text_is_sparse_behind_an_image_part():

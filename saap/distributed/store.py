@@ -70,6 +70,9 @@ class SplitStore:
         self._new = (0, 0, 0)  # tokens of the last append; from where to where they are our own
         self._n_kv = 0
 
+    in_time_order = False
+    """Its rows are in the memories of several ranks."""
+
     @property
     def batch(self) -> int:
         return len(self.lengths)

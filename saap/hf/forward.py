@@ -5,9 +5,10 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.kv import attend_chunk
+from saap.kv.chunks import attend_visible
 
 from .attention import LayerCall
-from .masks import tokens_of
+from .masks import FULL, masks_of
 
 EVERY_ROW = Budget(max_tokens=0, dense_below=2**31 - 1)
 
@@ -29,8 +30,16 @@ class Forward:
         held = cache.lengths or [0] * batch
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
-        mask = tokens_of(mask, cache.get_seq_length(), length)
+        self.masks = masks_of(mask, cache.get_seq_length(), length)
+        if self.masks.visible and not all(store.in_time_order for store in stores):
+            raise ValueError(
+                "a mask in which tokens see later ones, as those of an image, needs a whole "
+                "context and a method that leaves rows in time order, such as saap or dense; got "
+                f"{cache.owner.method.name!r}" + " over a group" * (cache.owner.group is not None)
+            )
+        mask = self.masks.tokens
         self.new_mask = None if mask is None else self._new_of_mask(mask, held, length)
+        self.tokens = None if mask is None else mask.bool()
         n_new = [length] * batch if self.new_mask is None else self.new_mask.sum(1).tolist()
         self.lengths_after = [n + m for n, m in zip(held, n_new, strict=True)]
         self.slots_after = cache.get_seq_length() + length
@@ -46,7 +55,8 @@ class Forward:
         layer = self.cache.layers[call.layer]
         if call.sliding_window is not None:
             # transformers has updated the layer already, and hands over all that is in reach.
-            return attend_sliding(call, self.lengths_after)
+            visible = self.masks.of_kind("sliding_attention", call.q_rope.shape[2])
+            return attend_sliding(call, self.lengths_after, visible)
         store, q, k = layer.store, call.q_rope, call.k_rope
         options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
         if self.length == 1 and self.new_mask is None and not self.cache.exact:
@@ -59,6 +69,9 @@ class Forward:
             q_derope, k_derope = call.q_derope, call.k_derope
         store.append(k, call.v, k_derope, self.new_mask)
         layer.slots += self.length
+        visible = self.masks.of_kind(FULL, q.shape[2])
+        if visible is not None:
+            return store.attend_visible(q, visible, self.tokens, **options)
         budget = EVERY_ROW if self.cache.exact else None
         return store.attend(q, q_derope, budget, **options)
 
@@ -104,14 +117,19 @@ class Forward:
         return [end if n else last for end, last, n in zip(ends, before, n_new, strict=True)]
 
 
-def attend_sliding(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
+def attend_sliding(
+    call: LayerCall, lengths: list[int], visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention within a sliding window over the slots of the call, the newest last.
 
     Padding is on the left; where the window reaches it, it is cut off, sequence by sequence.
-    `lengths`: tokens of each sequence, including those of this call.
+    `lengths`: tokens of each sequence, including those of this call. `visible [B, T, slots]`: what
+    each token sees, where that is not all of the window up to itself.
     """
     q, k, v = call.q_rope, call.k_rope, call.v
     options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
+    if visible is not None:
+        return attend_visible(q, k, v, visible[:, :, -k.shape[2] :], **options)
     options["sliding_window"] = call.sliding_window
     padding = [max(0, k.shape[2] - n) for n in lengths]
     if not any(padding):

@@ -1,13 +1,13 @@
 """Attention of several new tokens of each sequence of a store: exact, or by a prefill budget."""
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from saap.budget import Budget
 from saap.prefill import PrefillBudget
 
-from .chunks import OutAndLse, attend_chunk
+from .chunks import OutAndLse, attend_chunk, attend_visible
 from .sparse_chunks import RowsRead, attend_sparse_chunk
 
 
@@ -43,6 +43,32 @@ class ChunkAttention:
                 out[own, :, last], lse[own, :, last] = self._of_sequence(
                     q[own, :, last], k[own, :, :n], v[own, :, :n], **options
                 )
+        return out, lse
+
+    def attend_visible(
+        self,
+        q: Float[Tensor, "B Hq T D"],
+        k: Shaped[Tensor, "B Hkv capacity width"],
+        v: Shaped[Tensor, "B Hkv capacity width"],
+        visible: Bool[Tensor, "B T slots"],
+        tokens: Bool[Tensor, "B slots"],
+        **options,
+    ) -> OutAndLse:
+        """Each token sees what `visible` says. Rows are those of `tokens`, in their order."""
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        length = q.shape[2]
+        for b, own in enumerate(tokens):
+            n = int(own.sum())
+            n_new = min(length, int(own[-length:].sum()))
+            if not n_new:
+                continue
+            one, last = slice(b, b + 1), slice(length - n_new, length)
+            self.rows_read.add(n_new, n - n_new)
+            out[one, :, last], lse[one, :, last] = attend_visible(
+                q[one, :, last], k[one, :, :n], v[one, :, :n], visible[one, last][..., own],
+                **options,
+            )  # fmt: skip
         return out, lse
 
     def _of_sequence(self, q, k, v, **options) -> OutAndLse:

@@ -8,7 +8,7 @@ time.
 """
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from saap.kernels.attention.api import attend_dense, best_impl
@@ -58,6 +58,35 @@ def attend_chunk(
     if past == 0:
         return own
     return merge_states(*attend_past(q, k[:, :, :past], v[:, :, :past], sm_scale=sm_scale), *own)
+
+
+def attend_visible(
+    q: Float[Tensor, "B Hq T D"],
+    k: Shaped[Tensor, "B Hkv N width"],
+    v: Shaped[Tensor, "B Hkv N width"],
+    visible: Bool[Tensor, "B T N"],
+    *,
+    sm_scale: float,
+    softcap: float | None = None,
+) -> OutAndLse:
+    """Exact attention of each token over the rows that it sees; 0 and -inf where it sees none."""
+    group = q.shape[1] // k.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (widened(t, q.dtype).unsqueeze(2).to(compute) for t in (k, v))
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    block = max(16, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], block):
+        part = slice(start, start + block)
+        packed = q[:, :, part].unflatten(1, (-1, group)).to(compute)
+        scores = packed @ keys.mT * sm_scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible[:, None, None, part], -torch.inf)
+        weights = scores.softmax(-1).nan_to_num(0.0)  # NaN: none was seen
+        out[:, :, part] = (weights @ values).flatten(1, 2).to(out.dtype)
+        lse[:, :, part] = scores.logsumexp(-1).flatten(1, 2)
+    return out, lse
 
 
 def attend_past(

@@ -141,6 +141,11 @@ class KVStore:
         return self.rows.vectors["v"]
 
     @property
+    def in_time_order(self) -> bool:
+        """Whether row i of a sequence is that of its token i, and stays so."""
+        return self.selector is None or self.selector.keeps_order
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, each row's numbers of list and token, ranges, pending keys,
         and what the selector keeps (codes, pages, graphs)."""
@@ -300,6 +305,32 @@ class KVStore:
                 self._terms(sm_scale, softcap), resting=self._resting,
             )  # fmt: skip
         return out.unsqueeze(2), lse.unsqueeze(2)
+
+    @stateful
+    def attend_visible(
+        self,
+        q_rope: Float[Tensor, "B Hq T D"],
+        visible: Bool[Tensor, "B T slots"],
+        tokens: Bool[Tensor, "B slots"],
+        *,
+        sm_scale: float | None = None,
+        softcap: float | None = None,
+    ) -> OutAndLse:
+        """As `attend`, exact, where tokens see other ones than those up to themselves.
+
+        `tokens`: which slots, of all so far, hold tokens of the store, in time order; the others
+        are padding on the left. `visible`: the slots that each of the T latest sees. Only for a
+        store `in_time_order`.
+        """
+        sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+        if self.selector is not None:
+            self.selector.observe(q_rope, [min(n, q_rope.shape[2]) for n in self._new])
+        found = self._chunks.attend_visible(
+            q_rope, self.k, self.v, visible, tokens, sm_scale=sm_scale, softcap=softcap
+        )
+        if self.in_file:
+            self.rows.unmap()
+        return found
 
     def step(
         self,
