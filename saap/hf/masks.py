@@ -20,8 +20,8 @@ class Masks:
     """What the mask of one forward says.
 
     `tokens [B, cached + new]`: slots that hold tokens and no padding; None: all do. `visible`: for
-    each kind of layer what new tokens see, `[B, new, slots]` bool, the newest slot last, where that
-    is more than those up to themselves; empty where attention is causal.
+    each kind of layer what new tokens see, `[B, new, slots]` bool, the newest slot last; empty
+    where they see no later tokens than themselves.
     """
 
     tokens: Tensor | None
