@@ -74,8 +74,8 @@ class Choice:
         self._decoded = {}  # what was decoded last of each layer's codes
 
     def __call__(
-        self, selector, q, outside, codes, n_rows, *, max_tokens, n_candidates, one_of,
-        query_map, min_weight, share, first_row, out, scored, impl,
+        self, selector, q, outside, codes, n_rows, *, max_tokens, query_map, first_row, out,
+        scored, **_,
     ):  # fmt: skip
         fine, coarse = self._decode(codes, *n_rows)
         starts, lengths = (t.zero_() for t in out)
