@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import saap
@@ -145,12 +146,16 @@ OPTIONS = {
     "vaultgemma": WINDOWS,
 }
 WITH_IMAGES = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text")
+SHARING = ("gemma3n_text", "gemma4_unified_text")
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h")
 
 
 def make(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {family}")
+    if (family in SHARING and VERSION < (5, 23)) or (family in WITH_IMAGES and VERSION < (5, 22)):
+        pytest.skip("this version of transformers is refused")
     if family in WITH_IMAGES:
         return with_images(family.removesuffix("_text"))
     return random_model(family, **OPTIONS[family])

@@ -8,13 +8,14 @@ import torch
 import saap
 from saap import hf
 from saap.budget import Budget
+from saap.hf import models
 from saap.kv import KVStore
 from saap.kv.shared import SharedStore
 from saap.methods import find_method
 from saap.selector import LayerInfo
 from saap.training import train
 
-from .test_families import make
+from .test_families import SHARING, make
 from .test_generate import assert_same_logits, generated, prompt
 
 DIM, HEADS, N_KV = 16, 4, 2
@@ -193,7 +194,7 @@ def test_a_method_with_an_order_of_its_own_is_refused():
 
 # Models
 
-FAMILIES = ("gemma3n_text", "gemma4_unified_text")
+FAMILIES = SHARING
 SPARSE = Budget(max_tokens=96, n_sink=4, window=8, flush_every=32)
 
 
@@ -370,3 +371,10 @@ def test_what_shared_keys_do_not_allow_is_refused(model, tiny_tokens):
         train(model, tiny_tokens, nlist=8, steps=2)
     with pytest.raises(ValueError, match=r"group must be None .* layer 2, which has .* layer 0"):
         saap.attached(model, budget=SPARSE, group=object()).__enter__()
+
+
+def test_a_version_of_transformers_that_cannot_tell_is_refused(tiny_model, monkeypatch):
+    few = ["full_attention"], [{}]
+    monkeypatch.setattr(models, "get_layer_types_and_kwargs", lambda _: few)
+    with pytest.raises(ValueError, match=r"need transformers 5\.23 or later; got \d"):
+        hf.model_layers(tiny_model)

@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
 
 from saap.rope import INTERLEAVED, frequencies
@@ -167,7 +168,13 @@ def rope_variants(
             key = (type(module), kind if by_type else None, theta)
             if key not in found:
                 rotary = copy.deepcopy(rotary)
-                tables = rotary(x, positions, kind) if by_type else rotary(x, positions)
+                try:
+                    tables = rotary(x, positions, kind) if by_type else rotary(x, positions)
+                except IndexError:
+                    raise ValueError(
+                        f"positions on several axes, as {config.model_type} has them, need a "
+                        f"later version of transformers; got {transformers.__version__}"
+                    ) from None
                 variant = rope_variant(module, *tables)
                 found[key] = variant, frequencies(variant, *tables)
             ropes[number] = found[key]

@@ -97,11 +97,19 @@ def first_line(error: BaseException) -> str:
 
 def layer_kinds(config) -> tuple[list[str], list[dict]]:
     """Of each layer its kind, as transformers' caches name it, and what its cache takes; of a
-    layer without keys of its own, those of the layer that it shares keys with."""
+    layer without keys of its own, those of the layer that it shares keys with.
+
+    Raises ValueError where transformers is too old to tell.
+    """
     config = config.get_text_config()
     kinds, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20: the same for all sliding layers
         options = [options if kind == "sliding_attention" else {} for kind in kinds]
+    if len(kinds) < config.num_hidden_layers:
+        raise ValueError(
+            "layers that share keys need transformers 5.23 or later; got "
+            f"{transformers.__version__}"
+        )
     for number, other in shared_layers(config).items():
         kinds[number], options[number] = kinds[other], options[other]
     return kinds, options
