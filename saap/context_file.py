@@ -59,12 +59,12 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         if not UNSEARCHED.isdisjoint(state.values):
             layout |= window(state, tensors, prefix)
             continue
-        if holds_nothing(state):
+        if has_no_rows(state) and len(state.values) == 1:
             continue
         lengths, middles = state.integers("lengths"), state.integers("middles")
         if not lengths or len(lengths) != len(middles):
             raise state.wrong("middles", "one number for each of at least one length")
-        if NO_ROWS in state.values:
+        if has_no_rows(state):
             continue
         first = tensors.get(prefix + "k")
         rows = first.shape[2] if first is not None and first.ndim == 4 else 0
@@ -78,9 +78,11 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
     return layout
 
 
-def holds_nothing(state: Fields) -> bool:
-    """Whether a layer has nothing in the file: neither rows nor a search over another's."""
-    return set(state.values) == {NO_ROWS}
+def has_no_rows(state: Fields) -> bool:
+    """Whether a layer has no rows of its own; with nothing else to say, nothing at all."""
+    if state.values.get(NO_ROWS, True) is not True:
+        raise state.wrong(NO_ROWS, "true, or not at all")
+    return NO_ROWS in state.values
 
 
 def window(state: Fields, tensors: dict[str, Tensor], prefix: str) -> Layout:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap.context_file import NO_ROWS, UNSEARCHED, holds_nothing, unchecked, window
+from saap.context_file import UNSEARCHED, has_no_rows, unchecked, window
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kv.row_file import DIGESTED, RowFile
@@ -132,13 +132,13 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
         if not UNSEARCHED.isdisjoint(state.values):
             layout |= window(state, tensors, prefix)
             continue
-        if holds_nothing(state):
+        if has_no_rows(state) and len(state.values) == 1:
             continue
         if state.integers("lengths") != [n_tokens]:
             raise state.wrong("lengths", f"the {n_tokens} tokens of one sequence")
         if len(state.integers("middles")) != 1:
             raise state.wrong("middles", "one number for the one sequence")
-        if NO_ROWS not in state.values:
+        if not has_no_rows(state):
             layout[prefix + "digests"] = ((-(-n_tokens // DIGESTED), 32), (torch.uint8,))
     return layout
 

@@ -11,7 +11,8 @@ from saap.hf import masks
 from saap.kv.chunks import attend_visible
 from saap.training import train
 
-from .models_with_images import CONFIGS, END, IMAGE, START, with_images
+from .conftest import random_model
+from .models_with_images import CONFIGS, END, IMAGE, START, WINDOWS, with_images
 from .test_families import (
     VERSION,
     test_all_rows_have_the_logits_of_dense,
@@ -150,6 +151,66 @@ def test_tokens_of_an_image_see_later_ones(padded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_of_an_image_see_later_ones_in_windows_alone(implementation, padded):
+    """As Gemma 4 has it: the mask of full attention is causal, or there is none."""
+    model = with_images("gemma4")
+    model.set_attn_implementation(implementation)
+    tokens = prompt(2, 60).clamp(max=80)
+    kinds = torch.zeros_like(tokens)
+    kinds[:, 15:20] = kinds[1, 40:44] = 1
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1] = torch.arange(60) >= 9
+    given = {"attention_mask": mask} if padded else {}
+    own = DynamicCache(config=model.config)
+    own = model(tokens, mm_token_type_ids=kinds, **given, **hf.over(own)).logits
+    causal = model(tokens, **given).logits
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        found = model(tokens, mm_token_type_ids=kinds, **given, **hf.over(cache)).logits
+    real = mask.bool()
+    assert (own - causal)[real].abs().max() > 1e-3
+    assert_same_logits(found[real], own[real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("directory", [False, True])
+def test_positions_go_on_after_an_image(tmp_path, directory):
+    """There are fewer of them than tokens: in a saved context, and after tokens were taken out."""
+    skip_if_refused("qwen3_vl")
+    model, inputs = with_images("qwen3_vl"), about_an_image("qwen3_vl")
+    ids, more = inputs["input_ids"], prompt(1, 6).clamp(max=80)
+    own = DynamicCache(config=model.config)
+    model(**inputs, **hf.over(own))
+    expected = torch.cat([model(t, **hf.over(own)).logits for t in more.split(1, 1)], 1)
+    path = tmp_path / "context"
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache(directory=path if directory else None)
+        model(**inputs, **hf.over(cache))
+        saap_model.save_context(cache, ids[0], path)
+        cache.close()
+        again = saap_model.open_context(path)[0]
+        for _ in range(2):
+            assert again.last_positions == [ids.shape[1] - 1 - 2]
+            found = torch.cat([model(t, **hf.over(again)).logits for t in more.split(1, 1)], 1)
+            assert_same_logits(found, expected)
+            again.crop(-6)
+        again.close()
+
+
+def test_drafts_of_transformers_after_an_image():
+    skip_if_refused("qwen3_vl")
+    model, inputs = with_images("qwen3_vl"), about_an_image("qwen3_vl")
+    options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3}
+    expected = generated(model, inputs, **options)
+    with saap.attached(model, budget=FULL) as saap_model:
+        found = generated(model, inputs, **options, **hf.over(saap_model.cache()))
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
 def test_what_an_image_does_not_allow_is_refused():
     model, inputs = with_images("gemma3"), about_an_image("gemma3")
     budget = Budget(nprobe=2, n_sink=4, window=8, flush_every=8)
@@ -193,13 +254,12 @@ def test_tokens_of_a_whole_mask(slots, floats):
     mask[2, :, : 150 - slots] = True  # padding may see anything
     given = torch.where(mask, 0.0, -3e38) if floats else mask
     for whole in (given, {"sliding_attention": None, "full_attention": given}):
-        found = masks.masks_of(whole, slots, 200 - slots)
+        found = masks.masks_of(whole, 3, slots, 200 - slots)
         assert torch.equal(found.tokens, tokens)
         assert found.visible == {}
     given[1, :, 100 - slots, 120] = 0.0 if floats else True
-    found = masks.masks_of(
-        {"full_attention": given, "sliding_attention": given}, slots, 200 - slots
-    )
+    both = {"full_attention": given, "sliding_attention": given}
+    found = masks.masks_of(both, 3, slots, 200 - slots)
     assert torch.equal(found.tokens, tokens)
     assert set(found.visible) == {"full_attention", "sliding_attention"}
     shown = found.of_kind("full_attention", 5)
@@ -212,7 +272,7 @@ def test_a_mask_that_hides_earlier_tokens_is_refused():
     mask = causal(tokens, 90)
     mask[1, 0, 50, 30] = False
     with pytest.raises(ValueError, match="every token must see all those before it; got a mask"):
-        masks.masks_of(mask, 90, 110)
+        masks.masks_of(mask, 2, 90, 110)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +280,45 @@ def test_a_mask_that_hides_earlier_tokens_is_refused():
 )
 def test_a_mask_of_another_form_is_refused(mask, got):
     with pytest.raises(ValueError, match=rf"\[B, cached \+ new\] or \[B, 1, 5, 5\]; got {got}"):
-        masks.masks_of(mask, 0, 5)
+        masks.masks_of(mask, 1, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda mask: mask.long(), "torch.int64$"),
+        (lambda mask: mask.float(), "torch.float32 of other values"),
+        (lambda mask: torch.where(mask, 0.0, -1.0), "torch.float32 of other values"),
+        (lambda mask: mask * torch.nan, "torch.float32 of other values"),
+    ],
+)
+def test_a_mask_that_weighs_slots_is_refused(change, got):
+    mask = causal(torch.ones(1, 20).bool(), 0)
+    with pytest.raises(ValueError, match=rf"must be bool, or floats of 0 and of .*; got {got}"):
+        masks.masks_of(change(mask), 1, 0, 20)
+
+
+def test_a_mask_of_one_sequence_is_that_of_all():
+    mask = causal(torch.ones(1, 20).bool(), 0)
+    assert masks.masks_of(mask, 3, 0, 20).tokens.shape == (3, 20)
+    with pytest.raises(ValueError, match=r"got \(2, 1, 20, 20\)"):
+        masks.masks_of(mask.repeat(2, 1, 1, 1), 3, 0, 20)
+
+
+def test_one_mask_for_windows_and_full_attention_is_refused():
+    """transformers would give it to the layers with a window as it is."""
+    model, tokens = random_model("gemma3_text", **WINDOWS), prompt(1, 40)
+    given = {"attention_mask": causal(torch.ones(1, 40).bool(), 0)}
+    with torch.no_grad(), saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        with pytest.raises(ValueError, match="or a mask for each kind of layer; got"):
+            model(tokens, **given, **hf.over(cache))
 
 
 def test_a_mask_of_no_layer_hides_nothing():
-    assert masks.masks_of({}, 3, 5).tokens is None
-    given = {"sliding_attention": torch.ones(1, 8)}
-    assert masks.masks_of(given, 3, 5).tokens.shape == (1, 8)
+    assert masks.masks_of({}, 1, 3, 5).tokens is None
+    given = {"full_attention": torch.ones(1, 8), "sliding_attention": None}
+    assert masks.masks_of(given, 1, 3, 5).tokens.shape == (1, 8)
 
 
 def test_text_is_sparse_behind_an_image_part():

@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
+import saap
+from saap import hf
 from saap.budget import Budget
 from saap.index.coordinates import (
     Moments,
@@ -466,3 +468,22 @@ def test_queries_are_counted_as_they_were_when_they_came():
     (found, n), (expected, m) = by_one.state(), together.state()
     assert abs(n - m) < 0.01 * m  # older ones count a little less
     assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_is_as_a_new_one(tiny_model):
+    """What it learned from other text goes with that text."""
+    texts = torch.randint(1, 96, (2, 700), generator=torch.Generator().manual_seed(4))
+    found = []
+    with saap.attached(tiny_model, budget=saap.Budget(max_tokens=32)) as saap_model:
+        for first in (None, texts[1]):
+            cache = saap_model.cache()
+            if first is not None:
+                tiny_model(first[None] // 3, **hf.over(cache))
+                tiny_model(first[None, :1], **hf.over(cache))
+                cache.reset()
+            tiny_model(texts[:1], **hf.over(cache))
+            steps = [tiny_model(texts[:1, n : n + 1], **hf.over(cache)) for n in range(3)]
+            assert cache.visited_share < 0.2
+            found.append(torch.cat([step.logits for step in steps]))
+    assert torch.equal(*found)

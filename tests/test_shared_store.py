@@ -321,6 +321,12 @@ def test_an_altered_context_is_refused(tmp_path, directory):
             (2, {"no_rows": None}, "layer 2"),
             (3, {"no_rows": None}, "layer 3|layers.3"),
             (1, {"no_rows": True}, "layer 1|layers.1"),
+            (3, {"no_rows": False}, "no_rows as true, or not at all"),
+            (
+                0,
+                {"cumulative_length": 5},
+                "layer 0 must have seen 800 tokens .* got 5 and",
+            ),
         ):
             altered = copy.deepcopy(header)
             own = {**altered["layers"][number], **change}

@@ -309,7 +309,9 @@ class SaapCache(Cache):
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._lengths = [max(0, n + tokens_to_remove) for n in self._lengths]
-            self.last_positions = [n - 1 for n in self.lengths]
+            # Positions of an image's tokens are fewer than these: then this is too low a bound.
+            held = zip(self.last_positions, self.lengths, strict=True)
+            self.last_positions = [max(-1, p + tokens_to_remove) if n else -1 for p, n in held]
 
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again."""

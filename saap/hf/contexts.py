@@ -51,13 +51,14 @@ def save_context(
             state, own = unsearched.saved(layer)
         layers.append(state)
         tensors |= {f"layers.{number}.{name}": t for name, t in own.items()}
-    context_file.write(path, header_of(saap_model, layers, note or {}), tensors)
+    context_file.write(path, header_of(saap_model, cache, layers, note or {}), tensors)
 
 
-def header_of(saap_model: SaapModel, layers: list[dict], note: dict) -> dict:
+def header_of(saap_model: SaapModel, cache: SaapCache, layers: list[dict], note: dict) -> dict:
     """What is saved of a context besides tensors."""
     return {
         **note,
+        "last_position": cache.last_positions[0],
         "model": describe(saap_model.model),
         "index": index_id(saap_model),
         "budget": layout(saap_model),
@@ -132,14 +133,23 @@ def open_context(
             layer.is_initialized = True
         else:
             where = f"{path}: layer {number}"
-            unsearched.restore(where, layer, state, own, like[number])
+            n_tokens = len(tensors["token_ids"])
+            unsearched.restore(where, layer, state, own, like[number], n_tokens)
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
         raise ValueError(
             f"{path}: must hold a row per token; got {len(tokens)} tokens for {cache.lengths} rows"
         )
-    cache.last_positions = [len(tokens) - 1]
+    cache.last_positions = [last_position(path, header, len(tokens))]
     return cache, tokens
+
+
+def last_position(path: str | Path, header: dict, n_tokens: int) -> int:
+    """That of the last token: with images in a text it may be a lower one than their number."""
+    found = header.get("last_position", n_tokens - 1)
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < 2**31:
+        raise ValueError(f"{path}: last_position must be in 0..2**31 - 1; got {found!r}: altered")
+    return found
 
 
 def layout(saap_model: SaapModel) -> dict:

@@ -112,7 +112,7 @@ class CacheFolder:
                 own["digests"] = digests[number] = file.digests(n, known, min(n, n_known))
             layers.append(facts)
             tensors |= {prefix + name: t for name, t in own.items()}
-        self.folder.write(header_of(self.model, layers, self.note), tensors)
+        self.folder.write(header_of(self.model, cache, layers, self.note), tensors)
         self._saved(tensors["token_ids"], digests)
 
     def _saved(self, tokens: Tensor, digests: dict[int, Tensor]) -> None:
@@ -124,7 +124,7 @@ class CacheFolder:
 def open_folder(saap_model, path: str | Path, fast_memory: int | None):
     """The cache of a folder as it was last saved, and its tokens `[N]`."""
     from .cache import SaapCache, SaapLayer
-    from .contexts import check_made_with
+    from .contexts import check_made_with, last_position
 
     folder = CacheFolder(saap_model, path, fast_memory, new=False)
     try:
@@ -160,7 +160,8 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 layer.is_initialized = True
             else:
                 where = f"{path}: layer {number}"
-                unsearched.restore(where, layer, state, own, like[number])
+                n_tokens = len(tensors["token_ids"])
+                unsearched.restore(where, layer, state, own, like[number], n_tokens)
     except BaseException as error:
         folder.close()
         if isinstance(error, ValueError) and not str(error).startswith(str(path)):
@@ -168,7 +169,7 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
         raise
     folder.tokens = tensors["token_ids"]
     cache = SaapCache(layers, saap_model, folder)
-    cache.last_positions = [len(folder.tokens) - 1]
+    cache.last_positions = [last_position(path, header, len(folder.tokens))]
     return cache, folder.tokens.long()
 
 

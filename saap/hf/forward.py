@@ -30,8 +30,10 @@ class Forward:
         held = cache.lengths or [0] * batch
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
-        self.masks = masks_of(mask, cache.get_seq_length(), length)
-        if self.masks.visible and not all(store.in_time_order for store in stores):
+        whole = isinstance(mask, Tensor) and mask.ndim == 4
+        windows = whole and any(getattr(own, "is_sliding", False) for own in cache.layers)
+        self.masks = masks_of(mask, batch, cache.get_seq_length(), length, windows=windows)
+        if FULL in self.masks.visible and not all(store.in_time_order for store in stores):
             raise ValueError(
                 "a mask in which tokens see later ones, as those of an image, needs a whole "
                 "context and a method that leaves rows in time order, such as saap or dense; got "
@@ -39,7 +41,6 @@ class Forward:
             )
         mask = self.masks.tokens
         self.new_mask = None if mask is None else self._new_of_mask(mask, held, length)
-        self.tokens = None if mask is None else mask.bool()
         n_new = [length] * batch if self.new_mask is None else self.new_mask.sum(1).tolist()
         self.lengths_after = [n + m for n, m in zip(held, n_new, strict=True)]
         self.slots_after = cache.get_seq_length() + length
@@ -71,7 +72,7 @@ class Forward:
         layer.slots += self.length
         visible = self.masks.of_kind(FULL, q.shape[2])
         if visible is not None:
-            return store.attend_visible(q, visible, self.tokens, **options)
+            return store.attend_visible(q, visible, self.masks.tokens, **options)
         budget = EVERY_ROW if self.cache.exact else None
         return store.attend(q, q_derope, budget, **options)
 

@@ -5,6 +5,7 @@ each kind of layer, of every token and every slot, or none. In some of them the 
 see later ones of the same image, as in Gemma 3.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 ROWS_AT_ONCE = 64
+HIDDEN = -1e4
+"""A number that is added to a score hides a slot if it is not above this."""
+
 FULL = "full_attention"
 
 
@@ -33,51 +37,89 @@ class Masks:
         return None if own is None else own[:, -n_queries:]
 
 
-def masks_of(mask, slots: int, length: int) -> Masks:
+def masks_of(mask, batch: int, slots: int, length: int, *, windows: bool = False) -> Masks:
     """Of a forward of `length` slots behind `slots` others. A mask of two dimensions is given
-    back unchecked.
+    back unchecked. `windows`: whether some layers have a sliding window.
 
     Raises ValueError for masks in which tokens do not see all before them, and for other forms.
     """
-    kinds = mask if isinstance(mask, dict) else {FULL: mask}
-    full = kinds.get(FULL, next(iter(kinds.values()), None))
-    if full is None or (isinstance(full, Tensor) and full.ndim == 2):
-        return Masks(full, {})
-    if not isinstance(full, Tensor) or full.shape[1:] != (1, length, slots + length):
-        got = tuple(full.shape) if isinstance(full, Tensor) else type(full).__name__
+    whole = isinstance(mask, Tensor) and mask.ndim == 4
+    if whole and windows:
         raise ValueError(
-            f"attention_mask must be [B, cached + new] or [B, 1, {length}, {slots + length}]; got "
-            f"{got}"
+            "attention_mask must be [B, cached + new] where layers have a sliding window, or a "
+            f"mask for each kind of layer; got {tuple(mask.shape)} for all of them"
         )
-    visible = _as_bool(full)
-    tokens = visible[:, -1]
-    if _is_causal(visible, tokens, slots):
-        return Masks(tokens, {})
-    every = {k: _as_bool(m) for k, m in kinds.items() if isinstance(m, Tensor) and m.ndim == 4}
-    return Masks(tokens, every)
+    kinds = mask if isinstance(mask, dict) else {FULL: mask}
+    every = {kind: _as_bool(own, batch, length) for kind, own in kinds.items() if _is_whole(own)}
+    full = kinds.get(FULL)
+    if FULL in every:
+        if every[FULL].shape[2] != slots + length:
+            raise _wrong(full, length, slots)
+        tokens = every[FULL][:, -1]
+        _check_sees_before(every[FULL], tokens)
+    elif full is None or (isinstance(full, Tensor) and full.ndim == 2):
+        tokens = full
+    else:
+        raise _wrong(full, length, slots)
+    return Masks(tokens, {kind: own for kind, own in every.items() if _sees_later(own, tokens)})
 
 
-def _as_bool(mask: Tensor) -> Bool[Tensor, "B T N"]:
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+def _wrong(mask, length: int, slots: int) -> ValueError:
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    return ValueError(
+        f"attention_mask must be [B, cached + new] or [B, 1, {length}, {slots + length}]; got "
+        f"{got}"
+    )
 
 
-def _is_causal(visible: Bool[Tensor, "B T N"], tokens: Bool[Tensor, "B N"], slots: int) -> bool:
-    """Whether tokens see no later ones. Padding may see anything.
+def _is_whole(mask) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
 
-    Raises ValueError where one does not see all tokens up to itself: those that come after could
-    not be told what is hidden.
-    """
-    length, later = visible.shape[1], False
-    columns = torch.arange(slots + length, device=visible.device)
-    for first in range(0, length, ROWS_AT_ONCE):  # a whole mask takes much memory already
-        rows = columns[slots + first : slots + first + ROWS_AT_ONCE]
-        before = tokens[:, None] & (columns <= rows[:, None])
-        found = visible[:, first : first + ROWS_AT_ONCE] & tokens[:, None]
-        real = tokens[:, rows, None]
-        if (before & ~found & real).any():
+
+def _as_bool(mask: Tensor, batch: int, length: int) -> Bool[Tensor, "B T N"]:
+    """What is visible in a mask that shows or hides, as bool or as floats to add to scores."""
+    if mask.shape[0] not in (1, batch) or mask.shape[2] != length:
+        raise _wrong(mask, length, mask.shape[3] - length)
+    own = mask[:, 0].expand(batch, -1, -1)
+    if mask.dtype == torch.bool:
+        return own
+    shown = own == 0
+    if not (mask.is_floating_point() and bool((shown | (own <= HIDDEN)).all())):
+        raise ValueError(
+            f"a mask of every slot must be bool, or floats of 0 and of at most {HIDDEN:g}; got "
+            f"{mask.dtype}" + " of other values" * mask.is_floating_point()
+        )
+    return shown
+
+
+def _parts(visible: Bool[Tensor, "B T N"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some new tokens at a time, since a whole mask takes much memory already: their slots, which
+    of all slots are not later, and what they see."""
+    length, n = visible.shape[1:]
+    columns = torch.arange(n, device=visible.device)
+    for first in range(0, length, ROWS_AT_ONCE):
+        rows = columns[n - length + first : n - length + first + ROWS_AT_ONCE]
+        yield rows, columns <= rows[:, None], visible[:, first : first + ROWS_AT_ONCE]
+
+
+def _sees_later(visible: Bool[Tensor, "B T N"], tokens: Tensor | None) -> bool:
+    """Whether tokens see later ones. Padding may see anything."""
+    n = visible.shape[2]
+    for rows, before, found in _parts(visible):
+        later = found & ~before
+        if tokens is not None:
+            later = later & tokens.bool()[:, -n:][:, rows, None]
+        if later.any():
+            return True
+    return False
+
+
+def _check_sees_before(visible: Bool[Tensor, "B T N"], tokens: Bool[Tensor, "B N"]) -> None:
+    """ValueError where a token does not see all before it: those that come after could not be
+    told what is hidden."""
+    for rows, before, found in _parts(visible):
+        if (before & tokens[:, None] & ~found & tokens[:, rows, None]).any():
             raise ValueError(
                 "over a SaapCache every token must see all those before it; got a mask that hides "
                 "some"
             )
-        later = later or bool((found & ~before & real).any())
-    return not later

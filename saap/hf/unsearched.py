@@ -60,8 +60,11 @@ def saved(layer) -> tuple[dict, dict[str, Tensor]]:
     return facts, {"keys": layer.keys, "values": layer.values}
 
 
-def restore(where: str, layer, facts: dict, tensors: dict[str, Tensor], like) -> None:
-    """Put what `saved` gave into a new layer; `like`: the layer after any other forward.
+def restore(
+    where: str, layer, facts: dict, tensors: dict[str, Tensor], like, n_tokens: int
+) -> None:
+    """Put what `saved` gave of `n_tokens` into a new layer; `like`: the layer after any other
+    forward.
 
     Raises ValueError that says `where` for a layer of another kind, and for a window or a state of
     another size.
@@ -76,6 +79,13 @@ def restore(where: str, layer, facts: dict, tensors: dict[str, Tensor], like) ->
     wanted, found = ([t.shape[1], t.shape[3], t.dtype] for t in (like.keys, tensors["keys"]))
     if wanted != found:
         raise ValueError(f"{where} must have KV heads, dimensions and dtype {wanted}; got {found}")
+    least = min(n_tokens, layer.sliding_window - 1)
+    held = facts["cumulative_length"], tensors["keys"].shape[2]
+    if held[0] != n_tokens or not least <= held[1] <= n_tokens:
+        raise ValueError(
+            f"{where} must have seen {n_tokens} tokens and hold the last {least} of them; got "
+            f"{held[0]} and {held[1]}: it was altered"
+        )
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     layer.keys, layer.values = tensors["keys"], tensors["values"]
     layer.cumulative_length = facts["cumulative_length"]

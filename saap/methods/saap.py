@@ -183,7 +183,9 @@ class SaapSelector(Selector):
         """
         again = False
         for b, n in enumerate(middle.n_rows):
-            if not n:
+            if not n:  # all that was learned from has been forgotten
+                for held in (self.learned, self.learned_from, self.recent):
+                    held.pop(b, None)
                 continue
             if b in self.learned_from:  # rows that they came from may have been truncated
                 self.learned_from[b] = min(self.learned_from[b], n)
