@@ -64,6 +64,10 @@ class BucketRows:
         """Whether row i holds token i, in list 0, and so do rows that are not used yet."""
         return self._plain
 
+    def clear(self) -> None:
+        """Free all buffers: as new, for any batch and shape."""
+        self.vectors, self.lists, self.tokens, self._plain = {}, None, None, True
+
     def reserve(self, n: int, like: Tensor, used: int) -> None:
         """Make room for n rows of each sequence; the first `used` rows stay.
 

@@ -198,6 +198,9 @@ class Selector(ABC):
     def observe(self, q_rope: Float[Tensor, "B Hq T D"], n_new: list[int]) -> None:
         """See queries of new tokens; those of sequence b are its last `n_new[b]`."""
 
+    def forget(self, sequence: int) -> None:
+        """This sequence has no tokens any more: what was learned from it goes, too."""
+
     def select_sequences(self, chosen: Int[Tensor, " B2"]) -> None:
         """Sequence i becomes what sequence `chosen[i]` was; `update` follows."""
 

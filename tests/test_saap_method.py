@@ -487,3 +487,39 @@ def test_a_cache_that_was_reset_is_as_a_new_one(tiny_model):
             assert cache.visited_share < 0.2
             found.append(torch.cat([step.logits for step in steps]))
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [60, 690])
+@pytest.mark.parametrize("crop", [False, True])
+def test_queries_of_forgotten_tokens_are_not_learned_from(tiny_model, first, crop):
+    """Also where no step has come to learn from them."""
+    texts = torch.randint(1, 96, (2, 700), generator=torch.Generator().manual_seed(4))
+    found = []
+    with saap.attached(tiny_model, budget=saap.Budget(max_tokens=32)) as saap_model:
+        for before in (0, first):
+            cache = saap_model.cache()
+            if before:
+                tiny_model(texts[1:, :before] // 3, **hf.over(cache))
+                cache.crop(-before) if crop else cache.reset()
+            tiny_model(texts[:1], **hf.over(cache))
+            found.append(tiny_model(texts[:1, :1], **hf.over(cache)).logits)
+            assert cache.visited_share < 0.2
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_another_batch(tiny_model):
+    texts = torch.randint(1, 96, (3, 700), generator=torch.Generator().manual_seed(4))
+    with saap.attached(tiny_model, budget=saap.Budget(max_tokens=32)) as saap_model:
+        cache = saap_model.cache()
+        for batch in (1, 3, 2):
+            fresh = saap_model.cache()
+            for own in (cache, fresh):
+                tiny_model(texts[:batch], **hf.over(own))
+            step = texts[:batch, :1]
+            found = [tiny_model(step, **hf.over(own)).logits for own in (cache, fresh)]
+            assert torch.equal(*found)
+            cache.reset()
+            assert cache.lengths == []
+            assert sum(layer.store.rows.nbytes for layer in cache.saap_layers) == 0

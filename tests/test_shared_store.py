@@ -77,9 +77,14 @@ def test_it_answers_as_a_store_of_its_own(name, kv_dtype):
     for _ in range(70):  # rows join the middle, and buffers grow
         pair.step()
     pair.go_on(40)
-    pair.go_on(1)
+    for _ in range(3):
+        pair.step()
+    for store in (pair.owner, pair.alone):  # between two steps that are alike
+        store.reserve(5000)
+    for _ in range(3):
+        pair.step()
     assert pair.shared.visited_share < 0.5
-    assert pair.shared.lengths == [811]
+    assert pair.shared.lengths == [816]
 
 
 def test_steps_between_flushes_are_prepared_and_write_nothing():
@@ -243,6 +248,8 @@ def test_the_latest_queries_are_observed(model, n, monkeypatch):
             )
         out = model(tokens, logits_to_keep=1, **hf.over(cache))
         assert out.logits.shape[1] == 1
+        model(tokens[:, :1], **hf.over(cache))
+        assert seen.pop() == seen.pop() == 1
         expected = model(tokens, logits_to_keep=3, **hf.over(saap_model.cache())).logits
         assert_same_logits(out.logits, expected[:, -1:])
     sliced = model.config.model_type != "gemma3n_text"
@@ -368,6 +375,30 @@ def test_a_broken_forward_is_noticed(model, monkeypatch):
                 model(tokens[:, :1], **hf.over(cache))
         with pytest.raises(ValueError, match="a forward was broken off: start a new cache"):
             model(tokens[:, :1], **hf.over(cache))
+        fresh = saap_model.cache()
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model.layers[2].mlp, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens, **hf.over(fresh))
+        expected = model(tokens, **hf.over(saap_model.cache())).logits
+        for own in (cache, fresh):
+            own.reset()
+            assert torch.equal(model(tokens, **hf.over(own)).logits, expected)
+
+
+@torch.no_grad()
+def test_a_crop_that_is_refused_changes_nothing(model):
+    """The first layer has a window, and is cut first."""
+    tokens = prompt(1, 80)
+    with saap.attached(model, budget=SPARSE) as saap_model:
+        cache = saap_model.cache()
+        cache.activate_past_recording()
+        model(tokens, **hf.over(cache))
+        with pytest.raises(ValueError, match="truncation must leave 0 or 4 to 80 tokens"):
+            cache.crop(-78)
+        assert cache.slot_counts == {80}
+        own = model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:]
+        assert_same_logits(model(tokens[:, :1], **hf.over(cache)).logits, own)
 
 
 def test_what_shared_keys_do_not_allow_is_refused(model, tiny_tokens):

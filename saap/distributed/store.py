@@ -291,11 +291,19 @@ class SplitStore:
         dropped = n_dropped if isinstance(n_dropped, int) else sum(n_dropped)
         if dropped == 0:
             return
-        if dropped != self.length:
+        self.check_left([self.length - dropped])
+        self.reset()
+
+    def check_left(self, left: list[int]) -> None:
+        """ValueError if `truncate` cannot leave so many tokens."""
+        if left and left[0] not in (0, self.length):
             raise ValueError(
                 "a split context must keep its tokens or lose all of them; got a truncation of "
-                f"{dropped} of {self.length}"
+                f"{self.length - left[0]} of {self.length}"
             )
+
+    def reset(self) -> None:
+        """Forget all tokens, and what was learned from them."""
         selector = self.selector
         if selector is not None:
             fresh = SaapSelector(selector.layer, selector.method, selector.trained)

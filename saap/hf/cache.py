@@ -74,7 +74,7 @@ class SaapLayer(CacheLayerMixin):
         self.slots = max(0, self.slots + tokens_to_remove)
 
     def reset(self) -> None:
-        self.store.truncate(list(self.store.lengths))
+        self.store.reset()
         self.slots = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -306,6 +306,8 @@ class SaapCache(Cache):
                 f"cache to be cropped later; got {self.get_seq_length()} tokens in a window of "
                 f"{full[0]}"
             )
+        for layer in self.saap_layers:
+            layer.store.check_left(layer.left_after(-tokens_to_remove))
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._lengths = [max(0, n + tokens_to_remove) for n in self._lengths]

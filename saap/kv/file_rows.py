@@ -87,6 +87,10 @@ class FileRows:
         if self.file is not None:
             self.file.close()
 
+    def clear(self) -> None:
+        """The file stays: its rows are written over."""
+        self.unmap()
+
     def unmap(self) -> None:
         """What was looked at of the mapped file is no longer this process's memory."""
         self._mapped = None

@@ -45,11 +45,14 @@ class SharedStore(KVStore):
                 "layers that share keys need a method that leaves rows in time order, such as "
                 f"saap or dense; got {type(selector).__name__}"
             )
+        self.owner = owner
         super().__init__(
             selector, budget, kv_dtype=owner.kv_dtype, prefill=prefill, rows=owner.rows
         )
-        self.owner = owner
-        self._steps.share(owner.rest)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._steps.share(self.owner.rest)
         self._read: Tensor | None = None  # keys as they lay when this store last looked
 
     @property

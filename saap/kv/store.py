@@ -86,17 +86,33 @@ class KVStore:
                 f"{type(selector).__name__}"
             )
         self.rows = rows or BucketRows(("k", "v"))
+        self._begin()
+        self._resting = False  # whether rows stay where they are, whatever comes
+        self._steered = steered
+        self._chunks = ChunkAttention(prefill, budget)
+
+    def _begin(self) -> None:
+        """There are no tokens."""
         self.lengths: list[int] = []
-        self._lists = MiddleRows(self.rows, selector, budget)
+        self._lists = MiddleRows(self.rows, self.selector, self.budget)
         self._new: list[int] = []  # tokens of the last append, by sequence
         self._new_dtype: torch.dtype | None = None  # as they were given
         self._length_new = 0
         self._steps = DecodeSteps(
-            self._lists, selector, budget.n_sink, kv_dtype, checked=self.debug
+            self._lists, self.selector, self.budget.n_sink, self.kv_dtype, checked=self.debug
         )
-        self._resting = False  # whether rows stay where they are, whatever comes
-        self._steered = steered
-        self._chunks = ChunkAttention(prefill, budget)
+
+    @stateful
+    def reset(self) -> None:
+        """Forget all tokens, what was learned from them, and the batch. Memory is freed."""
+        if self.selector is not None:
+            if any(self.middles):
+                self._lists.counts = [0] * self.batch
+                self.selector.update(self.middle)
+            for b in range(self.batch):
+                self.selector.forget(b)
+        self.rows.clear()
+        self._begin()
 
     @property
     def prefill(self) -> PrefillBudget | None:
@@ -515,13 +531,7 @@ class KVStore:
         """
         dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
-        for n, after in zip(self.lengths, left, strict=True):
-            cuts_sinks = self._lists.due(n) and 0 < after < self.budget.n_sink
-            if after > n or after < 0 or cuts_sinks:
-                raise ValueError(
-                    f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
-                    f"because the first {self.budget.n_sink} are sinks; got {after} of {n}"
-                )
+        self.check_left(left)
         if not any(dropped):
             return
         self._steps.changed()
@@ -530,6 +540,20 @@ class KVStore:
         self.lengths, self._new = left, []
         if moved:
             self.reindex()
+        if self.selector is not None:
+            for b, n in enumerate(left):
+                if n == 0:
+                    self.selector.forget(b)
+
+    def check_left(self, left: list[int]) -> None:
+        """ValueError if `truncate` cannot leave so many tokens of each sequence."""
+        for n, after in zip(self.lengths, left, strict=True):
+            cuts_sinks = self._lists.due(n) and 0 < after < self.budget.n_sink
+            if after > n or after < 0 or cuts_sinks:
+                raise ValueError(
+                    f"truncation must leave 0 or {min(n, self.budget.n_sink)} to {n} tokens, "
+                    f"because the first {self.budget.n_sink} are sinks; got {after} of {n}"
+                )
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:

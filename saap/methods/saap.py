@@ -160,6 +160,12 @@ class SaapSelector(Selector):
         if self.learned:
             self._put_together(len(chosen))
 
+    def forget(self, sequence):
+        for held in (self.learned, self.learned_from, self.recent, self.observed):
+            held.pop(sequence, None)
+        if self.trained is None and not self.learned:
+            self.coordinates = self.scored = None
+
     def update(self, middle: Middle) -> None:
         """Code the rows that are new; after sequences changed places, all of them."""
         if self.trained is None:
@@ -183,9 +189,7 @@ class SaapSelector(Selector):
         """
         again = False
         for b, n in enumerate(middle.n_rows):
-            if not n:  # all that was learned from has been forgotten
-                for held in (self.learned, self.learned_from, self.recent):
-                    held.pop(b, None)
+            if not n:
                 continue
             if b in self.learned_from:  # rows that they came from may have been truncated
                 self.learned_from[b] = min(self.learned_from[b], n)
