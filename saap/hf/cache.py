@@ -306,7 +306,7 @@ class SaapCache(Cache):
                 f"cache to be cropped later; got {self.get_seq_length()} tokens in a window of "
                 f"{full[0]}"
             )
-        for layer in self.saap_layers:
+        for layer in self.saap_layers if tokens_to_remove < 0 else ():
             layer.store.check_left(layer.left_after(-tokens_to_remove))
         super().crop(tokens_to_remove)
         if tokens_to_remove:
