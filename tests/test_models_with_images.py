@@ -200,6 +200,20 @@ def test_positions_go_on_after_an_image(tmp_path, directory):
         again.close()
 
 
+@torch.no_grad()
+def test_positions_of_generate_are_those_that_are_saved(tmp_path):
+    """It counts slots beside the positions on axes."""
+    skip_if_refused("qwen3_vl")
+    model, inputs, path = with_images("qwen3_vl"), about_an_image("qwen3_vl"), tmp_path / "saved"
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        tokens = generated(model, inputs, max_new_tokens=4, **hf.over(cache))
+        saap_model.save_context(cache, tokens[0, :-1], path)
+        again = saap_model.open_context(path)[0]
+        found = [model(tokens[:, -1:], **hf.over(own)).logits for own in (again, cache)]
+    assert_same_logits(*found)
+
+
 def test_drafts_of_transformers_after_an_image():
     skip_if_refused("qwen3_vl")
     model, inputs = with_images("qwen3_vl"), about_an_image("qwen3_vl")
