@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from saap.budget import Budget
 from saap.kv import attend_chunk
 from saap.kv.chunks import attend_visible
+from saap.kv.shared import EVERY_ROW
 
 from .attention import LayerCall
-from .masks import FULL, masks_of
-
-EVERY_ROW = Budget(max_tokens=0, dense_below=2**31 - 1)
+from .families import FULL
+from .masks import masks_of
 
 
 class Forward:

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from .families import FULL
+
 ROWS_AT_ONCE = 64
 HIDDEN = -1e4
 """A number that is added to a score hides a slot if it is not above this."""
-
-FULL = "full_attention"
 
 
 @dataclass(frozen=True)

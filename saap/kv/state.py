@@ -64,11 +64,7 @@ def restored_shared(
             f"layer that it shares keys with; got {lengths} and {middles}"
         )
     store = SharedStore(selector, owner.budget, owner)
-    for length, middle in zip(lengths, middles, strict=True):
-        if not 0 <= middle <= max(0, length - owner.budget.n_sink) or (
-            selector is None and middle
-        ):
-            raise ValueError(f"middles must be rows behind the sinks; got {middles} of {lengths}")
+    _check_middles(lengths, middles, selector, owner.budget)
     store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors))
     return store
 
@@ -125,16 +121,22 @@ def restored_in_file(
             f"{rows.file.path}: must hold rows of one sequence of {lengths} tokens; got "
             f"{rows.capacity} rows: the file was cut short"
         )
-    if not 0 <= middles[0] <= max(0, lengths[0] - budget.n_sink) or (
-        selector is None and middles[0]
-    ):
-        raise ValueError(f"middles must be rows behind the sinks; got {middles} of {lengths}")
+    _check_middles(lengths, middles, selector, budget)
     if kv_dtype is not None and rows.file.dtype != kv_dtype:
         raise ValueError(f"k must be of kv_dtype {kv_dtype}; got {rows.file.dtype}")
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
     store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors), _state_of(OF_REST, tensors))
     rows.n_saved = lengths[0]
     return store
+
+
+def _check_middles(
+    lengths: list[int], middles: list[int], selector: Selector | None, budget: Budget
+) -> None:
+    for length, middle in zip(lengths, middles, strict=True):
+        most = 0 if selector is None else max(0, length - budget.n_sink)
+        if not 0 <= middle <= most:
+            raise ValueError(f"middles must be rows behind the sinks; got {middles} of {lengths}")
 
 
 def _state_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
