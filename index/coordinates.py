@@ -149,6 +149,10 @@ class Coordinates:
         own = q.float().unflatten(1, (self.mean.shape[1], -1))
         return (own @ self.mean[..., None]).flatten(1)
 
+    def moments_of_queries(self) -> Float[Tensor, "B Hkv D D"]:
+        """Second moments of the queries that they came from; coordinates hardly correlate."""
+        return self.of_keys.mT @ (self.importance[..., None] * self.of_keys)
+
     def padded(self, count: int) -> "Coordinates":
         """With as many more coordinates, which are 0, as make so many."""
 

@@ -396,9 +396,9 @@ def test_the_map_of_queries_is_that_of_the_coordinates():
         own = selector.coordinates.of_queries[0]
         found = selector.query_map(q)
         expected = 0.3 * (q.unflatten(1, (HKV, -1)) @ own.mT).flatten(1, 2)
-        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
         assert selector.query_map is selector.query_map
-    assert selector.query_map.nbytes == HKV * coordinates_for(DIM) * (2 * DIM + 4)
+    assert selector.query_map.nbytes == HKV * coordinates_for(DIM) * (DIM + 4)
 
 
 def turned(x, first, base=10_000.0):

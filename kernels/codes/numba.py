@@ -223,9 +223,10 @@ def places_of_map(query_map: QueryMap | None) -> dict[str, int]:
     if query_map is None:
         return {}
     weights, scale = query_map.strides
+    size = query_map.weights.element_size()
     return {
         "map": query_map.weights.data_ptr(), "map_scale": query_map.scale.data_ptr(),
-        "map_batch": 2 * weights, "map_scale_batch": 4 * scale,
+        "map_bytes": size, "map_batch": size * weights, "map_scale_batch": 4 * scale,
     }  # fmt: skip
 
 

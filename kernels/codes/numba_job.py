@@ -17,8 +17,8 @@ FIELDS = (
     "found finished "
     "tasks heads kv_heads group coordinates dim chunks by_sequence whole "
     "alone first_slot heads_at_once "
-    "map_batch map_scale_batch coarse_batch coarse_head coarse_plane fine_batch "  # bytes
-    "fine_head scale_batch scale_head "
+    "map_bytes map_batch map_scale_batch coarse_batch coarse_head coarse_plane "  # bytes
+    "fine_batch fine_head scale_batch scale_head "
     "out_batch out_head capacity first_row max_tokens least_weight candidates one_of "
     "listed_chunks "
     "score choose parallel steps n_steps used "

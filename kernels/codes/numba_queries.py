@@ -56,8 +56,9 @@ def _map(job, task, first, end):
     """`QueryMap` of queries, whose rows are read once for all of them."""
     dim, coordinates = job.dim, job.coordinates
     b, kv_head = task // job.heads, task % job.heads * job.kv_heads // job.heads
-    place = job.map + b * job.map_batch + 2 * kv_head * dim * coordinates
-    weights = carray(int16_pointer(place), (dim, coordinates))
+    place = job.map + b * job.map_batch + job.map_bytes * kv_head * dim * coordinates
+    narrow = carray(int8_pointer(place), (dim, coordinates))
+    wide = carray(int16_pointer(place), (dim, coordinates))
     place = job.map_scale + b * job.map_scale_batch + 4 * kv_head * coordinates
     scale = carray(float32_pointer(place), coordinates)
     q = carray(float32_pointer(job.q + 4 * task * job.group * dim), (job.group, dim))
@@ -67,14 +68,20 @@ def _map(job, task, first, end):
         for p in range(coordinates):
             mapped[g, p] = np.float32(0.0)
     for d in range(dim):
-        row = weights[d]
         for g in range(first, end):
-            own, factor = mapped[g], q[g, d]
-            for p in range(coordinates):
-                own[p] += factor * np.float32(row[p])
+            if job.map_bytes == 1:
+                _add_scaled(mapped[g], q[g, d], narrow[d])
+            else:
+                _add_scaled(mapped[g], q[g, d], wide[d])
     for g in range(first, end):
         for p in range(coordinates):
             mapped[g, p] *= scale[p]
+
+
+@numba.njit(error_model="numpy", inline="always")
+def _add_scaled(out, factor, row):
+    for p in range(len(out)):
+        out[p] += factor * np.float32(row[p])
 
 
 @_njit

@@ -18,8 +18,8 @@ def map_queries(
 ):  # fmt: skip
     """`QueryMap` of a query head, `BLOCK` of its coordinates.
 
-    queries: float32 `[tasks * group, D]`, of `heads` a sequence, `group` a KV head; weights: int16
-    `[B, Hkv, D, P]`; scale: float32 `[B, Hkv, P]`; out: float32 `[tasks * group, P]`.
+    queries: float32 `[tasks * group, D]`, of `heads` a sequence, `group` a KV head; weights: int8
+    or int16 `[B, Hkv, D, P]`; scale: float32 `[B, Hkv, P]`; out: float32 `[tasks * group, P]`.
     """
     head = tl.program_id(0).to(tl.int64)
     b, kv_head = head // heads, head % heads // group

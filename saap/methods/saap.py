@@ -342,7 +342,8 @@ class SaapSelector(Selector):
         """Of queries to coordinates whose products are attention's scores."""
         own = self.coordinates
         if self._mapped is None or self._mapped[0] is not own:
-            self._mapped = own, QueryMap.of(own.of_queries * self.layer.sm_scale)
+            matrix = own.of_queries * self.layer.sm_scale
+            self._mapped = own, QueryMap.of(matrix, own.moments_of_queries())
         return self._mapped[1]
 
     def choose_rows(

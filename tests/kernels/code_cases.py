@@ -5,12 +5,13 @@ import torch
 from saap.kernels.codes import QueryMap
 
 
-def whole_numbers(batch, maps, n_kv, group, dim, coordinates, seed=0):
+def whole_numbers(batch, maps, n_kv, group, dim, coordinates, seed=0, dtype=torch.int16):
     """Queries `[batch, Hq, dim]` and a map of them, with which sums are exact in any order."""
     draw = torch.Generator().manual_seed(seed)
     q = torch.randint(-20, 21, (batch, n_kv * group, dim), generator=draw).float()
     shape = (maps, n_kv, dim, coordinates)
-    weights = torch.randint(-999, 1000, shape, generator=draw, dtype=torch.int16)
+    most = min(999, torch.iinfo(dtype).max)
+    weights = torch.randint(-most, most + 1, shape, generator=draw, dtype=dtype)
     powers = torch.randint(-16, -13, (maps, n_kv, coordinates), generator=draw)
     return q, QueryMap(weights, 2.0**powers)
 

@@ -304,12 +304,13 @@ def test_a_query_with_one_nan_counts_for_nothing(impl, value, place):
 )
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
 def test_a_map_of_queries_is_as_its_product(
-    batch, maps, share, dim, coordinates, n_candidates, impl, threads
+    batch, maps, share, dim, coordinates, n_candidates, impl, threads, dtype
 ):
     """By one thread for each task, and where threads share the tasks."""
     _, codes, _ = coded(batch=batch, n=700, coordinates=coordinates)
-    q, query_map = whole_numbers(batch, maps, 2, 3, dim, coordinates)
+    q, query_map = whole_numbers(batch, maps, 2, 3, dim, coordinates, dtype=dtype)
     product = torch.einsum(
         "bhgd,bhdp->bhgp",
         q.unflatten(1, (2, 3)).double(), query_map.weights.double().expand(batch, -1, -1, -1),
@@ -351,6 +352,24 @@ def test_a_map_in_16_bits_hardly_errs():
     assert QueryMap.of(torch.zeros(1, 2, 64, 48))(q).abs().max() == 0
 
 
+def test_a_map_has_8_bits_where_these_hardly_err():
+    """Where large parts of coordinates cancel they err much, and one KV head is enough."""
+    matrix, q = random(1, 2, 64, 48), random(2, 5000, 48, seed=1)
+    narrow = QueryMap.of(matrix, (q.mT @ q)[None])
+    assert narrow.weights.dtype == torch.int8
+    assert narrow.nbytes == 2 * (64 * 48 + 4 * 64)
+    scores = (q[:, ::9] @ matrix[0].mT) @ random(2, 64, 3000, seed=2)  # keys of unit variance
+    own = (narrow.weights * narrow.scale[:, :, None])[0]
+    found = (q[:, ::9] @ own) @ random(2, 64, 3000, seed=2)
+    error = (found - scores).std((1, 2)) / scores.std((1, 2))
+    assert (error / narrow.error(matrix, (q.mT @ q)[None])[0] - 1).abs().max() < 0.05
+    matrix[0, 1, :, 0], matrix[0, 1, :, 1] = 100.0, -100.0
+    q[1, :, :2] = 30.0
+    assert QueryMap.of(matrix, (q.mT @ q)[None]).weights.dtype == torch.int16
+    assert QueryMap.of(0 * matrix, (q.mT @ q)[None]).weights.dtype == torch.int16
+    assert QueryMap.of(matrix, torch.full((1, 2, 48, 48), torch.nan)).weights.dtype == torch.int16
+
+
 def bad(change, message):
     return pytest.param(change, message, id=message[:30])
 
@@ -381,7 +400,7 @@ def bad(change, message):
         ),
         bad(
             {"query_map": QueryMap(torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64))},
-            r"query_map must be int16 \[B, Hkv, D, P\].*; got torch.float32 \[1, 2, 64, 64\]",
+            r"must be int8 or int16 \[B, Hkv, D, P\].*; got torch.float32 \[1, 2, 64, 64\]",
         ),
         bad(
             {"query_map": QueryMap(torch.zeros(1, 2, 64, 64).short().mT, torch.zeros(1, 2, 64))},

@@ -53,12 +53,16 @@ def test_chooses_as_the_reference(coordinates, group, share, n_candidates, one_o
 
 
 @pytest.mark.parametrize(
-    ("maps", "share", "dim", "coordinates"),
-    [(2, "group", 64, 64), (1, "head", 48, 64), (2, "group", 80, 128)],
+    ("maps", "share", "dim", "coordinates", "dtype"),
+    [
+        (2, "group", 64, 64, torch.int16),
+        (1, "head", 48, 64, torch.int8),
+        (2, "group", 80, 128, torch.int8),
+    ],
 )
-def test_maps_queries_as_the_reference(maps, share, dim, coordinates):
+def test_maps_queries_as_the_reference(maps, share, dim, coordinates, dtype):
     _, codes = problem(300, 3, coordinates)
-    q, query_map = whole_numbers(2, maps, 2, 3, dim, coordinates)
+    q, query_map = whole_numbers(2, maps, 2, 3, dim, coordinates, dtype=dtype)
     q = q.to(DEVICE)
     query_map = QueryMap(query_map.weights.to(DEVICE), query_map.scale.to(DEVICE))
     options = {"max_tokens": 30, "n_candidates": 40, "share": share, "impl": "triton"}
