@@ -17,9 +17,10 @@ if together > 1:
         os.environ.setdefault(name, str(threads))
     torch.set_num_threads(threads)
 
-# Annotations of shapes and dtypes hold in every call of every test (jaxtyping checks by beartype),
-# but in those marked `bad_input`, where the function itself has to refuse. Triton's kernels are
-# no Python, so their modules are not among these.
+# Annotations of shapes and dtypes hold in every call of a test (jaxtyping checks by beartype), but
+# in those marked `bad_input`, where the function itself has to refuse, and in files marked
+# `many_steps`, which would take half as long again. Triton's kernels are no Python, so their
+# modules are not among these.
 TYPED = """
 saap.budget saap.hf.layerwise saap.kv saap.masses saap.methods saap.partition saap.rope
 saap.selector
@@ -41,14 +42,23 @@ hypothesis.settings.register_profile("saap", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("saap")
 
 
+def _unchecked_if(unchecked: bool):
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", unchecked or before)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def annotations_of_file(request):
+    """Not checked in files of many steps, nor while fixtures of such a file are made."""
+    yield from _unchecked_if(request.node.get_closest_marker("many_steps") is not None)
+
+
 @pytest.fixture(autouse=True)
 def annotations(request):
     """Not checked where a test gives what the function under test has to refuse by itself."""
-    before = jaxtyping.config.jaxtyping_disable
-    bad = request.node.get_closest_marker("bad_input") is not None
-    jaxtyping.config.update("jaxtyping_disable", bad or before)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    yield from _unchecked_if(request.node.get_closest_marker("bad_input") is not None)
 
 
 SMALL = {

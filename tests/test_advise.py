@@ -7,6 +7,8 @@ from saap.eval.advise import Advice, Measured, possible
 
 from .test_cli import run_cli
 
+pytestmark = pytest.mark.many_steps
+
 
 def measured(share, errors, speedup):
     budget = Budget(max_tokens=round(1000 * share), window=64)

@@ -14,6 +14,8 @@ from saap.methods import find_method
 
 from .test_cli import run_cli
 
+pytestmark = pytest.mark.many_steps
+
 BUDGET = Budget(max_tokens=60, n_sink=4, window=32, flush_every=8)
 
 

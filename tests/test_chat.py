@@ -13,6 +13,8 @@ from saap.eval.tasks.base import Prompt
 from saap.eval.tasks.chat import ChatTemplate
 from saap.eval.tasks.passkey import IN_CHAT, IN_CODE, IN_WORDS, wording_of
 
+pytestmark = pytest.mark.many_steps
+
 CHAT = (
     "[be kind]{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -16,6 +16,8 @@ from saap.kv import KVStore
 from .test_generate import FULL, SMALL, generated, make, prompt, random_index
 from .test_threads import INPUTS, decoded
 
+pytestmark = pytest.mark.many_steps
+
 HAS_COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
 INDUCTOR = pytest.param(
     "inductor",
@@ -30,9 +32,12 @@ def forgotten():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    ("family", "before"),
+    [("llama", True), ("gemma3", False)],
+    ids=["llama, used before", "gemma3, first in the block"],
+)
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("before", [False, True], ids=["first in the block", "used before"])
 def test_a_compiled_model_decodes_the_same_tokens(family, backend, before):
     model = make(family)
     index, tokens = random_index(model), prompt(1, 60)

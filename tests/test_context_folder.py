@@ -20,6 +20,8 @@ from saap.kv import row_file
 from tests.conftest import SMALL, random_model
 from tests.test_generate import FAMILIES
 
+pytestmark = pytest.mark.many_steps
+
 BUDGET = Budget(max_tokens=64, n_sink=4, window=16, flush_every=8)
 LAYERS, ROW = SMALL["num_hidden_layers"], 2 * 2 * 16 * 4  # bytes of a token in one layer
 FAST = 240 * LAYERS * ROW  # of 700 and more tokens

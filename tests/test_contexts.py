@@ -14,6 +14,8 @@ from saap.index import tensor_files
 
 from .test_generate import FULL, generated, make, prompt, random_index
 
+pytestmark = pytest.mark.many_steps
+
 SMALL = Budget(nprobe=2, n_sink=4, window=8, flush_every=8)
 
 

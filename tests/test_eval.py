@@ -17,6 +17,8 @@ from saap.eval.tasks.asking import prompts_of_tokens
 from saap.eval.variants import make_variants
 from saap.methods import METHODS
 
+pytestmark = pytest.mark.many_steps
+
 CONFIG = EvalConfig(
     methods=tuple(METHODS), contexts=(1024,), budgets=(0.1, 0.2), answer_budgets=(0.1,),
     n_texts=2, n_queries=8, n_prompts=2, n_distractors=2,

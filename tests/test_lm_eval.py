@@ -13,6 +13,8 @@ from saap.eval.reader import SparseReader, shortened
 from saap.eval.tasks.passkey import make_prompt
 from saap.methods import find_method
 
+pytestmark = pytest.mark.many_steps
+
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 WIDE = Budget(max_tokens=2000, n_sink=4, window=32)
 NARROW = Budget(max_tokens=24, n_sink=4, window=32)

@@ -19,6 +19,8 @@ from .lossless_cases import (
 )
 from .test_generate import generated, make, prompt, random_index
 
+pytestmark = pytest.mark.many_steps
+
 
 @pytest.fixture(scope="module")
 def llama():

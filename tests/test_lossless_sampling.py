@@ -10,6 +10,8 @@ from saap.hf import Verify, lossless, over
 from .lossless_cases import attached, inputs_of, small_llama
 from .test_generate import generated, prompt
 
+pytestmark = pytest.mark.many_steps
+
 
 @pytest.fixture(scope="module")
 def llama():

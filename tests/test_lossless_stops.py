@@ -10,6 +10,8 @@ from saap.hf.cache_argument import NAME
 from .lossless_cases import METHODS, NEW, Kept, assert_holds, attached, inputs_of, small_llama
 from .test_generate import generated, make, prompt, random_index
 
+pytestmark = pytest.mark.many_steps
+
 
 @pytest.fixture(scope="module")
 def llama():

@@ -20,6 +20,8 @@ from .test_families import (
 )
 from .test_generate import assert_same_logits, generated, prompt
 
+pytestmark = pytest.mark.many_steps
+
 __all__ = ["test_all_rows_have_the_logits_of_dense", "test_greedy_tokens_are_those_of_dense"]
 
 FULL = Budget(max_tokens=10_000, n_sink=4, window=8)

@@ -17,6 +17,8 @@ from saap.selector import LayerInfo
 
 from .torch_threads import torch_threads
 
+pytestmark = pytest.mark.many_steps
+
 HKV, HQ, DIM, SINKS, WINDOW = 2, 4, 64, 4, 16
 LAYER = LayerInfo(sm_scale=DIM**-0.5)
 BUDGETS = {

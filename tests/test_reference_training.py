@@ -19,6 +19,8 @@ from saap.eval.tasks import passkey
 
 from .torch_threads import torch_threads
 
+pytestmark = pytest.mark.many_steps
+
 TINY = recipe.Recipe(
     decoder=DecoderConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

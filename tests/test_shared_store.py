@@ -18,6 +18,8 @@ from saap.training import train
 from .test_families import SHARING, make
 from .test_generate import assert_same_logits, generated, prompt
 
+pytestmark = pytest.mark.many_steps
+
 DIM, HEADS, N_KV = 16, 4, 2
 BUDGET = Budget(max_tokens=64, n_sink=4, window=8, flush_every=32)
 LAYER = LayerInfo(sm_scale=DIM**-0.5)

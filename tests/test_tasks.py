@@ -24,6 +24,8 @@ from saap.eval.variants import make_variants
 
 from .torch_threads import torch_threads
 
+pytestmark = pytest.mark.many_steps
+
 TEXT = reference.split_held_out()[1]
 HIDDEN = [MultiKey, MultiValue, MultiQuery, VariableTracking, Copying]
 PROMPTED = [*HIDDEN, CommonWords, FrequentWords]

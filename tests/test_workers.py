@@ -17,6 +17,8 @@ from saap.eval.workers import Crew, crew_for, results, total_memory, usable_core
 from .test_cli import run_cli
 from .units_of_work import bad_type, bad_value, kill_itself, nothing, own_process, slow_first
 
+pytestmark = pytest.mark.many_steps
+
 
 def test_results_come_in_order():
     assert list(results(nothing, slow_first, [0, 1, 2, 3], Crew(2, 1))) == [0, 1, 2, 3]
