@@ -56,6 +56,16 @@ CONFIGS = {
         "text_config": {**SMALL, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**EYE, "head_dim": 16},
     },
+    "mistral4": {
+        "model_type": "mistral3",
+        "text_config": {
+            **SMALL, "head_dim": 32, "model_type": "mistral4", "num_key_value_heads": 4,
+            "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+            "moe_intermediate_size": 32,
+        },
+        "vision_config": {**EYE, "head_dim": 16},
+    },
     "qwen2_vl": _qwen("own"),
     "qwen2_5_vl": _qwen("other"),
     "qwen3_vl": _qwen("other"),
@@ -65,6 +75,7 @@ CONFIGS = {
 
 def with_images(name: str):
     """A random model of a family of `CONFIGS`."""
-    config = transformers.AutoConfig.for_model(name, **copy.deepcopy(CONFIGS[name]))
+    own = copy.deepcopy(CONFIGS[name])
+    config = transformers.AutoConfig.for_model(own.pop("model_type", name), **own)
     torch.manual_seed(0)
     return transformers.AutoModelForImageTextToText.from_config(config).eval()

@@ -34,6 +34,11 @@ SHARED = {
     **WINDOWS, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
     "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
 CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
 OPTIONS = {
     "afmoe": {**WINDOWS, **EXPERTS, "num_dense_layers": 1},
@@ -41,6 +46,13 @@ OPTIONS = {
     "apertus1p5_text": {},
     "arcee": {},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": LATENT,
+    "bailing_hybrid": {
+        **LATENT,
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "bamba": {
         "num_hidden_layers": 4,
         "attn_layer_indices": [1, 3],
@@ -51,6 +63,8 @@ OPTIONS = {
     },
     "bitnet": {},
     "cohere2_moe": {**WINDOWS, **EXPERTS},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
     "cwm": {"sliding_window": 24, "num_hidden_layers": 4},
     "dots1": {
         "moe_intermediate_size": 32,
@@ -81,6 +95,7 @@ OPTIONS = {
     "gemma4_unified_text": {**SHARED, "global_head_dim": 32},
     "glm": {},
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "glm4_moe_lite": LATENT,
     "granite_swa": ONE_FULL,
     "granitemoe": {"num_local_experts": 4},
     "granitemoe_swa": {**ONE_FULL, "num_local_experts": 4},
@@ -109,11 +124,26 @@ OPTIONS = {
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
+    "kimi_linear": {
+        **LATENT,
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "kolibri1": {**ONE_FULL, **EXPERTS},
     "laguna": {**ONE_FULL, **EXPERTS},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
+    "longcat_flash": {
+        **LATENT,
+        "num_layers": 1,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 1,
+        "moe_topk": 2,
+    },
     "mellum": {**ONE_FULL, **EXPERTS},
+    "minicpm3": LATENT,
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ministral": ONE_FULL,
     "ministral3": {},
@@ -142,10 +172,18 @@ OPTIONS = {
     "qwen3_5_text": LINEAR,
     "qwen3_moe": EXPERTS,
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "sarvam_mla": {**LATENT, "num_experts": 4},
     "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "vaultgemma": WINDOWS,
+    "youtu": LATENT,
 }
-WITH_IMAGES = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text")
+WITH_IMAGES = (
+    "mistral4",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3_vl_moe_text",
+    "qwen3_vl_text",
+)
 SHARING = ("gemma3n_text", "gemma4_unified_text")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h")
@@ -275,7 +313,7 @@ def test_a_context_that_was_read_goes_on_and_is_rewound(stateful):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*STATEFUL, "gemma4_text"])
+@pytest.mark.parametrize("family", [*STATEFUL, "gemma4_text", "deepseek_v3", "kimi_linear"])
 @pytest.mark.parametrize("directory", [False, True])
 def test_a_saved_context_goes_on(tmp_path, family, directory):
     model, tokens, path = make(family), prompt(1, 60), tmp_path / "context"

@@ -55,6 +55,7 @@ class SaapModel:
         self.layers = model_layers(model)
         options.check_states(self.layers, verify)
         options.check_shared(self.layers, group)
+        options.check_latents(model, group)
         options.check_prefill(model, prefill, verify, group)
         options.check_kv_dtype(model, kv_dtype)
         wrong = [n for n in budget.dense_layers if n >= len(self.layers)]

@@ -10,6 +10,7 @@ behind.
 import functools
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from saap.rope import VARIANTS
 from saap.stateful import stateful
 
+from . import latent
 from .families import ModelLayer, model_layers
 from .models import attention_modules
 
@@ -114,11 +116,12 @@ def installed(model: nn.Module) -> Iterator[None]:
     """While open, the attention of `model` can be handled; without a handler nothing changes."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    hooks = [
-        module.register_forward_pre_hook(_keep_tables, with_kwargs=True)
-        for module in attention_modules(model).values()
-    ]
+    modules = attention_modules(model).values()
+    hooks = [m.register_forward_pre_hook(_keep_tables, with_kwargs=True) for m in modules]
+    expanding = [m for m in modules if latent.is_latent(m) and "expand_kv" not in vars(m)]
     try:
+        for module in expanding:
+            module.expand_kv = types.MethodType(_expand_kv, module)
         if not before.startswith(PREFIX):
             config._attn_implementation = _registered(before)
         yield
@@ -126,6 +129,8 @@ def installed(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
         for hook in hooks:
             hook.remove()
+        for module in expanding:
+            vars(module).pop("expand_kv", None)
 
 
 def check_installed(model: nn.Module) -> None:
@@ -173,6 +178,17 @@ def _keep_tables(module, _, keywords: dict) -> None:
 
 
 @stateful
+def _expand_kv(module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents stay as they are where a handler attends to them."""
+    if id(module.config) in _threads.running:
+        return latent.joined(kv_nope, k_rot)
+    return type(module).expand_kv(module, kv_nope, k_rot)
+
+
+_expand_kv.__name__ = "expand_kv"  # by which a method is pickled
+
+
+@stateful
 def _mask(original: str, *arguments, config=None, **options):
     """No mask: padding is taken from the model's own argument, once per forward."""
     if config is not None and id(config) in _threads.running:
@@ -194,6 +210,8 @@ def _attention(
     searched = layer.rope_variant is not None and layer.is_full
     rope = (layer.rope_variant, *tables) if searched else None
     sinks = options.get("s_aux")
+    if latent.is_latent(module):
+        query = latent.absorbed(module, query)
     out, lse = running.handler(
         LayerCall(
             layer=module.layer_idx,
@@ -210,6 +228,8 @@ def _attention(
     if sinks is not None:  # gpt-oss: one more logit in the denominator, worth nothing
         share = torch.sigmoid(lse - sinks.float()[:, None])
         out = out * share.unsqueeze(-1).to(out.dtype)
+    if latent.is_latent(module):
+        out = latent.values_of(module, out)
     return out.transpose(1, 2).contiguous(), None
 
 

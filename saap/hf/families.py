@@ -15,6 +15,7 @@ from torch import nn
 from saap.rope import INTERLEAVED, frequencies
 from saap.selector import LayerInfo
 
+from . import latent
 from .models import (
     NOTHING,
     STATES,
@@ -26,18 +27,20 @@ from .models import (
 )
 
 FAMILIES = (
-    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "bamba", "bitnet",
-    "cohere", "cohere2", "cohere2_moe", "cwm", "dots1", "ernie4_5", "ernie4_5_moe",
-    "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
-    "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bailing_hybrid",
+    "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2",
+    "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
+    "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
+    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2",
-    "jamba", "kolibri1", "laguna", "lfm2", "lfm2_moe", "llama", "mellum", "minimax_m2",
-    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo",
-    "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_5_vl_text",
-    "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
-    "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "solar_open",
-    "starcoder2", "vaultgemma",
+    "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "llama",
+    "longcat_flash", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3",
+    "mistral", "mistral4", "mixtral", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
+    "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe",
+    "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+    "qwen3_vl_moe_text", "qwen3_vl_text", "sarvam_mla", "seed_oss", "smollm3", "solar_open",
+    "starcoder2", "vaultgemma", "youtu",
 )  # fmt: skip
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
@@ -162,7 +165,9 @@ def rope_variants(
     for number, module in modules.items():
         ropes[number], kind = (None, None), kinds[number]
         theta = thetas[number] if thetas else None
-        if theta != 0 and has_rope(module, config.model_type, kind):
+        if latent.is_latent(module):  # of a key only a part has it; it is left on
+            latent.check_maps(module)
+        elif theta != 0 and has_rope(module, config.model_type, kind):
             rotary = _rotary_of(model, theta)
             by_type = "layer_type" in inspect.signature(rotary.forward).parameters
             key = (type(module), kind if by_type else None, theta)

@@ -12,6 +12,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from saap.rope import identify_variant
 
+from . import latent
 from .gguf_header import is_gguf
 from .packaged import PACKAGED, find_packaged
 
@@ -24,7 +25,7 @@ NOTHING = "dummy"
 """transformers' kind of a layer for which a cache holds nothing: a feed-forward layer alone, or
 one that shares another layer's keys (`shared_layers`)."""
 
-WITHOUT_POSITIONS = ("jamba", "nemotron_h")
+WITHOUT_POSITIONS = ("jamba", "kimi_linear", "nemotron_h")
 """Their other layers know the order of tokens."""
 
 
@@ -134,7 +135,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         module.layer_idx: module
         for module in decoder_of(model).modules()
         if isinstance(number := getattr(module, "layer_idx", None), int)
-        and type(module).__name__.endswith("Attention")
+        and (type(module).__name__.endswith("Attention") or latent.is_latent(module))
         and (number in expected or number >= len(kinds))
     }
     without = is_without_positions(model.config.get_text_config())
@@ -179,6 +180,9 @@ def heads_of(config, layer: int | None = None) -> tuple[int, int, int]:
     if layer is None:
         kinds, _ = layer_kinds(config)
         layer = kinds.index("full_attention") if "full_attention" in kinds else 0
+    joined = latent.dim_of(config)
+    if joined is not None:
+        return config.num_attention_heads, 1, joined
     own = config.per_layer_config[layer] if hasattr(config, "per_layer_config") else config
     heads = own.num_attention_heads
     kv_heads = getattr(own, "num_key_value_heads", None) or heads

@@ -7,6 +7,7 @@ from saap.distributed import Group
 from saap.kv import checks
 from saap.prefill import PrefillBudget
 
+from . import latent
 from .families import ModelLayer
 from .models import heads_of
 from .pace import Verify
@@ -50,6 +51,22 @@ def check_shared(layers: list[ModelLayer], group: Group | None) -> None:
         raise ValueError(
             "group must be None where layers share keys and values; got a group and layer "
             f"{shared[0]}, which has those of layer {layers[shared[0]].shares}"
+        )
+
+
+def check_latents(model: nn.Module, group: Group | None) -> None:
+    """ValueError for a model whose layers keep latents where these cannot be searched."""
+    dim = latent.dim_of(model.config.get_text_config())
+    if dim is None:
+        return
+    if group is not None:
+        raise ValueError(
+            f"group must be None where layers keep latents; got a group and {dim} dimensions"
+        )
+    if model.device.type != "cpu":
+        raise ValueError(
+            "a model whose layers keep latents must be on the CPU, since kernels of GPUs take "
+            f"heads of up to 256 dimensions; got {model.device.type} and {dim} dimensions"
         )
 
 
