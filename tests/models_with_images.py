@@ -60,7 +60,8 @@ CONFIGS = {
         "model_type": "mistral3",
         "text_config": {
             **SMALL, "head_dim": 32, "model_type": "mistral4", "num_key_value_heads": 4,
-            "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24,
+            "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16, "v_head_dim": 24,
             "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
             "moe_intermediate_size": 32,
         },

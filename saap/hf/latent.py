@@ -42,6 +42,13 @@ def joined(
     return both, both
 
 
+def parted(
+    config, keys: Float[Tensor, "B 1 T D"]
+) -> tuple[Float[Tensor, "B 1 T R"], Float[Tensor, "B 1 T P"]]:
+    """What `joined` put together: what transformers' caches hold."""
+    return keys[..., : config.kv_lora_rank], keys[..., config.kv_lora_rank :]
+
+
 def absorbed(module: nn.Module, q: Float[Tensor, "B H T Q"]) -> Float[Tensor, "B H T D"]:
     """Queries of `joined` keys."""
     of_keys, _ = _maps(module)

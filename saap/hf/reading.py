@@ -13,7 +13,7 @@ from saap.budget import Budget
 from saap.index.coordinates import MOST_OBSERVED
 from saap.prefill import PrefillBudget
 
-from . import unsearched
+from . import latent, unsearched
 from .attach import SaapModel, attached
 from .attention import LayerCall
 from .cache import SaapCache, SaapLayer
@@ -120,12 +120,15 @@ def cache_from(saap_model: SaapModel, context: ReadContext, capacity: int = 0) -
 
 def dynamic_cache_from(model: nn.Module, context: ReadContext) -> DynamicCache:
     """transformers' own cache with the tokens of `context`: to compare with."""
-    cache = DynamicCache(config=model.config.get_text_config())
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config)
     for number, layer in enumerate(context.cache.layers):
         if unsearched.holds_nothing(cache.layers[number]):
             continue
         if isinstance(layer, SaapLayer):
             k, v, _ = context.keys(number)
+            if latent.dim_of(config) is not None:
+                k, v = latent.parted(config, k)
             cache.update(k.clone(), v.clone(), number)
         else:
             cache.layers[number] = copy.deepcopy(layer)
