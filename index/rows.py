@@ -3,7 +3,7 @@
 The KV store of a layer and `AsymmetricIVF` share this implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -26,10 +26,16 @@ class BucketRows:
     Args:
         names: names of the vectors, such as `("k", "v")`; all have one shape and dtype.
         token_dtype: int32 for tokens numbered from 0, int64 for ids that a caller chooses.
+        same: names whose vectors are those of another name, which are held once: `{"v": "k"}`.
     """
 
-    def __init__(self, names: Sequence[str] = ("k", "v"), token_dtype: torch.dtype = torch.int32):
-        self.names, self.token_dtype = tuple(names), token_dtype
+    def __init__(
+        self,
+        names: Sequence[str] = ("k", "v"),
+        token_dtype: torch.dtype = torch.int32,
+        same: Mapping[str, str] | None = None,
+    ):
+        self.names, self.token_dtype, self.same = tuple(names), token_dtype, dict(same or {})
         self.vectors: dict[str, Tensor] = {}
         self.lists: Tensor | None = None
         self.tokens: Tensor | None = None
@@ -41,12 +47,23 @@ class BucketRows:
         vectors: dict[str, Tensor],
         lists: Int[Tensor, "B H capacity"],
         tokens: Int[Tensor, "B H capacity"],
+        names: Sequence[str] | None = None,
+        same: Mapping[str, str] | None = None,
     ) -> "BucketRows":
         """Use tensors that exist already, such as a mapped file or views, without a copy."""
-        rows = cls(tuple(vectors), tokens.dtype)
+        rows = cls(names or tuple(vectors), tokens.dtype, same)
         rows.vectors, rows.lists, rows.tokens = dict(vectors), lists, tokens
         rows._plain = False
+        rows._name_same()
         return rows
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """Vectors by name, each once."""
+        return {name: t for name, t in self.vectors.items() if name not in self.same}
+
+    def _name_same(self) -> None:
+        self.vectors |= {name: self.vectors[other] for name, other in self.same.items()}
 
     @property
     def capacity(self) -> int:
@@ -57,7 +74,7 @@ class BucketRows:
         return sum(buffer.nbytes for buffer in self._buffers())
 
     def _buffers(self) -> list[Tensor]:
-        return [] if self.tokens is None else [*self.vectors.values(), self.lists, self.tokens]
+        return [] if self.tokens is None else [*self.held.values(), self.lists, self.tokens]
 
     @property
     def plain(self) -> bool:
@@ -80,18 +97,20 @@ class BucketRows:
         batch, heads, _, dim = like.shape
         shape = (batch, heads, size)
         try:
-            for name in self.names:
+            own = [name for name in self.names if name not in self.same]
+            for name in own:
                 self._grow(self.vectors, name, (*shape, dim), like.dtype, like.device, used)
+            self._name_same()
             # Capacity is that of `tokens`, which grows last: a failure half-way changes nothing.
             self._grow(vars(self), "lists", shape, torch.int32, like.device, used)
             self.lists[:, :, used:] = 0
             self._grow(vars(self), "tokens", shape, self.token_dtype, like.device, used)
-            own = self.tokens[:, :, used:]
-            own[:] = torch.arange(used, size, dtype=own.dtype, device=own.device)
+            new = self.tokens[:, :, used:]
+            new[:] = torch.arange(used, size, dtype=new.dtype, device=new.device)
         except RuntimeError as error:
             if not _is_of_memory(error):
                 raise
-            n_bytes = len(self.names) * batch * heads * size * dim * like.element_size()
+            n_bytes = len(own) * batch * heads * size * dim * like.element_size()
             raise MemoryError(
                 f"no memory to grow a layer's rows from {self.capacity} to {size} "
                 f"({n_bytes:,} bytes): its {used} tokens are kept"
@@ -119,7 +138,8 @@ class BucketRows:
         length = vectors[0].shape[-2]
         rows = slice(start, start + length)
         for name, new in zip(self.names, vectors, strict=True):
-            self.vectors[name][sequence, :, rows] = new
+            if name not in self.same:
+                self.vectors[name][sequence, :, rows] = new
         if self._plain and tokens is None and isinstance(lists, int) and lists == 0:
             return  # as it is written already
         self._plain = False
@@ -147,7 +167,7 @@ class BucketRows:
         for buffer in (self.lists, self.tokens):
             own = buffer[sequence, :, first:]
             own[:, :n] = own.gather(1, order)
-        for buffer in self.vectors.values():
+        for buffer in self.held.values():
             for head, own_order in enumerate(order):
                 rows = buffer[sequence, head, first:]
                 if n_kept * 4 < n * 3:
@@ -160,7 +180,8 @@ class BucketRows:
         chosen = sequences.tolist()
         if len(chosen) != self.tokens.shape[0]:
             self._plain = False
-            self.vectors = {n: _taken(t, chosen, used) for n, t in self.vectors.items()}
+            self.vectors = {n: _taken(t, chosen, used) for n, t in self.held.items()}
+            self._name_same()
             self.lists = _taken(self.lists, chosen, used)
             self.tokens = _taken(self.tokens, chosen, used)
             return

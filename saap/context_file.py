@@ -22,6 +22,8 @@ UNSEARCHED = {"cumulative_length", "state"}
 """What only layers with a sliding window or with a state say."""
 NO_ROWS = "no_rows"
 """What a layer says that has no rows of its own."""
+ONE_VECTOR = "one_vector"
+"""What a layer says whose values are its keys."""
 
 
 def write(path: str | Path, header: dict, tensors: dict[str, Tensor]) -> None:
@@ -73,16 +75,21 @@ def layout_of(fields: Fields, tensors: dict[str, Tensor]) -> Layout:
             dtypes = (first.dtype,)
         batch = len(lengths)
         shape = batch, n_kv, rows, width(dim, dtypes[0])
-        layout |= {prefix + name: (shape, dtypes) for name in ("k", "v")}
+        names = ("k",) if flag(state, ONE_VECTOR) else ("k", "v")
+        layout |= {prefix + name: (shape, dtypes) for name in names}
         layout |= {prefix + name: ((batch, n_kv, rows), INTEGERS) for name in ("lists", "tokens")}
     return layout
 
 
 def has_no_rows(state: Fields) -> bool:
     """Whether a layer has no rows of its own; with nothing else to say, nothing at all."""
-    if state.values.get(NO_ROWS, True) is not True:
-        raise state.wrong(NO_ROWS, "true, or not at all")
-    return NO_ROWS in state.values
+    return flag(state, NO_ROWS)
+
+
+def flag(state: Fields, name: str) -> bool:
+    if state.values.get(name, True) is not True:
+        raise state.wrong(name, "true, or not at all")
+    return name in state.values
 
 
 def window(state: Fields, tensors: dict[str, Tensor], prefix: str) -> Layout:

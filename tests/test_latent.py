@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import saap
-from saap import hf
+from saap import context_file, hf
 from saap.budget import Budget
 from saap.hf import latent, models
+from saap.index import tensor_files
 from saap.methods import METHODS
 from saap.training import train
 
@@ -61,7 +62,7 @@ def test_a_layer_is_one_kv_head_whose_values_are_its_keys(model):
         for layer in cache.saap_layers:
             k = layer.store.k[:, :, :40]
             assert k.shape == (1, 1, 40, config.kv_lora_rank + config.qk_rope_head_dim)
-            assert torch.equal(k, layer.store.v[:, :, :40])
+            assert layer.store.v is layer.store.k  # held once
     assert models.heads_of(config) == (4, 1, 48)
 
 
@@ -102,6 +103,65 @@ def test_few_rows_are_the_best_ones(model):
     best = mass.topk(int(chosen.sum())).values.sum()
     assert (mass * chosen).sum() > 0.97 * best
     assert chosen.mean() < 0.1
+
+
+@torch.no_grad()
+def test_a_latent_is_held_and_read_once(model):
+    """Also after the cache has grown, was put in another order, copied, cut, saved and opened."""
+    tokens = prompt(2, 1300, seed=3)
+    own = model(tokens).logits[:, -1]
+    with saap.attached(model, budget=FULL, method="kmeans-online") as saap_model:
+        cache = saap_model.cache()
+        for part in tokens[[1, 0]].split(200, 1):
+            model(part, **hf.over(cache))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache = copy.deepcopy(cache)
+        model(tokens[:, :5], **hf.over(cache))
+        cache.crop(-6)
+        assert_same_logits(model(tokens[:, -1:], **hf.over(cache)).logits[:, 0], own)
+        cache.batch_select_indices(torch.tensor([1]))
+        for layer in cache.saap_layers:
+            assert layer.store.v is layer.store.k
+            assert layer.store.bytes_read < 1.2 * 1300 * 48 * 4
+            rows = layer.store.rows
+            assert rows.nbytes == rows.capacity * (48 * 4 + 8)
+
+
+def assert_refused(saap_model, path, message):
+    with pytest.raises(ValueError, match=message):
+        saap_model.open_context(path)
+
+
+@torch.no_grad()
+def test_an_opened_latent_is_held_once(model, tmp_path):
+    tokens, path = prompt(1, 700, seed=3), tmp_path / "context"
+    own = model(tokens).logits[:, -20:]
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache()
+        model(tokens[:, :-20], **hf.over(cache))
+        saap_model.save_context(cache, tokens[0, :-20], path)
+        again, _ = saap_model.open_context(path)
+        assert all(layer.store.v is layer.store.k for layer in again.saap_layers)
+        found = [model(t, **hf.over(again)).logits for t in tokens[:, -20:].split(1, 1)]
+        assert_same_logits(torch.cat(found, 1), own)
+    header, tensors = tensor_files.read(path, context_file.FORMAT)
+    assert "layers.0.k" in tensors
+    assert "layers.0.v" not in tensors
+    for change, message in (
+        (lambda state: state.pop("one_vector"), "layers.0.v"),
+        (lambda state: state.update(one_vector=1), "one_vector"),
+    ):
+        altered = copy.deepcopy(header)
+        change(altered["layers"][0])
+        tensor_files.write(path, context_file.FORMAT, altered, tensors)
+        with saap.attached(model, budget=FULL) as saap_model:
+            assert_refused(saap_model, path, message)
+    del header["layers"][0]["one_vector"]
+    tensor_files.write(
+        path, context_file.FORMAT, header, tensors | {"layers.0.v": tensors["layers.0.k"]}
+    )
+    with saap.attached(model, budget=FULL) as saap_model:
+        assert_refused(saap_model, path, "values must be held as the model has them")
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])

@@ -20,7 +20,7 @@ from saap.methods import Method, find_method
 from saap.prefill import PrefillBudget
 from saap.trained_index import TrainedIndex
 
-from . import agreement, lossless, options
+from . import agreement, latent, lossless, options
 from .attention import check_installed, handled, installed
 from .cache import SaapCache, SaapLayer
 from .cache_argument import given
@@ -160,7 +160,7 @@ class SaapModel:
             return SharedStore(selector, self.budget, owner, prefill=prefill)
         if self.group is not None:
             return SplitStore(selector, self.budget, self.group, parts, kv_dtype=self.kv_dtype)
-        rows = None if folder is None else folder.new_rows(number)
+        rows = latent.rows_of(self.model) if folder is None else folder.new_rows(number)
         return KVStore(
             selector, self.budget, capacity=capacity, kv_dtype=self.kv_dtype, prefill=prefill,
             rows=rows,

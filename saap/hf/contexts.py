@@ -118,6 +118,8 @@ def open_context(
         if searched:
             fresh = layer.store
             try:
+                if (context_file.ONE_VECTOR in state) != kv_state.holds_one_vector(fresh):
+                    raise ValueError("values must be held as the model has them; got otherwise")
                 if shares is not None:
                     layer.store = kv_state.restored_shared(
                         state, own, fresh.selector, cache.layers[shares].store

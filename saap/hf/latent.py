@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saap.index.rows import BucketRows
+
 
 def is_latent(module: nn.Module) -> bool:
     """Whether an attention module keeps latents."""
@@ -32,6 +34,13 @@ def check_maps(module: nn.Module) -> None:
             "kv_b_proj, which maps latents to keys and values, must be a torch.nn.Linear without "
             f"bias and not quantized; got {own}"
         )
+
+
+def rows_of(model: nn.Module) -> BucketRows | None:
+    """Rows for a layer's store that hold a latent once, as key and as value; None of a model whose
+    layers keep keys and values."""
+    kept = dim_of(model.config.get_text_config()) is not None
+    return BucketRows(("k", "v"), same={"v": "k"}) if kept else None
 
 
 def joined(

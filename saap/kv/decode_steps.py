@@ -67,7 +67,7 @@ class DecodeSteps:
     def bytes_read(self, lengths: list[int]) -> float:
         """Of the last step, for each sequence."""
         k, v = self._rows.vectors["k"], self._rows.vectors["v"]
-        row_bytes = k.shape[-1] * (k.element_size() + v.element_size())
+        row_bytes = k.shape[-1] * k.element_size() * (1 if v is k else 2)
         choosing = 0 if self._selector is None else self._selector.nbytes
         rest = 0 if self.estimated is None else self.estimated.nbytes
         return self.ranges.rows_read(lengths, k.shape[1]) * row_bytes + choosing + rest

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.context_file import NO_ROWS
+from saap.context_file import NO_ROWS, ONE_VECTOR
 from saap.index.rows import BucketRows
 from saap.selector import Selector
 
@@ -30,7 +30,7 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
     store.reserve(n + SPARE_ROWS)
     rows = store.rows
     tensors = {}
-    for name, buffer in {**rows.vectors, "lists": rows.lists, "tokens": rows.tokens}.items():
+    for name, buffer in {**rows.held, "lists": rows.lists, "tokens": rows.tokens}.items():
         tensors[name] = buffer[:, :, : n + SPARE_ROWS]
         for b, length in enumerate(store.lengths):
             tensors[name][b, :, length:] = 0  # whatever was in that memory is nobody's business
@@ -40,7 +40,14 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
 def counts_of(store: KVStore) -> dict:
     """What a header says of a store."""
     counts = {"lengths": store.lengths, "middles": store.middles}
-    return counts | {NO_ROWS: True} if isinstance(store, SharedStore) else counts
+    if isinstance(store, SharedStore):
+        return counts | {NO_ROWS: True}
+    return counts | {ONE_VECTOR: True} if holds_one_vector(store) else counts
+
+
+def holds_one_vector(store: KVStore) -> bool:
+    """Whether values are the keys, and held once."""
+    return isinstance(store.rows, BucketRows) and bool(store.rows.same)
 
 
 def of_selector(store: KVStore) -> dict[str, Tensor]:
@@ -99,7 +106,9 @@ def restored(
             lists[b], tokens[b], length, middle,
             n_lists=n_lists, n_sink=budget.n_sink, in_order=in_order,
         )  # fmt: skip
-    rows = BucketRows.over({name: tensors[name] for name in ("k", "v")}, lists, tokens)
+    same = {"v": "k"} if header.get(ONE_VECTOR) else {}
+    vectors = {name: tensors[name] for name in ("k", "v") if name not in same}
+    rows = BucketRows.over(vectors, lists, tokens, ("k", "v"), same)
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
     store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors), _state_of(OF_REST, tensors))
     return store
