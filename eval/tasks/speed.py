@@ -24,6 +24,7 @@ import torch
 
 from saap import hf
 from saap.kv import KVStore
+from saap.kv.decode_steps import DecodeSteps
 from saap.kv.next_step import NextStep
 from saap.kv.steps import StepAttention
 
@@ -35,7 +36,7 @@ PARTS = ("route", "select", "attend", "other")
 
 PLACES = {
     "attend": ((StepAttention, "attend"), (NextStep, "attend")),
-    "ranges": ((KVStore, "select"), (NextStep, "choose")),
+    "ranges": ((DecodeSteps, "select"), (NextStep, "choose")),
 }
 """Where parts of a step are done: a general one, and one that is like the one before."""
 
