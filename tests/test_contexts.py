@@ -77,6 +77,61 @@ def test_answer_is_that_without_the_round_trip(case, budget, tmp_path):
     context_file.verify(path)
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_an_opened_context_is_repeated(tmp_path, directory):
+    """Before any forward over it; a folder holds one sequence and stays as it is."""
+    model, tokens, path = make("gemma3"), prompt(1, 60), tmp_path / "document"
+    budget = Budget(max_tokens=10_000, n_sink=4, window=8)
+    with saap.attached(model, budget=budget) as saap_model, torch.no_grad():
+        cache = saap_model.cache(directory=path if directory else None)
+        model(tokens[:, :50], **over(cache))
+        saap_model.save_context(cache, tokens[0, :50], path)
+        cache.close()
+        cache, _ = saap_model.open_context(path)
+        assert cache.lengths == [50]
+        n = 1 if directory else 3
+        cache.batch_repeat_interleave(n)
+        found = model(tokens[:, 50:].expand(n, -1), **over(cache)).logits
+        assert (found - model(tokens).logits[:, 50:]).abs().max() < 1e-4
+        cache.close()
+
+
+def altered(name, dtype):
+    def alter(tensors):
+        return tensors | {name: tensors[name].to(dtype)}
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (altered("layers.0.rest.centroids", torch.float16), "centroids of the rest must be"),
+        (altered("layers.0.rest.sums", torch.float32), "sums of the rest must be"),
+        (
+            lambda tensors: {
+                n: t.half() if n in ("layers.0.k", "layers.0.v") else t for n, t in tensors.items()
+            },
+            "k must be torch.float32; got torch.float16",
+        ),
+    ],
+)
+def test_numbers_of_another_width_are_refused(tmp_path, alter, message):
+    model, path = make("llama"), tmp_path / "document"
+    budget = Budget(max_tokens=64, n_sink=4, window=8)
+    tokens = prompt(1, 701)
+    with saap.attached(model, budget=budget) as saap_model:
+        cache = read(saap_model, tokens[:, :700])
+        with torch.no_grad():
+            model(tokens[:, 700:], **over(cache))  # a step, which estimates what it leaves out
+        saap_model.save_context(cache, tokens[0], path)
+        header, tensors = tensor_files.read(path, context_file.FORMAT)
+        assert "layers.0.rest.centroids" in tensors
+        tensor_files.write(path, context_file.FORMAT, header, alter(tensors))
+        with pytest.raises(ValueError, match=f"{path}: layer 0: {message}"):
+            saap_model.open_context(path)
+
+
 def test_long_answer_outgrows_the_file(saved):
     model, index, path = saved
     with saap.attached(model, index, SMALL, method="blend") as saap_model:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 import saap
 from saap import context_file, hf
 from saap.budget import Budget
-from saap.hf import latent, models
+from saap.eval.tasks.attention import LayerProblem
+from saap.hf import latent, models, options
 from saap.index import tensor_files
-from saap.methods import METHODS
+from saap.methods import METHODS, find_method
 from saap.training import train
 
 from .test_families import make
@@ -226,8 +228,12 @@ def test_the_model_is_left_as_it_was(model):
         with hf.routed(model, lambda call: (0 * call.q_rope, call.q_rope[..., 0])):
             assert not torch.equal(model(tokens, use_cache=False).logits, own)
         assert_same_logits(model(tokens, **hf.over(saap_model.cache())).logits, own)
+        assert "expand_kv" in vars(attention_of(model))
     assert "expand_kv" not in vars(attention_of(model))
     for other in (copied, pickled):
+        assert torch.equal(other(tokens).logits, own)
+        with saap.attached(other, budget=FULL) as saap_model:
+            assert_same_logits(other(tokens, **hf.over(saap_model.cache())).logits, own)
         assert torch.equal(other(tokens).logits, own)
     assert torch.equal(model(tokens).logits, own)
 
@@ -236,20 +242,67 @@ class Quantized(nn.Linear):
     pass
 
 
-def test_maps_that_are_not_plain_matrices_are_refused():
+class Packed(torch.Tensor):
+    pass
+
+
+def quantized(own):
+    return Quantized(own.in_features, own.out_features, bias=False)
+
+
+def biased(own):
+    return nn.Linear(own.in_features, own.out_features)
+
+
+def hooked(own):
+    own.register_forward_hook(lambda module, inputs, out: 1.5 * out)
+    return own
+
+
+def replaced(own):
+    own.forward = lambda x: 1.5 * type(own).forward(own, x)
+    return own
+
+
+def packed(own):
+    own.weight = nn.Parameter(own.weight.detach().as_subclass(Packed))
+    return own
+
+
+@pytest.mark.parametrize(
+    "change", [quantized, biased, hooked, replaced, packed, lambda own: own.to("meta")]
+)
+def test_maps_that_are_not_plain_matrices_are_refused(change):
+    """Also where one takes a matrix's place while the model is attached."""
+    message = r"kv_b_proj, .* must be a torch.nn.Linear without bias and hooks, in memory and"
     model = make("minicpm3")
-    own = attention_of(model).kv_b_proj
-    for wrong in (
-        Quantized(own.in_features, own.out_features, bias=False),
-        nn.Linear(own.in_features, own.out_features),
-    ):
-        attention_of(model).kv_b_proj = wrong
-        with pytest.raises(ValueError, match=r"kv_b_proj, .* must be a torch.nn.Linear without"):
-            hf.model_layers(model)
+    module = attention_of(model)
+    with saap.attached(model, budget=FULL) as saap_model, torch.no_grad():
+        module.kv_b_proj = change(module.kv_b_proj)
+        with pytest.raises(ValueError, match=message):
+            model(prompt(1, 20), **hf.over(saap_model.cache()))
+    with pytest.raises(ValueError, match=message):
+        hf.model_layers(model)
+
+
+def test_layers_of_several_attentions_are_not_trained():
+    tokens = torch.randint(1, 96, (3, 400))
+    with pytest.raises(ValueError, match=r"must have one attention to be run by itself, .* got"):
+        train(make("longcat_flash"), tokens, nlist=8, steps=5, hidden=8, window=32)
+
+
+def test_a_latent_is_read_once_where_methods_are_judged(model):
+    read = hf.read_context(model, prompt(1, 400)[0], n_queries=4)
+    problem = LayerProblem(read, hf.model_layers(model)[1].info, FEW)
+    store = problem.store_for(find_method("dense")())
+    found = problem.measure(store, FEW)
+    assert store.v is store.k
+    assert found["bytes_read"] < 1.01 * 400 * 48 * 4
 
 
 def test_other_devices_and_groups_are_refused(model):
-    with pytest.raises(ValueError, match=r"must be on the CPU, .* got meta and 48 dimensions"):
-        saap.attached(make("deepseek_v3").to("meta")).__enter__()
+    on_gpu = SimpleNamespace(config=model.config, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"must be on the CPU, .* got cuda and 48 dimensions"):
+        options.check_latents(on_gpu, None)
     with pytest.raises(ValueError, match="group must be None where layers keep latents; got"):
         saap.attached(model, group=object()).__enter__()

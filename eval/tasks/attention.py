@@ -29,7 +29,7 @@ class LayerProblem:
     """
 
     def __init__(self, read: hf.ReadContext, info: LayerInfo, layout: Budget):
-        self.info, self.layout = info, layout
+        self.info, self.layout, self.read = info, layout, read
         self.q_rope, self.q_derope = read.queries[info.number]
         self.k_rope, self.v, self.k_derope = read.keys(info.number)
         self.n_queries = len(self.q_rope)
@@ -69,7 +69,8 @@ class LayerProblem:
 
     def store_for(self, method: Method, budget: Budget | None = None) -> KVStore:
         """The store of a decoder that has read the context."""
-        store = KVStore(method.selector(self.info), budget or self.layout)
+        rows = self.read.new_rows(self.info.number)
+        store = KVStore(method.selector(self.info), budget or self.layout, rows=rows)
         store.append(*(t[:, :, : self.n_context] for t in self.keys))
         if store.selector is not None and self.seen.shape[2]:
             store.selector.observe(self.seen, [self.seen.shape[2]])
@@ -115,7 +116,8 @@ class LayerProblem:
         middle = (self.middle[1] - exact_lse).exp()
         caught = (chosen_lse - exact_lse).exp()
         rows = lengths.sum(-1).float()
-        row_bytes = 2 * self.k_rope.shape[-1] * self.k_rope.element_size()
+        held = 1 if store.v is store.k else 2
+        row_bytes = held * self.k_rope.shape[-1] * self.k_rope.element_size()
         visited_rows = float(rows.mean()) + self.local_rows
         choosing = store.selector.nbytes
         return {

@@ -72,7 +72,8 @@ def time_variant(read, layer, n_context, variant, points) -> list[dict]:
         point.prepare(variant.method)
         if layout(point) not in built:
             start = time.perf_counter()
-            store = KVStore(variant.method.selector(layer), point.budget)
+            rows = read.new_rows(layer.number)
+            store = KVStore(variant.method.selector(layer), point.budget, rows=rows)
             store.append(*(t[:, :, :n_context] for t in keys))
             seen = read.latest[layer.number][:, :, : -(N_ROUNDS + N_WARM)]
             store.selector.observe(seen, [seen.shape[2]])

@@ -26,6 +26,7 @@ from .cache import SaapCache, SaapLayer
 from .cache_argument import given
 from .families import model_layers
 from .folders import CacheFolder
+from .in_place import put_in_place
 from .models import NOTHING, describe
 from .pace import Verify
 
@@ -253,22 +254,6 @@ def _generate(model, *arguments, **keywords):
 _forward.__name__, _generate.__name__ = "forward", "generate"
 
 
-@contextmanager
-def _put_in_place(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """While open, `function` is the method `name` of `owner`, and of no other object."""
-    before = vars(owner).get(name)
-    if getattr(before, "__func__", None) is function:
-        before = None  # a copy of an attached model brings this along
-    setattr(owner, name, types.MethodType(function, owner))
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(owner).pop(name, None)
-        else:
-            setattr(owner, name, before)
-
-
 def _own(owner: nn.Module, name: str, function: Callable) -> Callable:
     """The method of `owner` that `function` replaces."""
     before = vars(owner).get(name)  # accelerate puts one of its own there
@@ -341,9 +326,9 @@ def attached(
     try:
         with ExitStack() as opened:
             opened.enter_context(installed(model))
-            opened.enter_context(_put_in_place(decoder, "forward", _forward))
+            opened.enter_context(put_in_place(decoder, "forward", _forward))
             if verify is not None:
-                opened.enter_context(_put_in_place(model, "generate", _generate))
+                opened.enter_context(put_in_place(model, "generate", _generate))
             yield saap_model
     finally:
         del _attached[decoder]

@@ -10,9 +10,8 @@ behind.
 import functools
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from saap.stateful import stateful
 
 from . import latent
 from .families import ModelLayer, model_layers
+from .in_place import put_in_place
 from .models import attention_modules
 
 PREFIX = "saap_over_"
@@ -117,20 +117,17 @@ def installed(model: nn.Module) -> Iterator[None]:
     config = model.config.get_text_config()
     before = config._attn_implementation
     modules = attention_modules(model).values()
-    hooks = [m.register_forward_pre_hook(_keep_tables, with_kwargs=True) for m in modules]
-    expanding = [m for m in modules if latent.is_latent(m) and "expand_kv" not in vars(m)]
-    try:
-        for module in expanding:
-            module.expand_kv = types.MethodType(_expand_kv, module)
+    with ExitStack() as opened:
+        for module in modules:
+            hook = module.register_forward_pre_hook(_keep_tables, with_kwargs=True)
+            opened.callback(hook.remove)
+            own = getattr(vars(module).get("expand_kv"), "__func__", None)
+            if latent.is_latent(module) and own is not _expand_kv:  # else an outer block's
+                opened.enter_context(put_in_place(module, "expand_kv", _expand_kv))
+        opened.callback(setattr, config, "_attn_implementation", before)
         if not before.startswith(PREFIX):
             config._attn_implementation = _registered(before)
         yield
-    finally:
-        config._attn_implementation = before
-        for hook in hooks:
-            hook.remove()
-        for module in expanding:
-            vars(module).pop("expand_kv", None)
 
 
 def check_installed(model: nn.Module) -> None:

@@ -315,6 +315,10 @@ class SaapCache(Cache):
             held = zip(self.last_positions, self.lengths, strict=True)
             self.last_positions = [max(-1, p + tokens_to_remove) if n else -1 for p, n in held]
 
+    def begin_at(self, last_position: int, n_tokens: int) -> None:
+        """Its layers hold so many tokens of one sequence, which were not read by forwards."""
+        self.last_positions, self._lengths = [last_position], [n_tokens]
+
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again."""
         super().reset()

@@ -128,6 +128,9 @@ def open_context(
                     layer.store = kv_state.restored(
                         state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
                     )
+                    expected = saap_model.kv_dtype or saap_model.model.dtype
+                    if layer.store.k.dtype != expected:
+                        raise ValueError(f"k must be {expected}; got {layer.store.k.dtype}")
             except ValueError as error:
                 raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
             layer.store.prefill = fresh.prefill
@@ -142,7 +145,7 @@ def open_context(
         raise ValueError(
             f"{path}: must hold a row per token; got {len(tokens)} tokens for {cache.lengths} rows"
         )
-    cache.last_positions = [last_position(path, header, len(tokens))]
+    cache.begin_at(last_position(path, header, len(tokens)), len(tokens))
     return cache, tokens
 
 

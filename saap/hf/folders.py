@@ -169,7 +169,8 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
         raise
     folder.tokens = tensors["token_ids"]
     cache = SaapCache(layers, saap_model, folder)
-    cache.last_positions = [last_position(path, header, len(folder.tokens))]
+    n_tokens = len(folder.tokens)
+    cache.begin_at(last_position(path, header, n_tokens), n_tokens)
     return cache, folder.tokens.long()
 
 

@@ -27,12 +27,15 @@ def dim_of(config) -> int | None:
 
 
 def check_maps(module: nn.Module) -> None:
-    """ValueError for maps of latents that are not plain matrices."""
+    """ValueError for maps of latents that are not plain matrices in memory."""
     own = module.kv_b_proj
-    if type(own) is not nn.Linear or own.bias is not None or own.weight.dtype.itemsize < 2:
+    plain = type(own) is nn.Linear and own.bias is None and type(own.weight) is nn.Parameter
+    hooked = own._forward_hooks or own._forward_pre_hooks
+    replaced = "forward" in vars(own) and not hasattr(own, "_hf_hook")  # accelerate's: devices
+    if not plain or hooked or replaced or own.weight.dtype.itemsize < 2 or own.weight.is_meta:
         raise ValueError(
             "kv_b_proj, which maps latents to keys and values, must be a torch.nn.Linear without "
-            f"bias and not quantized; got {own}"
+            f"bias and hooks, in memory and not quantized; got {own}"
         )
 
 
@@ -59,7 +62,8 @@ def parted(
 
 
 def absorbed(module: nn.Module, q: Float[Tensor, "B H T Q"]) -> Float[Tensor, "B H T D"]:
-    """Queries of `joined` keys."""
+    """Queries of `joined` keys. Raises ValueError as `check_maps`."""
+    check_maps(module)  # it may have been replaced since the model was attached
     of_keys, _ = _maps(module)
     plain, rotated = q.split([module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
     return torch.cat([plain @ of_keys, rotated], -1)

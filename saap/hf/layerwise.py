@@ -49,6 +49,12 @@ class LayerStream:
                 "the layers of a model must all have keys and values of their own to be run one "
                 f"by one, as training does; got one that has those of another, layer {shared[0]}"
             )
+        alone = {id(own) for own in attention_modules(model).values()}
+        if any(id(layer) in alone for layer in self.layers):  # longcat_flash has two in a layer
+            raise ValueError(
+                "each layer of a model must have one attention to be run by itself, as training "
+                f"does; got several in a layer, {type(self.layers[0]).__name__}"
+            )
         self._returns_tuple = [False] * len(self.layers)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from saap.budget import Budget
 from saap.index.coordinates import MOST_OBSERVED
+from saap.index.rows import BucketRows
 from saap.prefill import PrefillBudget
 
 from . import latent, unsearched
@@ -45,6 +46,10 @@ class ReadContext:
         """`k_rope, v, k_derope [1, Hkv, N, D]` of a layer with full attention."""
         store, n = self.cache.layers[layer].store, self.length
         return store.k[:, :, :n], store.v[:, :, :n], self.k_derope[layer]
+
+    def new_rows(self, layer: int) -> BucketRows:
+        """For a store of this layer, which holds vectors once if the cache does."""
+        return BucketRows(same=self.cache.layers[layer].store.rows.same)
 
 
 @torch.no_grad()
@@ -143,5 +148,4 @@ def rewind(cache: SaapCache, context: ReadContext) -> None:
             layer.slots = context.length
         else:  # a window that has moved on cannot be moved back
             cache.layers[number] = copy.deepcopy(context.cache.layers[number])
-    cache.last_positions = [context.length - 1]
-    cache._lengths = [context.length]
+    cache.begin_at(context.length - 1, context.length)

@@ -160,9 +160,10 @@ class RestOfRows:
         }  # fmt: skip
         for name, own_shape in expected.items():
             own, shape = state.get(name), (batch, n_kv, *own_shape)
-            if own is None or own.shape != shape or not own.is_floating_point():
+            dtype = torch.float64 if name in RowSums.ADDED else torch.float32
+            if own is None or own.shape != shape or own.dtype != dtype:
                 found = None if own is None else (tuple(own.shape), own.dtype)
-                raise ValueError(f"{name} of the rest must be {shape}, floats; got {found}")
+                raise ValueError(f"{name} of the rest must be {shape}, {dtype}; got {found}")
             if own.isnan().any():
                 raise ValueError(f"{name} of the rest must be numbers; got NaN")
         self._sums = [
