@@ -14,6 +14,7 @@ from saap.budget import Budget
 from saap.eval.tasks.attention import LayerProblem
 from saap.hf import latent, models, options
 from saap.index import tensor_files
+from saap.index.rows import BucketRows
 from saap.methods import METHODS, find_method
 from saap.training import train
 
@@ -105,6 +106,29 @@ def test_few_rows_are_the_best_ones(model):
     best = mass.topk(int(chosen.sum())).values.sum()
     assert (mass * chosen).sum() > 0.97 * best
     assert chosen.mean() < 0.1
+
+
+def test_rows_of_one_vector_are_moved_as_those_of_two():
+    draw = torch.Generator().manual_seed(0)
+    once, twice = BucketRows(same={"v": "k"}), BucketRows()
+    for both in (once, twice):
+        both.reserve(40, torch.empty(2, 1, 0, 8), 0)
+    k = torch.randn(2, 1, 40, 8, generator=draw)
+    orders = [torch.randperm(40, generator=draw)[None] for _ in range(2)]
+    few = torch.cat([torch.arange(36), torch.tensor([37, 36, 39, 38])])[None]
+    for rows in (once, twice):
+        rows.write(slice(None), 0, (k, k), 3)
+        for b, order in enumerate(orders):
+            rows.permute(b, 0, order)
+        rows.permute(0, 0, few, 36)
+        rows.select(torch.tensor([1, 0, 1]), 40)
+        rows.reserve(200, rows.vectors["k"], 40)
+        rows.select(torch.tensor([0, 0, 1]), 40)
+    for name in ("k", "v"):
+        assert torch.equal(once.vectors[name][:, :, :40], twice.vectors[name][:, :, :40])
+    assert torch.equal(once.tokens[..., :40], twice.tokens[..., :40])
+    assert once.vectors["v"] is once.vectors["k"]
+    assert twice.nbytes - once.nbytes == once.vectors["k"].nbytes
 
 
 @torch.no_grad()
