@@ -22,6 +22,8 @@ from .conftest import random_model
 from .models_with_images import with_images
 from .test_generate import assert_same_logits, generated, logits_of, prompt
 
+pytestmark = pytest.mark.many_steps
+
 FULL = Budget(max_tokens=10_000, n_sink=4, window=8)
 WINDOWS = {"sliding_window": 24, "num_hidden_layers": 4}
 ONE_FULL = {**WINDOWS, "layer_types": ["sliding_attention", "full_attention"] * 2}

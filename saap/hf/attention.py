@@ -41,8 +41,9 @@ class LayerCall:
     `cos, sin [B, T, r]`, None without RoPE. A layer with a sliding window is never searched: its
     RoPE is left on, and where the model keeps a cache, `k_rope, v` are not the new tokens alone
     but all that the window reaches. A layer that shares another one's keys gets keys of T tokens,
-    but queries and `cos, sin` of the last of them only, or of all. `sinks [Hq]`: learned logits
-    that take part in the softmax without a value, or None.
+    but queries and `cos, sin` of the last of them only, or of all. A layer that keeps latents has
+    them as keys and values of one KV head, and queries that fit (`latent.py`). `sinks [Hq]`:
+    learned logits that take part in the softmax without a value, or None.
     """
 
     layer: int
