@@ -11,6 +11,7 @@ latents as they are. Each takes turns with transformers. Figures go to `$OUT`, e
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 import transformers
@@ -19,14 +20,16 @@ from transformers import DynamicCache
 import saap
 from saap import hf
 from saap.budget import Budget
+from saap.hf import latent
 from saap.index.coordinates import MOST_OBSERVED
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load, paired_ratio, take_turns
+from .decode import filled
 from .reports import ROOT, markdown, put_table, report_path, write
 
 COMMAND = "python -m benchmarks.latents"
-SHARE, SPARE = 0.05, 2048
+SHARE = 0.05
 STEPS_A_TURN = 8
 RANK, ROTATED = 512, 64
 
@@ -51,35 +54,31 @@ def deepseek_v2_lite_two_layers():
     return transformers.DeepseekV2ForCausalLM(config).eval()
 
 
-def filled(saap_model, layers: list, context: int):
-    """A cache of these latents, with queries to learn from."""
-    cache = saap_model.cache(capacity=context + SPARE)
-    n_heads = saap_model.model.config.num_attention_heads
-    for layer, (latent, rotated) in zip(cache.saap_layers, layers, strict=True):
-        rows = torch.cat([latent, rotated], -1)
-        layer.store.append(rows, rows, rows)
+def read(saap_model, rows: torch.Tensor, context: int):
+    """A cache whose layers hold these rows `[1, 1, N, D]`, with queries to learn from."""
+    n_layers = saap_model.model.config.num_hidden_layers
+    cache = filled(saap_model, [(rows, rows)] * n_layers, context)
+    shape = 1, saap_model.model.config.num_attention_heads, MOST_OBSERVED, rows.shape[3]
+    for layer in cache.saap_layers:
         if layer.store.selector is not None:
-            queries = torch.randn(1, n_heads, MOST_OBSERVED, RANK + ROTATED)
-            layer.store.selector.observe(queries, [MOST_OBSERVED])
-        layer.slots = context
-    cache.last_positions = [context - 1]
+            layer.store.selector.observe(torch.randn(shape), [MOST_OBSERVED])
     return cache
 
 
 @torch.no_grad()
 def measure(model, context: int, seconds: float) -> dict:
-    layers = [(torch.randn(1, 1, context, RANK), torch.randn(1, 1, context, ROTATED))] * 2
+    rows = torch.randn(1, 1, context, RANK + ROTATED)
     plain, token = DynamicCache(config=model.config), torch.tensor([[5]])
-    for number, both in enumerate(layers):
-        plain.update(*both, number)
+    for number in range(model.config.num_hidden_layers):
+        plain.update(*latent.parted(model.config, rows), number)
     ways = {"dense": None, "saap": Budget(max_tokens=round(SHARE * context))}
     record = {"context": context}
     for method, budget in ways.items():
         with saap.attached(model, budget=budget, method=method) as saap_model:
-            cache = filled(saap_model, layers, context)
+            cache = read(saap_model, rows, context)
             turns = {
-                method: [lambda: model(token, **hf.over(cache))] * STEPS_A_TURN,  # noqa: B023
-                "transformers": [lambda: model(token, **hf.over(plain))],
+                method: [partial(model, token, **hf.over(cache))] * STEPS_A_TURN,
+                "transformers": [partial(model, token, **hf.over(plain))],
             }
             spent = take_turns(turns, seconds)
             record[method] = {

@@ -47,11 +47,10 @@ class BucketRows:
         vectors: dict[str, Tensor],
         lists: Int[Tensor, "B H capacity"],
         tokens: Int[Tensor, "B H capacity"],
-        names: Sequence[str] | None = None,
         same: Mapping[str, str] | None = None,
     ) -> "BucketRows":
         """Use tensors that exist already, such as a mapped file or views, without a copy."""
-        rows = cls(names or tuple(vectors), tokens.dtype, same)
+        rows = cls((*vectors, *(same or {})), tokens.dtype, same)
         rows.vectors, rows.lists, rows.tokens = dict(vectors), lists, tokens
         rows._plain = False
         rows._name_same()

@@ -116,8 +116,6 @@ class LayerProblem:
         middle = (self.middle[1] - exact_lse).exp()
         caught = (chosen_lse - exact_lse).exp()
         rows = lengths.sum(-1).float()
-        held = 1 if store.v is store.k else 2
-        row_bytes = held * self.k_rope.shape[-1] * self.k_rope.element_size()
         visited_rows = float(rows.mean()) + self.local_rows
         choosing = store.selector.nbytes
         return {
@@ -127,7 +125,9 @@ class LayerProblem:
             "all_caught": rounded((lse - exact_lse).exp().sum(0)),
             "output_error": float(self.output_errors(out).sum()),
             "selectivity": visited_rows / (self.n_context + (self.n_queries + 1) / 2),
-            "bytes_read": visited_rows * lengths.shape[1] * row_bytes + choosing + self.rest_bytes,
+            "bytes_read": visited_rows * lengths.shape[1] * store.row_bytes
+            + choosing
+            + self.rest_bytes,
             "router_bytes": choosing,
         }
 

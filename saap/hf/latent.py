@@ -43,7 +43,7 @@ def rows_of(model: nn.Module) -> BucketRows | None:
     """Rows for a layer's store that hold a latent once, as key and as value; None of a model whose
     layers keep keys and values."""
     kept = dim_of(model.config.get_text_config()) is not None
-    return BucketRows(("k", "v"), same={"v": "k"}) if kept else None
+    return BucketRows(same={"v": "k"}) if kept else None
 
 
 def joined(

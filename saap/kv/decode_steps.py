@@ -66,11 +66,16 @@ class DecodeSteps:
 
     def bytes_read(self, lengths: list[int]) -> float:
         """Of the last step, for each sequence."""
-        k, v = self._rows.vectors["k"], self._rows.vectors["v"]
-        row_bytes = k.shape[-1] * k.element_size() * (1 if v is k else 2)
+        n_kv = self._rows.vectors["k"].shape[1]
         choosing = 0 if self._selector is None else self._selector.nbytes
         rest = 0 if self.estimated is None else self.estimated.nbytes
-        return self.ranges.rows_read(lengths, k.shape[1]) * row_bytes + choosing + rest
+        return self.ranges.rows_read(lengths, n_kv) * self.row_bytes + choosing + rest
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row's key and value; once, if these are one vector."""
+        k, v = self._rows.vectors["k"], self._rows.vectors["v"]
+        return k.shape[-1] * k.element_size() * (1 if v is k else 2)
 
     def changed(self) -> None:
         """Rows come or go, so the next step is not like the last."""

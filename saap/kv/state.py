@@ -108,7 +108,7 @@ def restored(
         )  # fmt: skip
     same = {"v": "k"} if header.get(ONE_VECTOR) else {}
     vectors = {name: tensors[name] for name in ("k", "v") if name not in same}
-    rows = BucketRows.over(vectors, lists, tokens, ("k", "v"), same)
+    rows = BucketRows.over(vectors, lists, tokens, same)
     store = KVStore(selector, budget, kv_dtype=kv_dtype, rows=rows)
     store.restore(lengths, middles, _state_of(OF_SELECTOR, tensors), _state_of(OF_REST, tensors))
     return store

@@ -208,6 +208,11 @@ class KVStore:
         return self._steps.bytes_read(self.lengths)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of one KV head: of its key and its value, once if these are the same."""
+        return self._steps.row_bytes
+
+    @property
     def rest(self) -> RestOfRows:
         """How the rows of the middle are spread, from which those that steps leave out are
         estimated."""
