@@ -43,8 +43,7 @@ def learned(context, others: list, number: int) -> dict:
         latest, k = vectors_of(other, number)
         own = MomentSums()
         for each in (own, sums):
-            each.add_queries(latest.flatten(1, 2))
-            each.add_keys(k)
+            each.add(latest.flatten(0, 1), k)
         found[name] = balanced(own.moments())
     return {**found, ALL: balanced(sums.moments())}
 

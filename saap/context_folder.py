@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
-FORMAT = tensor_files.Format("saap.ContextFolder", 3, "`save_context`")
+FORMAT = tensor_files.Format("saap.ContextFolder", 4, "`save_context`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STATE, LOCK = "context", "lock"
 

@@ -55,9 +55,21 @@ WHOLE_ZEROS = tuple((2**bits - 1) / 2 for bits in BITS)
 
 COARSE_ZEROS = (1.5, 0.5, 0.5, *(GROUPS - 3) * (0.0,))
 
-SCALE_SHIFT, SCALE_BASE = 19, (127 - 8) << 23
-"""A scale is stored as a byte b, the float32 with the bits `(b << 19) + SCALE_BASE`: four bits of
-exponent and four of mantissa, from 2**-8 to 248."""
+SCALE_SHIFT, SCALE_BASE = 18, (127 - 4) << 23
+"""A scale is stored as a byte b, the float32 with the bits `(b << 18) + SCALE_BASE`: three bits of
+exponent and five of mantissa, from 2**-4 to 15.75. Those of nearly all keys are near 1."""
+
+SIZES = (1.0, 0.7, 0.85, 1.2, 1.4)
+"""By which a key's coordinates are multiplied before they are rounded: the one that serves best.
+Beyond the last step of a quantizer errors grow, so a key with a few large coordinates is made
+smaller; its scale makes up for that."""
+
+COARSE_GAINS = (0.898, 0.638, 0.638, *(GROUPS - 3) * (0.0,))
+"""What the coarse code of a normal variable says of it: the mean of their product."""
+
+COARSE_COST = 0.05
+"""What it costs that a coarse code says more or less of a key than it does of others, beside the
+error of the whole code: the squares of both, relative, are added."""
 
 QUERY_MAX = 127
 """Queries are rounded to whole numbers of a byte, with a scale for each head."""
@@ -81,7 +93,14 @@ def _of_eight(bit: int, bits: int, group: int, place: int) -> tuple[Part, Part]:
     return tuple(Part(bit + bits * four, bits, group, four, place) for four in (0, 1))
 
 
-COARSE = (*_of_eight(0, 2, 0, 3), *_of_eight(4, 1, 1, 3), *_of_eight(6, 1, 2, 3))
+COARSE_PLACE = 3
+"""Bit of a code of groups 0 to 2 where its coarse part begins."""
+
+COARSE = (
+    *_of_eight(0, 2, 0, COARSE_PLACE),
+    *_of_eight(4, 1, 1, COARSE_PLACE),
+    *_of_eight(6, 1, 2, COARSE_PLACE),
+)
 FINE = (
     (*_of_eight(0, 3, 0, 0), Part(6, 2, 5, 0, 0)),
     (*_of_eight(0, 3, 1, 0), Part(6, 2, 5, 1, 0)),
@@ -195,23 +214,48 @@ def _stored(scale: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
 def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"]) -> Codes:
     """Code the coordinates `x` of keys; they have unit variance over all keys.
 
-    `importance`: what an error of each coordinate counts in a score. A key's own scale makes its
-    coded inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). NaN
-    counts as 0.
+    `importance`: what an error of each coordinate counts in a score. A key is rounded at each of
+    `SIZES`, and that is kept which errs least. A key's own scale makes its coded inner product
+    right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). NaN counts as 0.
     """
+    tiny = torch.finfo(torch.float32).tiny
     x = torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
     weight = importance.float()[:, :, None]
     length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
-    x = x / length.clamp(min=torch.finfo(torch.float32).tiny)
-    step, zero = (of_coordinates(t, x) for t in (WHOLE_STEPS, WHOLE_ZEROS))
-    levels = torch.minimum((x / step + zero).round().clamp(min=0), 2 * zero)
+    x = x / length.clamp(min=tiny)
     own = (x * x * weight).sum(-1)
-    match = ((levels - zero) * step * x * weight).sum(-1)
-    scale = length[..., 0] * (own / match.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=4)
-    levels = _grouped(levels.to(torch.uint8))
+    best = None
+    for size in SIZES:
+        levels, match, cost = _rounded(size * x, x, weight, own)
+        if best is None:
+            best, kept, matches = cost, levels, match
+            continue
+        better = cost < best
+        best, matches = torch.where(better, cost, best), torch.where(better, match, matches)
+        kept = torch.where(better[..., None], levels, kept)
+    scale = length[..., 0] * (own / matches.clamp(min=tiny)).clamp(max=4)
+    levels = _grouped(kept)
     coarse = _packed(levels, COARSE)
     fine = torch.cat([_packed(levels, parts) for parts in FINE], -1)
     return Codes(coarse.transpose(-1, -2).contiguous(), fine, _stored(scale))
+
+
+def _rounded(sized: Tensor, x: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+    """Codes of `sized`, uint8; the inner product of what they stand for with the key x, whose own
+    is `own`; what they cost, `COARSE_COST` included."""
+    tiny = torch.finfo(torch.float32).tiny
+    step, zero, coarse_step, coarse_zero, gain = (
+        of_coordinates(t, x)
+        for t in (WHOLE_STEPS, WHOLE_ZEROS, COARSE_STEPS, COARSE_ZEROS, COARSE_GAINS)
+    )
+    levels = torch.minimum((sized / step + zero).round().clamp(min=0), 2 * zero)
+    whole = (levels - zero) * step
+    match, square = ((whole * other * weight).sum(-1) for other in (x, whole))
+    coarse = ((levels / 2**COARSE_PLACE).floor() - coarse_zero) * coarse_step
+    said = (coarse * x * weight).sum(-1) / match.clamp(min=tiny)
+    usual = (gain * weight).sum(-1) / weight.sum(-1)
+    error = 1 - match * match / (square * own).clamp(min=tiny)
+    return levels.to(torch.uint8), match, error + COARSE_COST * (said / usual - 1) ** 2
 
 
 def decode(codes: Codes) -> Float[Tensor, "B Hkv n P"]:

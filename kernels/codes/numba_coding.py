@@ -24,12 +24,18 @@ from saap.kernels.cpu.memory import (
 from .layout import (
     BYTES,
     COARSE,
+    COARSE_COST,
+    COARSE_GAINS,
+    COARSE_PLACE,
+    COARSE_STEPS,
+    COARSE_ZEROS,
     FINE,
     FINE_PLANES,
     GROUPS,
     PER_WORD,
     SCALE_BASE,
     SCALE_SHIFT,
+    SIZES,
     WHOLE_STEPS,
     WHOLE_ZEROS,
     Codes,
@@ -48,7 +54,11 @@ _Job, _SIGNATURE = job_type(_FIELDS, ("unused",))
 _AT_ONCE = 256  # rows of a task
 _LARGEST_CORRECTION = np.float32(4.0)  # of a key's scale
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
-_STEPS, _ZEROS = np.array(WHOLE_STEPS, "f4"), np.array(WHOLE_ZEROS, "f4")
+_SIZES, _COST = np.array(SIZES, "f4"), np.float32(COARSE_COST)
+_STEPS, _ZEROS, _COARSE_STEPS, _COARSE_ZEROS, _GAINS = (
+    np.array(own, "f4")
+    for own in (WHOLE_STEPS, WHOLE_ZEROS, COARSE_STEPS, COARSE_ZEROS, COARSE_GAINS)
+)
 # Of each part: plane, bit, bits, group, four, place.
 _PARTS = np.array(
     [(plane, *part) for plane, parts in enumerate((COARSE, *FINE)) for part in parts], "i4"
@@ -90,7 +100,7 @@ def _work(jobs):
     counters = jobs.ctypes.data
     per_head = (job.rows + _AT_ONCE - 1) // _AT_ONCE
     own = np.empty(job.coordinates, np.float32)
-    levels = np.empty(job.coordinates, np.int32)
+    levels, kept = np.empty((2, job.coordinates), np.int32)
     while True:
         task = fetch_increment(counters + _NEXT_TASK)
         if task >= job.heads * per_head:
@@ -101,42 +111,70 @@ def _work(jobs):
         for row in range(first, min(first + _AT_ONCE, job.rows)):
             x = carray(float32_pointer(job.x + head * job.x_head + 4 * row * job.coordinates),
                        job.coordinates)  # fmt: skip
-            scale = _levels(x, weight, own, levels)
+            scale = _levels(x, weight, own, levels, kept)
             stored = carray(uint8_pointer(job.scale + head * job.scale_head), job.rows)
             stored[row] = scale
             coarse = job.coarse + head * job.coarse_head + 4 * row
-            _pack(levels, job.coordinates, coarse, job.coarse_plane,
+            _pack(kept, job.coordinates, coarse, job.coarse_plane,
                   job.fine + head * job.fine_head + row * job.fine_row)  # fmt: skip
 
 
 @_njit
-def _levels(x, weight, own, levels):
-    """Codes of a key's coordinates, and the byte of its scale."""
+def _levels(x, weight, own, levels, kept):
+    """Codes of a key's coordinates, to `kept`, and the byte of its scale."""
     n = len(x)
-    squares, total = np.float32(0.0), np.float32(0.0)
-    for d in range(n):
-        value = x[d] if abs(x[d]) < np.inf else np.float32(0.0)  # NaN, too
-        own[d] = value
-        squares += value * value * weight[d]
-        total += weight[d]
+    size = n // GROUPS
+    squares, total, usual = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for group in range(GROUPS):
+        for d in range(group * size, (group + 1) * size):
+            value = x[d] if abs(x[d]) < np.inf else np.float32(0.0)  # NaN, too
+            own[d] = value
+            squares += value * value * weight[d]
+            total += weight[d]
+            usual += _GAINS[group] * weight[d]
     length = np.float32(np.sqrt(squares / total))
     divisor = max(length, _TINY)
-    squares, match = np.float32(0.0), np.float32(0.0)
-    size = n // GROUPS
-    for group in range(GROUPS):
-        step, zero = _STEPS[group], _ZEROS[group]
-        most = zero + zero
-        for d in range(group * size, (group + 1) * size):
-            value = own[d] / divisor
-            level = nearest(min(max(value / step + zero, np.float32(0.0)), most))
-            levels[d] = np.int32(level)
-            squares += value * value * weight[d]
-            match += (level - zero) * step * value * weight[d]
-    correction = squares / max(match, _TINY)
+    squares = np.float32(0.0)
+    for d in range(n):
+        own[d] /= divisor
+        squares += own[d] * own[d] * weight[d]
+    best, best_match = np.float32(0.0), np.float32(0.0)
+    for i in range(len(_SIZES)):
+        match, cost = _round(own, weight, _SIZES[i], squares, usual / total, levels)
+        if i == 0 or cost < best:
+            best, best_match = cost, match
+            for d in range(n):
+                kept[d] = levels[d]
+    correction = squares / max(best_match, _TINY)
     scale = length * min(correction, _LARGEST_CORRECTION)
     bits = np.int64(np.float32(scale).view(np.int32))
     byte = (bits + (1 << (SCALE_SHIFT - 1)) - SCALE_BASE) >> SCALE_SHIFT
     return np.uint8(min(max(byte, 0), 255))
+
+
+@_njit
+def _round(own, weight, multiple, squares, usual, levels):
+    """Codes of a key at one of `SIZES`; its inner product with what they stand for; their cost."""
+    size = len(own) // GROUPS
+    match, norm, said = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for group in range(GROUPS):
+        step, zero = _STEPS[group], _ZEROS[group]
+        most = zero + zero
+        for d in range(group * size, (group + 1) * size):
+            level = own[d] * multiple / step + zero
+            level = nearest(min(max(level, np.float32(0.0)), most))
+            levels[d] = np.int32(level)
+            stands_for = (level - zero) * step
+            match += stands_for * own[d] * weight[d]
+            norm += stands_for * stands_for * weight[d]
+        if _COARSE_STEPS[group] == 0:
+            continue
+        for d in range(group * size, (group + 1) * size):
+            coarse = np.float32(levels[d] >> COARSE_PLACE) - _COARSE_ZEROS[group]
+            said += coarse * _COARSE_STEPS[group] * own[d] * weight[d]
+    error = np.float32(1.0) - match * match / max(norm * squares, _TINY)
+    apart = said / max(match, _TINY) / usual - np.float32(1.0)
+    return match, error + _COST * apart * apart
 
 
 @_njit

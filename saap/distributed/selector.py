@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.index.coordinates import AT_ONCE, MOST_OBSERVED, RecentQueries, balanced
+from saap.index.coordinates import Sums, Toward
 from saap.kernels.codes import coarse_scores, codes_of_rows, weigh_rows
-from saap.methods.saap import GROWTH, SaapSelector, as_coded
+from saap.methods.saap import GROWTH, SaapSelector
 from saap.selector import Middle, Ranges
 
 from .choice import among_largest
@@ -48,26 +48,20 @@ class SplitSelector(SaapSelector):
         """
         if self.trained is not None or n < GROWTH * self.learned_from.get(0, 0):
             return
-        if 0 not in self.learned:
-            queries = torch.cat(self.observed.pop(0), 1)[:, -MOST_OBSERVED:]
-            self.recent[0] = RecentQueries(n_kv)
-            self.recent[0].add(queries)
-        sums = self.recent[0].without_keys()
-        if middle is not None:
-            for own in middle.parts_of(0, AT_ONCE):
-                sums.add_keys(own)
-        dim = sums.queries.shape[-1]
-        flat = torch.zeros(n_kv * dim * (dim + 1) + 1, dtype=torch.float64)
-        keys, total = flat[:-1].view(n_kv, dim, dim + 1).split((dim, 1), -1)
-        if sums.n_keys:
-            keys.copy_(sums.keys)
-            total.copy_(sums.sum[..., None])
-            flat[-1] = sums.n_keys
-        self.group.add(flat.to(sums.queries.device))
-        sums.keys, sums.sum, sums.n_keys = keys, total[..., 0], float(flat[-1])
-        self.learned[0], self.learned_from[0] = as_coded(balanced(sums.moments())), n
+        self._learn_from(0, n, functools.partial(self._sums_over_ranks, middle, n_kv), None)
         self.n_coded = []
         self._put_together(1)
+
+    def _sums_over_ranks(self, middle: Middle | None, n_kv: int, toward: Toward | None) -> Sums:
+        if middle is not None:
+            sums = self.sums_of_keys(middle, 0, toward)
+        else:
+            like = self.recent[0].keys if 0 in self.recent else self.observed[0][0]
+            sums = Sums.zeros(n_kv, like.shape[-1], like.device)
+        flat = self.group.add(torch.cat([part.flatten() for part in sums.parts]))
+        each = flat.split([part.numel() for part in sums.parts])
+        shapes = [part.shape for part in sums.parts]
+        return Sums(*(own.view(shape) for own, shape in zip(each, shapes, strict=True)))
 
     def select_together(
         self, q_rope: Tensor, middle: Middle | None, n: int, budget: Budget, impl: str | None

@@ -8,6 +8,8 @@ inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). 
 A KV group adds its heads' softmax over the candidates.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,10 @@ from saap.index.coordinates import (
     AT_ONCE,
     MOST_OBSERVED,
     Coordinates,
+    Moments,
     RecentQueries,
+    Sums,
+    Toward,
     balanced,
 )
 from saap.kernels.codes import (
@@ -195,23 +200,46 @@ class SaapSelector(Selector):
                 self.learned_from[b] = min(self.learned_from[b], n)
             if n < GROWTH * self.learned_from.get(b, 0):
                 continue
-            if b not in self.learned:
-                if b in self.observed:
-                    queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
-                else:  # where tokens came with no queries the latest keys stand in for them
-                    queries = middle.keys_of(b, max(0, n - MOST_OBSERVED), n)
-                self.recent[b] = RecentQueries(middle.n_kv)
-                self.recent[b].add(queries)
-            sums = self.recent[b].without_keys()
-            for keys in middle.parts_of(b, AT_ONCE):
-                sums.add_keys(keys)
-            self.learned[b] = as_coded(balanced(sums.moments()))
-            self.learned_from[b] = n
+            self._learn_from(
+                b,
+                n,
+                functools.partial(self.sums_of_keys, middle, b),
+                functools.partial(middle.keys_of, b, max(0, n - MOST_OBSERVED), n),
+            )
             if b < len(self.n_coded):
                 self.n_coded[b] = 0
             again = True
         if again or self.coordinates is None:
             self._put_together(len(middle.n_rows))
+
+    def _learn_from(
+        self,
+        b: int,
+        n: int,
+        sums_of_keys: Callable[[Toward | None], Sums],
+        latest_keys: Callable[[], Tensor],
+    ) -> None:
+        """Coordinates of a sequence's n keys."""
+        every = sums_of_keys(None)
+        if b not in self.learned:
+            if b in self.observed:
+                queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
+            else:  # where tokens came with no queries the latest keys stand in for them
+                queries = latest_keys()
+            self.recent[b] = RecentQueries(every.about_mean)
+            self.recent[b].add(queries)
+        self.recent[b].keys = every.about_mean
+        queries = self.recent[b].sums
+        keys = sums_of_keys(Toward.of(queries, every))
+        self.learned[b] = as_coded(balanced(Moments.of_sums(queries, keys)))
+        self.learned_from[b] = n
+
+    @staticmethod
+    def sums_of_keys(middle: Middle, b: int, toward: Toward | None) -> Sums:
+        sums = Sums.zeros(middle.n_kv, middle.dim, middle.device)
+        for keys in middle.parts_of(b, AT_ONCE):
+            sums += Sums.of(keys, toward)
+        return sums
 
     def _put_together(self, batch: int) -> None:
         known = next(iter(self.learned.values()))
@@ -228,11 +256,15 @@ class SaapSelector(Selector):
         if self.trained is None:
             batch = range(len(self.n_coded))
             n_kv, _, dim = self.coordinates.of_queries.shape[1:]
-            none = torch.zeros(n_kv, dim, dim), 0.0
-            sums = [self.recent[b].state() if b in self.recent else none for b in batch]
+            nothing = torch.zeros(n_kv, dim, dim)
+            none = RecentQueries(nothing, Sums.zeros(n_kv, dim))
+            recent = [self.recent.get(b, none) for b in batch]
+            sums = [own.sums for own in recent]
             kept = {
-                "queries": torch.stack([sum_ for sum_, _ in sums]),
-                "n_queries": torch.tensor([count for _, count in sums]),
+                "query_products": torch.stack([own.products for own in sums]).float(),
+                "query_sum": torch.stack([own.total for own in sums]).float(),
+                "n_queries": torch.stack([own.count for own in sums]).float(),
+                "key_covariance": torch.stack([own.keys for own in recent]).float(),
                 "learned_from": torch.tensor(
                     [min(self.learned_from.get(b, 0), self.n_coded[b]) for b in batch],
                     dtype=torch.int32,
@@ -253,8 +285,10 @@ class SaapSelector(Selector):
         }
         if self.trained is None:
             expected |= {
-                "queries": ((batch, n_kv, dim, dim), torch.float32),
-                "n_queries": ((batch,), torch.float32),
+                "query_products": ((batch, n_kv, dim, dim), torch.float32),
+                "query_sum": ((batch, n_kv, dim), torch.float32),
+                "n_queries": ((batch, n_kv), torch.float32),
+                "key_covariance": ((batch, n_kv, dim, dim), torch.float32),
                 "learned_from": ((batch,), torch.int32),
             }
         for name, (shape, dtype) in expected.items():
@@ -272,7 +306,7 @@ class SaapSelector(Selector):
         self.n_coded = list(middle.n_rows)
 
     def _restore_learned(self, state: dict[str, Tensor], middle: Middle) -> None:
-        counts = state["n_queries"].tolist()
+        counts = state["n_queries"]
         for b, rows in enumerate(state["learned_from"].tolist()):
             if not 0 <= rows <= middle.n_rows[b]:
                 raise ValueError(
@@ -280,11 +314,13 @@ class SaapSelector(Selector):
                 )
             if not rows:  # too short to have learned anything
                 continue
-            if not counts[b] > 0:
-                raise ValueError(f"n_queries of the codes must be above 0; got {counts[b]}")
+            if not (counts[b] > 0).all():
+                least = float(counts[b].min())
+                raise ValueError(f"n_queries of the codes must be above 0; got {least}")
             self.learned[b], self.learned_from[b] = self.coordinates.of_sequence(b), rows
-            sums = state["queries"][b].double()
-            self.recent[b] = RecentQueries(middle.n_kv, sums, counts[b])
+            names = ("n_queries", "query_sum", "query_products")
+            sums = Sums(*(state[name][b].double() for name in names))
+            self.recent[b] = RecentQueries(state["key_covariance"][b].double(), sums)
 
     def _reserve(self, middle: Middle) -> None:
         batch, n = len(middle.n_rows), max(middle.n_rows)

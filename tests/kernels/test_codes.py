@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap.kernels.codes import Codes, QueryMap, decode, encode, select_rows
+from saap.kernels.codes import Codes, QueryMap, decode, encode, layout, select_rows
 from saap.kernels.codes import numba as numba_backend
 from saap.kernels.cpu import functions
 
@@ -48,11 +48,30 @@ def test_inner_products_are_right_in_the_mean():
     assert float((weighed / own).mean()) == pytest.approx(1.0, abs=0.01)
 
 
+def test_the_size_that_errs_least_is_kept(monkeypatch):
+    """Above all where a key has a few large coordinates, beyond a quantizer's last step."""
+    x, importance = random(1, 2, 2000, 64), torch.linspace(2.0, 0.1, 64).expand(1, 2, -1)
+    x = x * (1 + 2 * (random(1, 2, 2000, 64, seed=7) > 1.5))
+
+    def error():
+        found = decode(encode(x, importance))
+        return ((found - x).square() * importance[:, :, None]).sum(-1)
+
+    best = error()
+    each = []
+    for size in layout.SIZES:
+        monkeypatch.setattr(layout, "SIZES", (size,))
+        each.append(error())
+    least = torch.stack(each).amin(0)
+    assert float(best.sum()) < 1.1 * float(least.sum())  # what coarse codes say counts, too
+    assert float(best.sum()) < 0.7 * float(each[0].sum())
+
+
 def test_zero_and_nan_keys_are_coded():
     x, _, importance = coded(n=8)
     x[0, 0, 3], x[0, 0, 4], x[0, 0, 5, 7] = 0.0, torch.nan, torch.inf
     found = decode(encode(x, importance))
-    assert (found[0, 0, 3:5].abs() < 0.01).all()
+    assert (found[0, 0, 3:5].abs() < 0.06).all()  # a sign, by the least scale
     assert found.isfinite().all()
 
 
