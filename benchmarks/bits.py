@@ -6,7 +6,8 @@ Queries and keys of a text that was read densely; the last tokens each choose 5 
 sinks and window counted in. Each way has bits and steps for each eighth of the coordinates, and
 bits of them that the coarse code has. Told is the attention that is found, over that of the same
 number of rows by true weights; and how many choices (a KV head of a layer, at one token) lose more
-than a tenth of it. Queries are not rounded here. Figures go to `$OUT`, else to
+than a tenth of it. Queries are not rounded here. Each key is rounded at one size and has an exact
+scale, but for those of `saap`, which are coded as it does. Figures go to `$OUT`, else to
 `benchmarks/results/<device>/bits.json`, and then into `docs/routing.md`.
 """
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from saap import hf
-from saap.index.coordinates import Moments, balanced
+from saap.index.coordinates import balanced
+from saap.index.moments import Moments, Sums
+from saap.kernels.codes import encode, layout
 from saap.kernels.codes.layout import BITS, SIGN, WHOLE_STEPS
 
 from . import reuse
@@ -41,7 +44,12 @@ class Way:
     bits: tuple[int, ...]
     coarse: tuple[int, ...]
     candidates: int
-    narrow: bool
+    narrow: bool = True
+    sized: bool = False
+    """Coded as `saap` does: each key at the size that serves best."""
+
+    weighed: bool = True
+    """Coordinates are learned as `saap` does; else every key and query counts as it is."""
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -57,21 +65,28 @@ class Way:
         return sum(self.coarse) + 1, sum(self.bits) + 1
 
 
+FORMERLY = {"narrow": False, "weighed": False}
+OF_SAAP = {"bits": BITS, "coarse": OF_5_BYTES}
 WAYS = (
-    Way("the former", FORMER, OF_9_BYTES, 512, False),
-    Way("the former", FORMER, OF_9_BYTES, 768, False),
-    Way("the former bits", FORMER, OF_5_BYTES, 1024, False),
-    Way("those of `saap`, wide steps", BITS, OF_5_BYTES, 1024, False),
-    Way("`saap`", BITS, OF_5_BYTES, 512, True),
-    Way("`saap`", BITS, OF_5_BYTES, 768, True),
-    Way("`saap`", BITS, OF_5_BYTES, 1024, True),
-    Way("`saap`", BITS, OF_5_BYTES, 10**6, True),
-    Way("without the last quarter", SHORT, OF_5_BYTES, 1024, True),
+    Way("the former", FORMER, OF_9_BYTES, 512, **FORMERLY),
+    Way("the former", FORMER, OF_9_BYTES, 768, **FORMERLY),
+    Way("the former bits", FORMER, OF_5_BYTES, 1024, **FORMERLY),
+    Way("those of `saap`, wide steps", **OF_SAAP, candidates=1024, **FORMERLY),
+    Way("narrow steps", **OF_SAAP, candidates=1024, weighed=False),
+    Way("the same without the last quarter", SHORT, OF_5_BYTES, 1024, weighed=False),
+    Way("at the best size", **OF_SAAP, candidates=1024, sized=True, weighed=False),
+    Way("`saap`: keys and queries weighed", **OF_SAAP, candidates=1024, sized=True),
+    Way("`saap`", **OF_SAAP, candidates=512, sized=True),
+    Way("`saap`", **OF_SAAP, candidates=768, sized=True),
+    Way("`saap`", **OF_SAAP, candidates=10**6, sized=True),
 )
 
 
 def decoded(x: Tensor, importance: Tensor, way: Way) -> tuple[Tensor, Tensor]:
     """What the whole and the coarse codes of keys `x [H, n, P]` stand for."""
+    if way.sized:
+        codes = encode(x[None], importance[None])
+        return layout.decode(codes)[0], layout.decode_coarse(codes)[0]
     weight = importance[:, None]
     length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
     x = x / length
@@ -105,12 +120,16 @@ def measure(context, layers: list, count: int) -> dict[int, list[float]]:
     for info in layers:
         latest, k = reuse.vectors_of(context, info.number)
         n = k.shape[1]
-        own = balanced(Moments.of(latest.flatten(1, 2), k))
         q, middle = latest[:, :, -N_JUDGED:], slice(N_SINK, n - WINDOW - N_JUDGED)
+        learned = {
+            True: balanced(Moments.of(latest.flatten(1, 2), k)),
+            False: balanced(Moments.of_sums(Sums.of(latest.flatten(1, 2)), Sums.of(k))),
+        }
         mass = reuse.mass_of(q, k, info.sm_scale)[..., middle]
         best = mass.topk(count, -1).values.sum(-1)
-        x, coded = own.keys(k[None])[0], q @ own.of_queries[0, :, None].mT * info.sm_scale
         for number, way in enumerate(WAYS):
+            own = learned[way.weighed]
+            x, coded = own.keys(k[None])[0], q @ own.of_queries[0, :, None].mT * info.sm_scale
             whole, coarse = (
                 (coded @ t[:, None].mT)[..., middle] for t in decoded(x, own.importance[0], way)
             )

@@ -13,7 +13,8 @@ go to `$OUT`, else to `benchmarks/results/<device>/domains.json`, and then into
 import argparse
 
 from saap import hf
-from saap.index.coordinates import MomentSums, balanced
+from saap.index.coordinates import balanced
+from saap.index.moments import MomentSums
 from saap.methods.saap import SaapSearch
 
 from .cpu import cpu_name, environment

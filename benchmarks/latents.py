@@ -21,7 +21,7 @@ import saap
 from saap import hf
 from saap.budget import Budget
 from saap.hf import latent
-from saap.index.coordinates import MOST_OBSERVED
+from saap.index.moments import MOST_OBSERVED
 
 from .cpu import cpu_name, environment
 from .cpu_timing import load, paired_ratio, take_turns

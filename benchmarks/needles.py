@@ -18,7 +18,8 @@ from torch import Tensor
 from saap import hf
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
-from saap.index.coordinates import Moments, balanced
+from saap.index.coordinates import balanced
+from saap.index.moments import Moments
 from saap.kernels.codes import encode, layout
 from saap.methods.saap import as_coded
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from saap import hf
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
-from saap.index.coordinates import Coordinates, Moments, balanced
-from saap.kernels.codes import layout
+from saap.index.coordinates import Coordinates, balanced
+from saap.index.moments import Moments
+from saap.kernels.codes import encode, layout
 from saap.methods.saap import SaapSearch, as_coded
 
 from .cpu import cpu_name, environment
@@ -82,7 +83,7 @@ def layer_of(context, info, own: Coordinates | None = None) -> Layer:
     if own is None:
         own = balanced(Moments.of(latest.flatten(1, 2), k))
     own = as_coded(own)
-    codes = layout.encode(own.keys(k[None]), own.importance)
+    codes = encode(own.keys(k[None]), own.importance)
     q = latest[:, :, -tokens:]
     middle = slice(N_SINK, n - WINDOW - tokens)
     coded = q @ own.of_queries[0, :, None].mT * info.sm_scale

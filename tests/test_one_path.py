@@ -15,7 +15,8 @@ from saap import hf
 from saap.budget import Budget
 from saap.eval.decoding import decoder
 from saap.eval.tasks.attention import LayerProblem
-from saap.index.coordinates import Moments, balanced
+from saap.index.coordinates import balanced
+from saap.index.moments import Moments
 from saap.methods import METHODS, find_method
 from saap.methods.saap import SaapSelector
 

@@ -10,16 +10,8 @@ import torch
 import saap
 from saap import hf
 from saap.budget import Budget
-from saap.index.coordinates import (
-    SHARPNESS,
-    Moments,
-    MomentSums,
-    RecentQueries,
-    Sums,
-    Toward,
-    alike,
-    balanced,
-)
+from saap.index.coordinates import balanced
+from saap.index.moments import SHARPNESS, Moments, MomentSums, RecentQueries, Sums, Toward, alike
 from saap.kernels.codes import coordinates_for
 from saap.kv import KVStore
 from saap.methods import find_method

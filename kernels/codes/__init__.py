@@ -1,8 +1,8 @@
 """Coded keys and the rows that they choose: `api` is public, the other modules implement it."""
 
 from .api import PreparedChoice, select_rows
-from .coding import encode_rows
-from .layout import Codes, candidates_of, coordinates_for, decode, encode
+from .coding import encode, encode_rows
+from .layout import Codes, candidates_of, coordinates_for, decode
 from .query_map import QueryMap
 from .weights import coarse_scores, codes_of_rows, weigh_rows
 

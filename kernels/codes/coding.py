@@ -1,12 +1,99 @@
-"""Codes of keys, written where the rows of a context keep theirs."""
+"""From coordinates of keys to codes, written where the rows of a context keep theirs."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from saap.kernels.backends import installed
 
-from .layout import Codes, encode
+from .layout import (
+    COARSE,
+    COARSE_PLACE,
+    COARSE_STEPS,
+    COARSE_ZEROS,
+    FINE,
+    GROUPS,
+    SCALE_BASE,
+    SCALE_SHIFT,
+    WHOLE_STEPS,
+    WHOLE_ZEROS,
+    Codes,
+    grouped,
+    of_coordinates,
+)
+
+SIZES = (1.0, 0.7, 0.85, 1.2, 1.4)
+"""By which a key's coordinates are multiplied before they are rounded: the one that serves best.
+Beyond the last step of a quantizer errors grow, so a key with a few large coordinates is made
+smaller; its scale makes up for that."""
+
+COARSE_GAINS = (0.898, 0.638, 0.638, *(GROUPS - 3) * (0.0,))
+"""What the coarse code of a normal variable says of it: the mean of their product."""
+
+COARSE_COST = 0.05
+"""What it costs that a coarse code says more or less of a key than it does of others, beside the
+error of the whole code: the squares of both, relative, are added."""
+
+
+def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"]) -> Codes:
+    """Code the coordinates `x` of keys; they have unit variance over all keys.
+
+    `importance`: what an error of each coordinate counts in a score. A key is rounded at each of
+    `SIZES`, and that is kept which errs least. A key's own scale makes its coded inner product
+    right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). NaN counts as 0.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    weight = importance.float()[:, :, None]
+    length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
+    x = x / length.clamp(min=tiny)
+    own = (x * x * weight).sum(-1)
+    best = None
+    for size in SIZES:
+        levels, match, cost = _rounded(size * x, x, weight, own)
+        if best is None:
+            best, kept, matches = cost, levels, match
+            continue
+        better = cost < best
+        best, matches = torch.where(better, cost, best), torch.where(better, match, matches)
+        kept = torch.where(better[..., None], levels, kept)
+    scale = length[..., 0] * (own / matches.clamp(min=tiny)).clamp(max=4)
+    levels = grouped(kept)
+    coarse = _packed(levels, COARSE)
+    fine = torch.cat([_packed(levels, parts) for parts in FINE], -1)
+    return Codes(coarse.transpose(-1, -2).contiguous(), fine, _stored(scale))
+
+
+def _rounded(sized: Tensor, x: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, ...]:
+    """Codes of `sized`, uint8; the inner product of what they stand for with the key x, whose own
+    is `own`; what they cost, `COARSE_COST` included."""
+    tiny = torch.finfo(torch.float32).tiny
+    step, zero, coarse_step, coarse_zero, gain = (
+        of_coordinates(t, x)
+        for t in (WHOLE_STEPS, WHOLE_ZEROS, COARSE_STEPS, COARSE_ZEROS, COARSE_GAINS)
+    )
+    levels = torch.minimum((sized / step + zero).round().clamp(min=0), 2 * zero)
+    whole = (levels - zero) * step
+    match, square = ((whole * other * weight).sum(-1) for other in (x, whole))
+    coarse = ((levels / 2**COARSE_PLACE).floor() - coarse_zero) * coarse_step
+    said = (coarse * x * weight).sum(-1) / match.clamp(min=tiny)
+    usual = (gain * weight).sum(-1) / weight.sum(-1)
+    error = 1 - match * match / (square * own).clamp(min=tiny)
+    return levels.to(torch.uint8), match, error + COARSE_COST * (said / usual - 1) ** 2
+
+
+def _stored(scale: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
+    half = 1 << (SCALE_SHIFT - 1)
+    bits = (scale.contiguous().view(torch.int32) + half - SCALE_BASE) >> SCALE_SHIFT
+    return bits.clamp(0, 255).to(torch.uint8)
+
+
+def _packed(levels: UInt8[Tensor, "*any 8 words 2 4"], parts) -> Int32[Tensor, "*any words"]:
+    packed = torch.zeros_like(levels[..., 0, :, 0, :])
+    for part in parts:
+        own = levels[..., part.group, :, part.four, :]
+        packed |= (own >> part.place & part.mask) << part.bit
+    return packed.view(torch.int32)[..., 0]
 
 
 def encode_rows(

@@ -59,18 +59,6 @@ SCALE_SHIFT, SCALE_BASE = 18, (127 - 4) << 23
 """A scale is stored as a byte b, the float32 with the bits `(b << 18) + SCALE_BASE`: three bits of
 exponent and five of mantissa, from 2**-4 to 15.75. Those of nearly all keys are near 1."""
 
-SIZES = (1.0, 0.7, 0.85, 1.2, 1.4)
-"""By which a key's coordinates are multiplied before they are rounded: the one that serves best.
-Beyond the last step of a quantizer errors grow, so a key with a few large coordinates is made
-smaller; its scale makes up for that."""
-
-COARSE_GAINS = (0.898, 0.638, 0.638, *(GROUPS - 3) * (0.0,))
-"""What the coarse code of a normal variable says of it: the mean of their product."""
-
-COARSE_COST = 0.05
-"""What it costs that a coarse code says more or less of a key than it does of others, beside the
-error of the whole code: the squares of both, relative, are added."""
-
 QUERY_MAX = 127
 """Queries are rounded to whole numbers of a byte, with a scale for each head."""
 
@@ -205,59 +193,6 @@ def scales_of(stored: UInt8[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return ((stored.int() << SCALE_SHIFT) + SCALE_BASE).view(torch.float32)
 
 
-def _stored(scale: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
-    half = 1 << (SCALE_SHIFT - 1)
-    bits = (scale.contiguous().view(torch.int32) + half - SCALE_BASE) >> SCALE_SHIFT
-    return bits.clamp(0, 255).to(torch.uint8)
-
-
-def encode(x: Float[Tensor, "B Hkv n P"], importance: Float[Tensor, "#B Hkv P"]) -> Codes:
-    """Code the coordinates `x` of keys; they have unit variance over all keys.
-
-    `importance`: what an error of each coordinate counts in a score. A key is rounded at each of
-    `SIZES`, and that is kept which errs least. A key's own scale makes its coded inner product
-    right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). NaN counts as 0.
-    """
-    tiny = torch.finfo(torch.float32).tiny
-    x = torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
-    weight = importance.float()[:, :, None]
-    length = ((x * x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)).sqrt()
-    x = x / length.clamp(min=tiny)
-    own = (x * x * weight).sum(-1)
-    best = None
-    for size in SIZES:
-        levels, match, cost = _rounded(size * x, x, weight, own)
-        if best is None:
-            best, kept, matches = cost, levels, match
-            continue
-        better = cost < best
-        best, matches = torch.where(better, cost, best), torch.where(better, match, matches)
-        kept = torch.where(better[..., None], levels, kept)
-    scale = length[..., 0] * (own / matches.clamp(min=tiny)).clamp(max=4)
-    levels = _grouped(kept)
-    coarse = _packed(levels, COARSE)
-    fine = torch.cat([_packed(levels, parts) for parts in FINE], -1)
-    return Codes(coarse.transpose(-1, -2).contiguous(), fine, _stored(scale))
-
-
-def _rounded(sized: Tensor, x: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, ...]:
-    """Codes of `sized`, uint8; the inner product of what they stand for with the key x, whose own
-    is `own`; what they cost, `COARSE_COST` included."""
-    tiny = torch.finfo(torch.float32).tiny
-    step, zero, coarse_step, coarse_zero, gain = (
-        of_coordinates(t, x)
-        for t in (WHOLE_STEPS, WHOLE_ZEROS, COARSE_STEPS, COARSE_ZEROS, COARSE_GAINS)
-    )
-    levels = torch.minimum((sized / step + zero).round().clamp(min=0), 2 * zero)
-    whole = (levels - zero) * step
-    match, square = ((whole * other * weight).sum(-1) for other in (x, whole))
-    coarse = ((levels / 2**COARSE_PLACE).floor() - coarse_zero) * coarse_step
-    said = (coarse * x * weight).sum(-1) / match.clamp(min=tiny)
-    usual = (gain * weight).sum(-1) / weight.sum(-1)
-    error = 1 - match * match / (square * own).clamp(min=tiny)
-    return levels.to(torch.uint8), match, error + COARSE_COST * (said / usual - 1) ** 2
-
-
 def decode(codes: Codes) -> Float[Tensor, "B Hkv n P"]:
     """The coordinates that the codes stand for."""
     fine = codes.fine.chunk(FINE_PLANES, -1)
@@ -284,22 +219,14 @@ def _coordinates(codes: Codes, levels: Tensor, steps: tuple, zeros: tuple) -> Te
     return (levels - zero) * step * scales_of(codes.scale)[..., None]
 
 
-def _grouped(levels: Int[Tensor, "*any P"]) -> Int[Tensor, "*any 8 words 2 4"]:
+def grouped(levels: Int[Tensor, "*any P"]) -> Int[Tensor, "*any 8 words 2 4"]:
     return levels.unflatten(-1, (GROUPS, -1, PER_WORD // BYTES, BYTES))
-
-
-def _packed(levels: UInt8[Tensor, "*any 8 words 2 4"], parts) -> Int32[Tensor, "*any words"]:
-    packed = torch.zeros_like(levels[..., 0, :, 0, :])
-    for part in parts:
-        own = levels[..., part.group, :, part.four, :]
-        packed |= (own >> part.place & part.mask) << part.bit
-    return packed.view(torch.int32)[..., 0]
 
 
 def _levels(words: list[tuple[Int32[Tensor, "*any words"], tuple]]) -> Int32[Tensor, "*any P"]:
     """Codes of all coordinates, of which each of the words has its parts."""
     shape = *words[0][0].shape[:-1], CODED * words[0][0].shape[-1]
-    levels = _grouped(torch.zeros(shape, dtype=torch.int32, device=words[0][0].device))
+    levels = grouped(torch.zeros(shape, dtype=torch.int32, device=words[0][0].device))
     byte = 8 * torch.arange(BYTES, dtype=torch.int32, device=levels.device)
     for own, parts in words:
         for part in parts:

@@ -1,4 +1,4 @@
-"""`layout.encode` on a CPU, a key at a time: as fast for the few that join a context's middle at
+"""`coding.encode` on a CPU, a key at a time: as fast for the few that join a context's middle at
 a time as for all of a prompt."""
 
 import ctypes
@@ -21,11 +21,10 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
+from .coding import COARSE_COST, COARSE_GAINS, SIZES
 from .layout import (
     BYTES,
     COARSE,
-    COARSE_COST,
-    COARSE_GAINS,
     COARSE_PLACE,
     COARSE_STEPS,
     COARSE_ZEROS,
@@ -35,7 +34,6 @@ from .layout import (
     PER_WORD,
     SCALE_BASE,
     SCALE_SHIFT,
-    SIZES,
     WHOLE_STEPS,
     WHOLE_ZEROS,
     Codes,

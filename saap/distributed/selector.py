@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.index.coordinates import Sums, Toward
+from saap.index.moments import Sums, Toward
 from saap.kernels.codes import coarse_scores, codes_of_rows, weigh_rows
 from saap.methods.saap import GROWTH, SaapSelector
 from saap.selector import Middle, Ranges

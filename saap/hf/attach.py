@@ -13,7 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from saap.budget import Budget
 from saap.distributed import Group, SplitStore
-from saap.index.coordinates import MOST_OBSERVED
+from saap.index.moments import MOST_OBSERVED
 from saap.kv import KVStore
 from saap.kv.shared import SharedStore
 from saap.methods import Method, find_method

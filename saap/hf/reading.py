@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saap.budget import Budget
-from saap.index.coordinates import MOST_OBSERVED
+from saap.index.moments import MOST_OBSERVED
 from saap.index.rows import BucketRows
 from saap.prefill import PrefillBudget
 

@@ -15,16 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saap.index.coordinates import (
-    AT_ONCE,
-    MOST_OBSERVED,
-    Coordinates,
-    Moments,
-    RecentQueries,
-    Sums,
-    Toward,
-    balanced,
-)
+from saap.index.coordinates import Coordinates, balanced
+from saap.index.moments import AT_ONCE, MOST_OBSERVED, Moments, RecentQueries, Sums, Toward
 from saap.kernels.codes import (
     Codes,
     PreparedChoice,

@@ -10,7 +10,7 @@ from saap.budget import Budget
 from saap.hf import LayerCall
 from saap.hf.layerwise import StopLayer
 from saap.index import kmeans
-from saap.index.coordinates import MomentSums
+from saap.index.moments import MomentSums
 from saap.kv import KVStore, attend_chunk
 from saap.masses import attention_masses
 

@@ -137,7 +137,7 @@ def test_chooses_rows_that_weigh_enough(n_candidates):
     found = {}
     for impl in ("reference", "triton"):
         chosen = select_rows(
-            q, codes, [300, 210], max_tokens=30, n_candidates=n_candidates, min_weight=0.02,
+            q, codes, [300, 210], max_tokens=30, n_candidates=n_candidates, min_weight=0.025,
             outside=outside.to(DEVICE), impl=impl,
         )  # fmt: skip
         found[impl] = [rows(chosen, i, h) for i in range(2) for h in range(2)]
