@@ -49,9 +49,11 @@ class Sums:
         sums = cls.zeros(n_kv, dim, x.device)
         for part in x.split(AT_ONCE, 1):
             part = part.double()
-            weights = torch.ones_like(part[..., 0]) if toward is None else toward.weights(part)
-            weighed = part * weights[..., None]
-            own = weights.sum(1), weighed.sum(1), weighed.mT @ part
+            count, weighed = part.new_full((n_kv,), part.shape[1]), part
+            if toward is not None:
+                weights = toward.weights(part)
+                count, weighed = weights.sum(1), part * weights[..., None]
+            own = count, weighed.sum(1), weighed.mT @ part
             sums += cls(*own)
         return sums
 

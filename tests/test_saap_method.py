@@ -376,6 +376,26 @@ def test_a_truncated_store_is_saved_and_read():
         assert torch.equal(*outs)
 
 
+def test_what_is_saved_learns_alike():
+    """When it has grown by half, of queries from before and after."""
+    from saap.kv.state import restored, saved
+
+    keys, q = tokens(1300)
+    store, _ = fed([799, 800], keys, q)
+    header, tensors = saved(store)
+    again = restored(header, tensors, find_method("saap")().selector(LayerInfo(DIM**-0.5)), BUDGET)
+    before = store.selector.coordinates
+    for own in (store, again):
+        own.append(*(t[:, :, 800:1299] for t in keys))
+        own.attend(q[:, :, 800:1299], q[:, :, 800:1299])
+        own.append(*(t[:, :, 1299:] for t in keys))
+        own.attend(q[:, :, 1299:], q[:, :, 1299:])
+    found, true = again.selector.coordinates, store.selector.coordinates
+    assert not torch.allclose(true.mean, before.mean)
+    for name, own in true.tensors().items():
+        assert torch.allclose(found.tensors()[name], own, rtol=1e-3, atol=1e-3)
+
+
 def test_drafts_teach_nothing():
     """What is asked while rows rest is forgotten with the drafts."""
     keys, q = tokens(801)
