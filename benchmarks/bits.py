@@ -49,7 +49,7 @@ class Way:
     """Coded as `saap` does: each key at the size that serves best."""
 
     weighed: bool = True
-    """Coordinates are learned as `saap` does; else every key and query counts as it is."""
+    """Coordinates are made for the keys that queries look towards, as `saap` does; else for all."""
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -75,7 +75,7 @@ WAYS = (
     Way("narrow steps", **OF_SAAP, candidates=1024, weighed=False),
     Way("the same without the last quarter", SHORT, OF_5_BYTES, 1024, weighed=False),
     Way("at the best size", **OF_SAAP, candidates=1024, sized=True, weighed=False),
-    Way("`saap`: keys and queries weighed", **OF_SAAP, candidates=1024, sized=True),
+    Way("`saap`: keys weighed", **OF_SAAP, candidates=1024, sized=True),
     Way("`saap`", **OF_SAAP, candidates=512, sized=True),
     Way("`saap`", **OF_SAAP, candidates=768, sized=True),
     Way("`saap`", **OF_SAAP, candidates=10**6, sized=True),

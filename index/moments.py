@@ -1,7 +1,7 @@
 """Sums over a layer's queries and keys, from which the coordinates of codes are learned.
 
 Nothing is known of single vectors, only two covariances. Keys count in them by how much queries
-look towards them, and queries of all query heads more alike than they are large.
+look towards them.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,7 @@ MOST_OBSERVED = 2048
 """Tokens whose queries' covariance is taken, the latest ones."""
 
 AT_ONCE = 16384
-"""Keys that are held in float64 at once."""
-
-ALIKE = 0.75
-"""The power of the variance of a query's scores that its weight is divided by."""
+"""Vectors that are held in float64 at once."""
 
 SHARPNESS = 3.0
 """A key that scores a standard deviation more than others with the mean query counts 0.95, one
@@ -130,26 +127,13 @@ class Moments:
 
     @classmethod
     def of(cls, queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]) -> "Moments":
-        """Of these: queries `alike`, keys counting by how much the queries look `Toward` them."""
+        """Of these, keys counting by how much the queries look `Toward` them."""
         return cls.of_sums(*_sums_of(queries, keys))
 
 
-def alike(q: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv D D"]) -> Float[Tensor, "Hkv n D"]:
-    """Queries times such factors that they count more alike.
-
-    Whether an error changes which rows are a query's best depends on how far its scores of keys,
-    whose covariance is given, are apart. One query head's may be ten times as far apart as
-    another's of the same KV head, and would count for a hundred of it.
-    """
-    q = q.double()
-    square = ((q @ regular(keys)) * q).sum(-1, keepdim=True)
-    return torch.where(square > 0, q * square.clamp(min=1e-300) ** (-ALIKE / 2), 0)
-
-
 def _sums_of(queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]):
-    every = Sums.of(keys)
-    own = Sums.of(alike(queries, every.about_mean))
-    return own, Sums.of(keys, Toward.of(own, every))
+    own = Sums.of(queries)
+    return own, Sums.of(keys, Toward.of(own, Sums.of(keys)))
 
 
 class MomentSums:
@@ -161,7 +145,7 @@ class MomentSums:
     def add(self, q: Float[Tensor, "Hq n D"], k: Float[Tensor, "Hkv m D"]) -> None:
         """Add queries and keys of a text, both as attention sees them.
 
-        Queries `alike` to this text's keys, and these as its queries look `Toward` them.
+        Keys count by how much the queries of this text look `Toward` them.
         """
         own = _sums_of(q.unflatten(0, (len(k), -1)).flatten(1, 2), k)
         if self.sums is not None:
@@ -173,20 +157,19 @@ class MomentSums:
 
 
 class RecentQueries:
-    """Sums over a sequence's queries, `alike`, those of about the last `MOST_OBSERVED` tokens.
+    """Sums over a sequence's queries, those of about the last `MOST_OBSERVED` tokens.
 
-    Over the query heads of each KV head; older tokens count less and less. `keys`: the covariance
-    of the sequence's keys, float64 `[Hkv, D, D]`, which may change as it grows.
+    Over the query heads of each KV head; older tokens count less and less.
     """
 
     WAITING = 64  # single tokens that are added together
 
-    def __init__(self, keys: Float[Tensor, "Hkv D D"], sums: Sums | None = None):
-        self._keys, self._sums = keys, sums
+    def __init__(self, n_kv: int, sums: Sums | None = None):
+        self.n_kv, self._sums = n_kv, sums
         self._waiting: list[Tensor] = []
 
     def copy(self) -> "RecentQueries":
-        return RecentQueries(self.keys, self.sums)
+        return RecentQueries(self.n_kv, self.sums)
 
     def add(self, q: Float[Tensor, "Hq n D"]) -> None:
         """Queries of n tokens, or of as many keys that stand in for them."""
@@ -204,19 +187,9 @@ class RecentQueries:
             self._add(torch.cat(waited, 1))
 
     def _add(self, q: Float[Tensor, "Hq n D"]) -> None:
-        queries = q.unflatten(0, (len(self._keys), -1)).flatten(1, 2)
-        own = Sums.of(alike(queries, self._keys))
+        own = Sums.of(q.unflatten(0, (self.n_kv, -1)).flatten(1, 2))
         left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
         self._sums = own if self._sums is None else self._sums * left + own
-
-    @property
-    def keys(self) -> Float[Tensor, "Hkv D D"]:
-        return self._keys
-
-    @keys.setter
-    def keys(self, covariance: Float[Tensor, "Hkv D D"]) -> None:
-        self._add_waiting()  # their scores were of the keys before
-        self._keys = covariance
 
     @property
     def sums(self) -> Sums:

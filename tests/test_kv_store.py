@@ -573,7 +573,7 @@ def test_bytes_of_codes_are_told():
         store.append(k, v, k)
         store.settle()
     more = stores[0].nbytes - stores[1].nbytes
-    maps = 6 * 64 * 64 * 4 * heads  # and sums, which are float64
+    maps = 4 * 64 * 64 * 4 * heads
     assert 25 * heads * n * 0.9 < more < 25 * heads * n * 1.3 + maps
 
 

@@ -56,7 +56,7 @@ class SplitSelector(SaapSelector):
         if middle is not None:
             sums = self.sums_of_keys(middle, 0, toward)
         else:
-            like = self.recent[0].keys if 0 in self.recent else self.observed[0][0]
+            like = self.recent[0].sums.total if 0 in self.recent else self.observed[0][0]
             sums = Sums.zeros(n_kv, like.shape[-1], like.device)
         flat = self.group.add(torch.cat([part.flatten() for part in sums.parts]))
         each = flat.split([part.numel() for part in sums.parts])

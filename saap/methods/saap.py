@@ -209,18 +209,17 @@ class SaapSelector(Selector):
         b: int,
         n: int,
         sums_of_keys: Callable[[Toward | None], Sums],
-        latest_keys: Callable[[], Tensor],
+        latest_keys: Callable[[], Tensor] | None,
     ) -> None:
-        """Coordinates of a sequence's n keys."""
+        """Coordinates of a sequence of n keys; `latest_keys` stand in for queries, if given."""
         every = sums_of_keys(None)
         if b not in self.learned:
             if b in self.observed:
                 queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
-            else:  # where tokens came with no queries the latest keys stand in for them
+            else:  # where tokens came with no queries
                 queries = latest_keys()
-            self.recent[b] = RecentQueries(every.about_mean)
+            self.recent[b] = RecentQueries(len(every.count))
             self.recent[b].add(queries)
-        self.recent[b].keys = every.about_mean
         queries = self.recent[b].sums
         keys = sums_of_keys(Toward.of(queries, every))
         self.learned[b] = as_coded(balanced(Moments.of_sums(queries, keys)))
@@ -248,15 +247,12 @@ class SaapSelector(Selector):
         if self.trained is None:
             batch = range(len(self.n_coded))
             n_kv, _, dim = self.coordinates.of_queries.shape[1:]
-            nothing = torch.zeros(n_kv, dim, dim)
-            none = RecentQueries(nothing, Sums.zeros(n_kv, dim))
-            recent = [self.recent.get(b, none) for b in batch]
-            sums = [own.sums for own in recent]
+            none = RecentQueries(n_kv, Sums.zeros(n_kv, dim))
+            sums = [self.recent.get(b, none).sums for b in batch]
             kept = {
                 "query_products": torch.stack([own.products for own in sums]).float(),
                 "query_sum": torch.stack([own.total for own in sums]).float(),
                 "n_queries": torch.stack([own.count for own in sums]).float(),
-                "key_covariance": torch.stack([own.keys for own in recent]).float(),
                 "learned_from": torch.tensor(
                     [min(self.learned_from.get(b, 0), self.n_coded[b]) for b in batch],
                     dtype=torch.int32,
@@ -280,7 +276,6 @@ class SaapSelector(Selector):
                 "query_products": ((batch, n_kv, dim, dim), torch.float32),
                 "query_sum": ((batch, n_kv, dim), torch.float32),
                 "n_queries": ((batch, n_kv), torch.float32),
-                "key_covariance": ((batch, n_kv, dim, dim), torch.float32),
                 "learned_from": ((batch,), torch.int32),
             }
         for name, (shape, dtype) in expected.items():
@@ -312,7 +307,7 @@ class SaapSelector(Selector):
             self.learned[b], self.learned_from[b] = self.coordinates.of_sequence(b), rows
             names = ("n_queries", "query_sum", "query_products")
             sums = Sums(*(state[name][b].double() for name in names))
-            self.recent[b] = RecentQueries(state["key_covariance"][b].double(), sums)
+            self.recent[b] = RecentQueries(middle.n_kv, sums)
 
     def _reserve(self, middle: Middle) -> None:
         batch, n = len(middle.n_rows), max(middle.n_rows)
