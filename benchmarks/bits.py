@@ -49,7 +49,7 @@ class Way:
     """Coded as `saap` does: each key at the size that serves best."""
 
     weighed: bool = True
-    """Coordinates are made for the keys that queries look towards, as `saap` does; else for all."""
+    """Coordinates are for keys that queries look towards, as those of `saap`; else for all."""
 
     @property
     def steps(self) -> tuple[float, ...]:
