@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from saap import __version__
 from saap.eval.cli.app import main
 
 
@@ -25,6 +26,10 @@ def test_all_methods_without_an_index_are_those_that_need_none(monkeypatch, caps
     assert code == 2
     assert "but those that need an index (--index): kmeans, kmeans-cells" in out
     assert "must have at least 8192 tokens" in err
+
+
+def test_version(monkeypatch, capsys):
+    assert run_cli(monkeypatch, capsys, "--version") == (0, f"saap {__version__}\n", "")
 
 
 @pytest.fixture(scope="module")

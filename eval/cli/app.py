@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from saap import __version__
 from saap.budget import Budget
 
 from . import advise, decode, doctor, explain, results, train
@@ -17,6 +18,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Read only the part of a KV cache that matters. Begin with `saap doctor`, `saap demo`.",
 )
+
+
+def tell_version(asked: bool) -> None:
+    if asked:
+        print(f"saap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=tell_version, help="print it, and stop"),
+    ] = False,
+) -> None:
+    pass
+
+
 Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
 Seed = Annotated[int, typer.Option(help="seed of random numbers")]
 
