@@ -21,7 +21,7 @@ from saap.kernels.cpu.memory import (
     uint8_pointer,
 )
 
-from .coding import COARSE_COST, COARSE_GAINS, SIZES
+from .coding import COARSE_COST, COARSE_GAINS, LARGEST_CORRECTION, SIZES
 from .layout import (
     BYTES,
     COARSE,
@@ -50,7 +50,7 @@ _NEXT_TASK = offset_of(_FIELDS, "next_task")
 _Job, _SIGNATURE = job_type(_FIELDS, ("unused",))
 
 _AT_ONCE = 256  # rows of a task
-_LARGEST_CORRECTION = np.float32(4.0)  # of a key's scale
+_LARGEST_CORRECTION = np.float32(LARGEST_CORRECTION)
 _TINY = np.float32(torch.finfo(torch.float32).tiny)
 _SIZES, _COST = np.array(SIZES, "f4"), np.float32(COARSE_COST)
 _STEPS, _ZEROS, _COARSE_STEPS, _COARSE_ZEROS, _GAINS = (
@@ -63,6 +63,11 @@ _PARTS = np.array(
 )
 
 _njit = numba.njit(error_model="numpy")
+
+
+def limit(x: Tensor) -> str | None:
+    """What of validated arguments this backend cannot do, or None."""
+    return None if x.device.type == "cpu" else f"impl 'numba' needs the CPU; got x on {x.device}"
 
 
 def encode_rows(x: Tensor, importance: Tensor, codes: Codes, sequence: int, first: int) -> None:

@@ -23,6 +23,7 @@ from saap.kernels.attention import triton as backend  # noqa: E402
 from saap.kernels.attention.triton_plan import Device, Plan, make_plan  # noqa: E402
 from saap.kernels.codes import Codes, QueryMap, coordinates_for  # noqa: E402
 from saap.kernels.codes import triton as codes_backend  # noqa: E402
+from saap.kernels.codes.triton_coding import encoding  # noqa: E402
 from saap.kernels.pages import PageCodes  # noqa: E402
 from saap.kernels.pages import triton as pages_backend  # noqa: E402
 from saap.kernels.rest import Moments  # noqa: E402
@@ -234,7 +235,11 @@ def test_the_choice_by_codes_fits_the_chip(capability, dim, group, candidates, t
         outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
     )  # fmt: skip
-    for launch in launches:
+    coding = encoding(
+        meta(8, 64, coordinates, dtype=torch.float32), meta(8, coordinates, dtype=torch.float32),
+        codes, 0, 4096,
+    )  # fmt: skip
+    for launch in (coding, *launches):
         usage = usage_of(launch, capability, tmp_path)
         assert usage.stack == 0, usage
         assert usage.per_sm * launch.options["num_warps"] >= 8, usage

@@ -5,7 +5,7 @@ import torch
 
 from saap.kernels.codes import Codes, PreparedChoice, QueryMap, encode, select_rows
 
-from .code_cases import rows, whole_numbers
+from .code_cases import check_coding, rows, whole_numbers
 from .triton_cases import DEVICE, MARKS
 
 pytestmark = MARKS
@@ -19,6 +19,14 @@ def problem(n, group, coordinates, batch=2, n_kv=2, seed=0):
     q *= importance[0, 0].sqrt()  # what importance means
     codes = encode(x, importance)
     return q.to(DEVICE), Codes(*(t.to(DEVICE) for t in (codes.coarse, codes.fine, codes.scale)))
+
+
+@pytest.mark.parametrize(
+    ("n_kv", "n", "coordinates", "first"),
+    [(1, 0, 64, 0), (1, 1, 64, 3), (3, 25, 64, 0), (2, 20, 192, 9), (1, 9, 256, 5)],
+)
+def test_keys_are_coded_as_by_the_reference(n_kv, n, coordinates, first):
+    check_coding("triton", n_kv, n, coordinates, first, seed=n, device=DEVICE)
 
 
 @pytest.mark.parametrize(
