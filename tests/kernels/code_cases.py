@@ -40,6 +40,8 @@ def hostile_keys(n_kv, n, coordinates, seed):
         at = torch.rand(x.shape, generator=generator) < 0.002
         x[at] = value
     x[:, :1] = 0.0
+    x[:, -1:] = 0.0
+    x[:, -1:, 3] = 2.0  # hardly anything of it can be coded
     return x, torch.rand(n_kv, coordinates, generator=generator) + 0.01
 
 
