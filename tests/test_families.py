@@ -80,6 +80,15 @@ OPTIONS = {
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "exaone_moe": {**WINDOWS, **EXPERTS},
+    "falcon_h1": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_ssm": 64,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+        "key_multiplier": 0.5,
+    },
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
     "gemma3n_text": {
@@ -188,7 +197,7 @@ WITH_IMAGES = (
 )
 SHARING = ("gemma3n_text", "gemma4_unified_text")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h")
+STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h", "falcon_h1")
 
 
 def make(family):
@@ -283,7 +292,7 @@ def test_copies_and_choices_of_sequences_keep_their_states(stateful):
     with saap.attached(stateful, budget=FULL) as saap_model:
         cache = saap_model.cache()
         stateful(tokens, **hf.over(cache))
-        held = sum(unsearched.nbytes(state) for state in cache.states)
+        held = sum(unsearched.state_bytes(state) for state in cache.states)
         assert 0 < held < cache.nbytes
         other, more = copy.deepcopy(cache), copy.deepcopy(cache)
         other.batch_select_indices(torch.tensor([1]))
@@ -372,6 +381,26 @@ def test_an_altered_layer_that_is_not_searched_is_refused(tmp_path, family, dire
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("directory", [False, True])
+def test_an_altered_state_beside_attention_is_refused(tmp_path, directory):
+    model, tokens, path = make("falcon_h1"), prompt(1, 40), tmp_path / "context"
+    with saap.attached(model, budget=FULL) as saap_model:
+        cache = saap_model.cache(directory=path if directory else None)
+        model(tokens, **hf.over(cache))
+        saap_model.save_context(cache, tokens[0], path)
+        cache.close()
+        file = path / context_folder.STATE if directory else path
+        kind = context_folder.FORMAT if directory else context_file.FORMAT
+        header, tensors = tensor_files.read(file, kind)
+        name = "layers.1.state.recurrent_states.0"
+        others = {n: t for n, t in tensors.items() if n != name}
+        for altered in (others, others | {name: tensors[name].double()}):
+            tensor_files.write(file, kind, header, altered)
+            with pytest.raises(ValueError, match="layer 1 must have a state of .*; got "):
+                saap_model.open_context(path)
+
+
+@torch.no_grad()
 def test_what_a_state_does_not_allow_is_refused(stateful, tiny_tokens):
     tokens = prompt(1, 50)
     with pytest.raises(ValueError, match=r"verify must be None .* got .*4.* and layer 0 of kind"):
@@ -380,7 +409,7 @@ def test_what_a_state_does_not_allow_is_refused(stateful, tiny_tokens):
         cache = saap_model.cache()
         stateful(tokens, **hf.over(cache))
         cache.crop(0)
-        with pytest.raises(ValueError, match="must all have attention for its cache to be crop"):
+        with pytest.raises(ValueError, match="must keep no state for its cache to be crop"):
             cache.crop(-3)
         assert cache.lengths == [50]
     with pytest.raises(ValueError, match=r"as training does; got one .* layer 0"):

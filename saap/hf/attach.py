@@ -26,6 +26,7 @@ from .cache import SaapCache, SaapLayer
 from .cache_argument import given
 from .families import model_layers
 from .folders import CacheFolder
+from .hybrid import HybridLayer
 from .in_place import put_in_place
 from .models import NOTHING, describe
 from .pace import Verify
@@ -139,7 +140,11 @@ class SaapModel:
         for number, layer in enumerate(self.layers):
             if layer.is_full:
                 owner = None if layer.shares is None else layers[layer.shares].store
-                layers.append(SaapLayer(self._store(number, owner, capacity, parts, folder)))
+                store = self._store(number, owner, capacity, parts, folder)
+                hybrid = layer.has_state
+                layers.append(
+                    HybridLayer(store, **layer.cache_options) if hybrid else SaapLayer(store)
+                )
             else:
                 kind = layer.kind if layer.shares is None else NOTHING
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**layer.cache_options))

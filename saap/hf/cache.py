@@ -140,8 +140,8 @@ class SaapCache(Cache):
 
     @property
     def states(self) -> list:
-        """Layers without attention, each of which keeps a state."""
-        return [layer for layer in self.layers if unsearched.is_state(layer)]
+        """Layers that keep a state, with attention or without."""
+        return [layer for layer in self.layers if unsearched.keeps_state(layer)]
 
     @property
     def slot_counts(self) -> set[int]:
@@ -160,7 +160,9 @@ class SaapCache(Cache):
     def nbytes(self) -> int:
         """Bytes held for keys, values and lists of all layers."""
         return sum(
-            layer.store.nbytes if isinstance(layer, SaapLayer) else unsearched.nbytes(layer)
+            layer.store.nbytes + unsearched.state_bytes(layer)
+            if isinstance(layer, SaapLayer)
+            else unsearched.nbytes(layer)
             for layer in self.layers
         )
 
@@ -290,8 +292,8 @@ class SaapCache(Cache):
             if not tokens_to_remove:
                 return
             raise ValueError(
-                "the layers of a model must all have attention for its cache to be cropped; got "
-                "some that keep a state"
+                "the layers of a model must keep no state for its cache to be cropped; got some that "
+                "do"
             )
         full = [
             layer.sliding_window

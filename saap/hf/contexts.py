@@ -47,6 +47,7 @@ def save_context(
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, SaapLayer):
             state, own = kv_state.saved(layer.store)
+            own |= unsearched.saved_state(layer)
         else:
             state, own = unsearched.saved(layer)
         layers.append(state)
@@ -136,6 +137,7 @@ def open_context(
             layer.store.prefill = fresh.prefill
             layer.slots = layer.store.length
             layer.is_initialized = True
+            unsearched.restore_state(f"{path}: layer {number}", layer, own, like[number])
         else:
             where = f"{path}: layer {number}"
             n_tokens = len(tensors["token_ids"])

@@ -17,6 +17,7 @@ from saap.selector import LayerInfo
 
 from . import latent
 from .models import (
+    HYBRID,
     NOTHING,
     STATES,
     attention_modules,
@@ -30,7 +31,7 @@ FAMILIES = (
     "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bailing_hybrid",
     "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2",
     "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
-    "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
+    "falcon_h1", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
     "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2",
@@ -45,7 +46,7 @@ FAMILIES = (
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
 FULL = "full_attention"
-LAYER_TYPES = (FULL, "sliding_attention", *STATES, NOTHING)
+LAYER_TYPES = (FULL, "sliding_attention", HYBRID, *STATES, NOTHING)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -75,11 +76,11 @@ class ModelLayer:
 
     @property
     def is_full(self) -> bool:
-        return self.kind == FULL
+        return self.kind in (FULL, HYBRID)
 
     @property
     def has_state(self) -> bool:
-        return self.kind in STATES
+        return self.kind in (HYBRID, *STATES)
 
 
 def model_layers(model: nn.Module) -> list[ModelLayer]:

@@ -106,6 +106,7 @@ class CacheFolder:
                 store = layer.store
                 store.settle()
                 facts, own = kv_state.counts_of(store), kv_state.of_selector(store)
+                own |= unsearched.saved_state(layer)
             if number in self.rows:
                 file, known = self.rows[number].file, self.digests.get(number)
                 file.sync()
@@ -158,6 +159,7 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 layer.slots = layer.store.length
                 folder.digests[number] = own["digests"]
                 layer.is_initialized = True
+                unsearched.restore_state(f"{path}: layer {number}", layer, own, like[number])
             else:
                 where = f"{path}: layer {number}"
                 n_tokens = len(tensors["token_ids"])

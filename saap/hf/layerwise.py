@@ -40,8 +40,8 @@ class LayerStream:
         stateful = [n for n, own in enumerate(self.attention_layers) if own.has_state]
         if stateful:
             raise ValueError(
-                "the layers of a model must all have attention to be run one by one, as training "
-                f"does; got one that keeps a state, layer {stateful[0]}"
+                "the layers of a model must have attention and no state to be run one by one, as "
+                f"training does; got one that keeps a state, layer {stateful[0]}"
             )
         shared = [n for n, own in enumerate(self.attention_layers) if own.shares is not None]
         if shared:

@@ -21,6 +21,9 @@ transformers.utils.logging.disable_progress_bar()
 STATES = ("linear_attention", "conv")
 """Kinds of layers without attention: of all tokens they keep one state of a fixed size."""
 
+HYBRID = "hybrid"
+"""Layers that have attention and such a state."""
+
 NOTHING = "dummy"
 """transformers' kind of a layer for which a cache holds nothing: a feed-forward layer alone, or
 one that shares another layer's keys (`shared_layers`)."""

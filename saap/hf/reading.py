@@ -19,6 +19,7 @@ from .attach import SaapModel, attached
 from .attention import LayerCall
 from .cache import SaapCache, SaapLayer
 from .cache_argument import over
+from .hybrid import copy_state
 
 DENSE = Budget(max_tokens=0)
 
@@ -135,6 +136,8 @@ def dynamic_cache_from(model: nn.Module, context: ReadContext) -> DynamicCache:
             if latent.dim_of(config) is not None:
                 k, v = latent.parted(config, k)
             cache.update(k.clone(), v.clone(), number)
+            if unsearched.keeps_state(layer):
+                copy_state(layer, cache.layers[number])
         else:
             cache.layers[number] = copy.deepcopy(layer)
     return cache
@@ -146,6 +149,8 @@ def rewind(cache: SaapCache, context: ReadContext) -> None:
         if isinstance(layer, SaapLayer):
             layer.store.truncate(layer.store.length - context.length)
             layer.slots = context.length
+            if unsearched.keeps_state(layer):
+                copy_state(context.cache.layers[number], layer)
         else:  # a window that has moved on cannot be moved back
             cache.layers[number] = copy.deepcopy(context.cache.layers[number])
     cache.begin_at(context.length - 1, context.length)

@@ -22,7 +22,12 @@ def holds_nothing(layer) -> bool:
 
 
 def is_state(layer) -> bool:
+    """Whether a layer keeps a state and nothing else."""
     return not (isinstance(layer, CacheLayerMixin) or holds_nothing(layer))
+
+
+def keeps_state(layer) -> bool:
+    return hasattr(layer, "recurrent_states")
 
 
 def can_be_cropped(layer) -> bool:
@@ -41,12 +46,17 @@ def states_of(layer) -> dict[str, Tensor]:
     }
 
 
+def state_bytes(layer) -> int:
+    """Bytes of a layer's state; 0 without one."""
+    return sum(t.nbytes for t in states_of(layer).values()) if keeps_state(layer) else 0
+
+
 def nbytes(layer) -> int:
     """Bytes that a layer holds."""
     if holds_nothing(layer):
         return 0
     if is_state(layer):
-        return sum(state.nbytes for state in states_of(layer).values())
+        return state_bytes(layer)
     return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
 
 
@@ -55,9 +65,15 @@ def saved(layer) -> tuple[dict, dict[str, Tensor]]:
     if holds_nothing(layer):
         return {NO_ROWS: True}, {}
     if is_state(layer):
-        return {"state": True}, {f"state.{name}": t for name, t in states_of(layer).items()}
+        return {"state": True}, saved_state(layer)
     facts = {"cumulative_length": layer.cumulative_length}
     return facts, {"keys": layer.keys, "values": layer.values}
+
+
+def saved_state(layer) -> dict[str, Tensor]:
+    """The tensors of a layer's state; none without one."""
+    states = states_of(layer) if keeps_state(layer) else {}
+    return {f"state.{name}": t for name, t in states.items()}
 
 
 def restore(
@@ -74,7 +90,7 @@ def restore(
     if holds_nothing(layer):
         return
     if is_state(layer):
-        _restore_state(where, layer, tensors, states_of(like))
+        restore_state(where, layer, tensors, like)
         return
     wanted, found = ([t.shape[1], t.shape[3], t.dtype] for t in (like.keys, tensors["keys"]))
     if wanted != found:
@@ -92,9 +108,16 @@ def restore(
     layer.is_initialized = True
 
 
-def _restore_state(where: str, layer, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
-    own = {name.removeprefix("state."): t for name, t in tensors.items()}
-    wanted, found = ({n: (tuple(t.shape), t.dtype) for n, t in x.items()} for x in (like, own))
+def restore_state(where: str, layer, tensors: dict[str, Tensor], like) -> None:
+    """Put what `saved_state` gave into a new layer, if it keeps a state; `like` and errors as for
+    `restore`."""
+    if not keeps_state(layer):
+        return
+    own = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+    wanted, found = (
+        {n: (tuple(t.shape), t.dtype) for n, t in states.items()}
+        for states in (states_of(like), own)
+    )
     if wanted != found:
         raise ValueError(f"{where} must have a state of {wanted}; got {found}")
     for name, state in own.items():
@@ -106,9 +129,9 @@ def _restore_state(where: str, layer, tensors: dict[str, Tensor], like: dict[str
 
 @torch.no_grad()
 def after_a_token(model: nn.Module, layers: list[ModelLayer]) -> list:
-    """Layers of a cache after one token, to compare with; empty ones if all are searched."""
+    """Layers of a cache after one token, to compare with; empty ones if all are only searched."""
     cache = DynamicCache(config=model.config.get_text_config())
-    if not all(layer.is_full for layer in layers):
+    if not all(layer.is_full and not layer.has_state for layer in layers):
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         model(token, **over(cache), use_cache=True)
     return cache.layers
