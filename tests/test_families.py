@@ -396,7 +396,7 @@ def test_an_altered_state_beside_attention_is_refused(tmp_path, directory):
         others = {n: t for n, t in tensors.items() if n != name}
         for altered in (others, others | {name: tensors[name].double()}):
             tensor_files.write(file, kind, header, altered)
-            with pytest.raises(ValueError, match="layer 1 must have a state of .*; got "):
+            with pytest.raises(ValueError, match=r"layer 1 must have a state of .*; got "):
                 saap_model.open_context(path)
 
 

@@ -141,10 +141,10 @@ class SaapModel:
             if layer.is_full:
                 owner = None if layer.shares is None else layers[layer.shares].store
                 store = self._store(number, owner, capacity, parts, folder)
-                hybrid = layer.has_state
-                layers.append(
-                    HybridLayer(store, **layer.cache_options) if hybrid else SaapLayer(store)
-                )
+                if layer.has_state:
+                    layers.append(HybridLayer(store, **layer.cache_options))
+                else:
+                    layers.append(SaapLayer(store))
             else:
                 kind = layer.kind if layer.shares is None else NOTHING
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**layer.cache_options))

@@ -292,8 +292,8 @@ class SaapCache(Cache):
             if not tokens_to_remove:
                 return
             raise ValueError(
-                "the layers of a model must keep no state for its cache to be cropped; got some that "
-                "do"
+                "the layers of a model must keep no state for its cache to be cropped; got some "
+                "that do"
             )
         full = [
             layer.sliding_window
