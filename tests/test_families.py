@@ -79,6 +79,7 @@ OPTIONS = {
     },
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone": {},
     "exaone_moe": {**WINDOWS, **EXPERTS},
     "falcon_h1": {
         "mamba_n_heads": 8,
@@ -89,6 +90,7 @@ OPTIONS = {
         "mamba_chunk_size": 16,
         "key_multiplier": 0.5,
     },
+    "flint": {"sliding_window": 24, "num_hidden_layers": 6},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
     "gemma3n_text": {
@@ -125,6 +127,9 @@ OPTIONS = {
     "hy_v3": {**EXPERTS, "num_hidden_layers": 3},
     "hyperclovax": {},
     "jais2": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "jetmoe": {},
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
@@ -145,6 +150,14 @@ OPTIONS = {
     "laguna": {**ONE_FULL, **EXPERTS},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 24,
+        "floor_scale": 16,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 96,
+    },
     "longcat_flash": {
         **LATENT,
         "num_layers": 1,
@@ -183,10 +196,12 @@ OPTIONS = {
     "qwen3_5_text": LINEAR,
     "qwen3_moe": EXPERTS,
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "sarvam_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "sarvam_mla": {**LATENT, "num_experts": 4},
     "solar_open": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "vaultgemma": WINDOWS,
     "youtu": LATENT,
+    "zaya": {"num_experts": 4, "moe_intermediate_size": 32, "router_hidden_size": 16},
 }
 WITH_IMAGES = (
     "mistral4",
@@ -197,7 +212,7 @@ WITH_IMAGES = (
 )
 SHARING = ("gemma3n_text", "gemma4_unified_text")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h", "falcon_h1")
+STATEFUL = ("qwen3_5_text", "lfm2", "nemotron_h", "falcon_h1", "zaya")
 
 
 def make(family):
@@ -324,7 +339,9 @@ def test_a_context_that_was_read_goes_on_and_is_rewound(stateful):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*STATEFUL, "gemma4_text", "deepseek_v3", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family", [*STATEFUL, "gemma4_text", "llama4_text", "deepseek_v3", "kimi_linear"]
+)
 @pytest.mark.parametrize("directory", [False, True])
 def test_a_saved_context_goes_on(tmp_path, family, directory):
     model, tokens, path = make(family), prompt(1, 60), tmp_path / "context"
@@ -378,6 +395,17 @@ def test_an_altered_layer_that_is_not_searched_is_refused(tmp_path, family, dire
         tensor_files.write(file, kind, header, tensors)
         with pytest.raises(ValueError, match="layer 0 must be of the kind that the model has"):
             saap_model.open_context(path)
+
+
+def test_complex_rope_of_searched_layers_is_refused():
+    model = random_model("llama4_text", **OPTIONS["llama4_text"] | {"attention_chunk_size": None})
+    with pytest.raises(ValueError, match="got complex numbers, in layer 0 of llama4_text"):
+        hf.model_layers(model)
+
+
+def test_no_index_is_trained_over_windows_in_chunks(tiny_tokens):
+    with pytest.raises(ValueError, match="got one with a window in chunks, layer 0"):
+        train(make("llama4_text"), tiny_tokens, nlist=8, steps=2)
 
 
 @torch.no_grad()

@@ -40,10 +40,11 @@ class LayerCall:
     done when they are first asked for. `rope`: the variant in `saap.rope.VARIANTS` and the tables
     `cos, sin [B, T, r]`, None without RoPE. A layer with a sliding window is never searched: its
     RoPE is left on, and where the model keeps a cache, `k_rope, v` are not the new tokens alone
-    but all that the window reaches. A layer that shares another one's keys gets keys of T tokens,
-    but queries and `cos, sin` of the last of them only, or of all. A layer that keeps latents has
-    them as keys and values of one KV head, and queries that fit (`latent.py`). `sinks [Hq]`:
-    learned logits that take part in the softmax without a value, or None.
+    but all that the window reaches. If it is `chunked`, its window begins anew at every multiple
+    of `sliding_window`. A layer that shares another one's keys gets keys of T tokens, but queries
+    and `cos, sin` of the last of them only, or of all. A layer that keeps latents has them as
+    keys and values of one KV head, and queries that fit (`latent.py`). `sinks [Hq]`: learned
+    logits that take part in the softmax without a value, or None.
     """
 
     layer: int
@@ -53,6 +54,7 @@ class LayerCall:
     sm_scale: float
     softcap: float | None = None
     sliding_window: int | None = None
+    chunked: bool = False
     rope: tuple[str, Tensor, Tensor] | None = None
     sinks: Tensor | None = None
 
@@ -219,6 +221,7 @@ def _attention(
             sm_scale=scaling,
             softcap=options.get("softcap"),
             sliding_window=layer.sliding_window,
+            chunked=layer.is_chunked,
             rope=rope,
             sinks=sinks,
         )

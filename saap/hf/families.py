@@ -29,24 +29,26 @@ from .models import (
 
 FAMILIES = (
     "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bailing_hybrid",
-    "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2",
-    "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
-    "falcon_h1", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
+    "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3",
+    "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon_h1",
+    "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text",
     "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
-    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2",
-    "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "llama",
-    "longcat_flash", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3",
-    "mistral", "mistral4", "mixtral", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
-    "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe",
-    "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
-    "qwen3_vl_moe_text", "qwen3_vl_text", "sarvam_mla", "seed_oss", "smollm3", "solar_open",
-    "starcoder2", "vaultgemma", "youtu",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3",
+    "iquestcoder", "jais2", "jamba", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2",
+    "lfm2_moe", "llama", "llama4_text", "longcat_flash", "mellum", "minicpm3", "minimax_m2",
+    "ministral", "ministral3", "mistral", "mistral4", "mixtral",
+    "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3",
+    "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3",
+    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text",
+    "qwen3_vl_text", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open",
+    "starcoder2", "vaultgemma", "youtu", "zaya",
 )  # fmt: skip
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
 FULL = "full_attention"
-LAYER_TYPES = (FULL, "sliding_attention", HYBRID, *STATES, NOTHING)
+CHUNKED = "chunked_attention"
+LAYER_TYPES = (FULL, "sliding_attention", CHUNKED, HYBRID, *STATES, NOTHING)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -61,10 +63,11 @@ class ModelLayer:
     """One layer. `kind` and `cache_options` are what transformers' caches take, those of the layer
     that it shares keys with if it has none of its own.
 
-    `sliding_window`: tokens that a query sees, itself included; None sees all. `rope_variant`: the
-    name in `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE. `info`:
-    None for a layer without attention: it keeps a state, or nothing. `shares`: the number of the
-    earlier layer whose keys and values it reads, having none of its own; None with its own.
+    `sliding_window`: tokens that a query sees, itself included; None sees all. A *chunked* layer
+    sees those of its own chunk of so many tokens. `rope_variant`: the name in
+    `saap.rope.VARIANTS` of what takes RoPE off, None for a layer without RoPE. `info`: None for a
+    layer without attention: it keeps a state, or nothing. `shares`: the number of the earlier
+    layer whose keys and values it reads, having none of its own; None with its own.
     """
 
     kind: str
@@ -77,6 +80,10 @@ class ModelLayer:
     @property
     def is_full(self) -> bool:
         return self.kind in (FULL, HYBRID)
+
+    @property
+    def is_chunked(self) -> bool:
+        return self.kind == CHUNKED
 
     @property
     def has_state(self) -> bool:
@@ -181,6 +188,11 @@ def rope_variants(
                         f"positions on several axes, as {config.model_type} has them, need a "
                         f"later version of transformers; got {transformers.__version__}"
                     ) from None
+                if not isinstance(tables, tuple):
+                    raise ValueError(
+                        "RoPE must be in tables of cosines and sines to be taken off; got complex "
+                        f"numbers, in layer {number} of {config.model_type}"
+                    )
                 variant = rope_variant(module, *tables)
                 found[key] = variant, frequencies(variant, *tables)
             ropes[number] = found[key]
@@ -196,6 +208,8 @@ def _rotary_of(model: nn.Module, theta: float | None) -> nn.Module:
 
 
 def has_rope(module: nn.Module, family: str, kind: str) -> bool:
+    if kind == CHUNKED:  # never searched, and the next one's tables are not cosines and sines
+        return False
     window = getattr(module, "sliding_window", None) is not None
     if family in ROPE_IN_WINDOWS or (family in ROPE_IN_WINDOWS_IF_ANY and window):
         return kind == "sliding_attention" or getattr(module, "force_rope", False)

@@ -128,6 +128,8 @@ def attend_sliding(
     """
     q, k, v = call.q_rope, call.k_rope, call.v
     options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
+    if call.chunked:
+        return _attend_in_chunks(call, lengths, **options)
     if visible is not None:
         return attend_visible(q, k, v, visible[:, :, -k.shape[2] :], **options)
     options["sliding_window"] = call.sliding_window
@@ -143,4 +145,26 @@ def attend_sliding(
             out[own, :, skipped:], lse[own, :, skipped:] = attend_chunk(
                 q[own, :, skipped:], k[own, :, n:], v[own, :, n:], **options
             )
+    return out, lse
+
+
+def _attend_in_chunks(call: LayerCall, lengths: list[int], **options) -> tuple[Tensor, Tensor]:
+    """Each token sees those before it in its own chunk of tokens, padding not counted."""
+    q, k, v, size = call.q_rope, call.k_rope, call.v, call.sliding_window
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    together = len(set(lengths)) == 1
+    for b, n in enumerate(lengths[:1] if together else lengths):
+        own = slice(None) if together else slice(b, b + 1)
+        before_queries, before_keys = q.shape[2] - n, k.shape[2] - n  # slots before token 0
+        token = max(0, -before_queries)
+        while token < n:
+            first = token // size * size
+            end = min(n, first + size)
+            queries = slice(before_queries + token, before_queries + end)
+            keys = slice(before_keys + first, before_keys + end)
+            out[own, :, queries], lse[own, :, queries] = attend_chunk(
+                q[own, :, queries], k[own, :, keys], v[own, :, keys], **options
+            )
+            token = end
     return out, lse

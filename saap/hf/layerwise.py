@@ -43,6 +43,12 @@ class LayerStream:
                 "the layers of a model must have attention and no state to be run one by one, as "
                 f"training does; got one that keeps a state, layer {stateful[0]}"
             )
+        chunked = [n for n, own in enumerate(self.attention_layers) if own.is_chunked]
+        if chunked:
+            raise ValueError(
+                "the layers of a model must see all tokens or a sliding window to be run one by "
+                f"one, as training does; got one with a window in chunks, layer {chunked[0]}"
+            )
         shared = [n for n, own in enumerate(self.attention_layers) if own.shares is not None]
         if shared:
             raise ValueError(

@@ -108,7 +108,8 @@ def layer_kinds(config) -> tuple[list[str], list[dict]]:
     config = config.get_text_config()
     kinds, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20: the same for all sliding layers
-        options = [options if kind == "sliding_attention" else {} for kind in kinds]
+        windows = "sliding_attention", "chunked_attention"
+        options = [options if kind in windows else {} for kind in kinds]
     if len(kinds) < config.num_hidden_layers:
         raise ValueError(
             "layers that share keys need transformers 5.23 or later; got "
