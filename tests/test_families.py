@@ -149,6 +149,7 @@ OPTIONS = {
     "kolibri1": {**ONE_FULL, **EXPERTS},
     "laguna": {**ONE_FULL, **EXPERTS},
     "lfm2": CONVOLUTIONS,
+    "lfm3": CONVOLUTIONS,
     "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
     "llama4_text": {
         "num_hidden_layers": 4,

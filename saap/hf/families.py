@@ -36,13 +36,13 @@ FAMILIES = (
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3",
     "iquestcoder", "jais2", "jamba", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2",
-    "lfm2_moe", "llama", "llama4_text", "longcat_flash", "mellum", "minicpm3", "minimax_m2",
-    "ministral", "ministral3", "mistral", "mistral4", "mixtral",
-    "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3",
-    "phimoe", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3",
-    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text",
-    "qwen3_vl_text", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open",
-    "starcoder2", "vaultgemma", "youtu", "zaya",
+    "lfm2_moe", "lfm3", "llama", "llama4_text", "longcat_flash", "mellum", "minicpm3",
+    "minimax_m2", "ministral", "ministral3", "mistral", "mistral4", "mixtral", "nemotron",
+    "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2",
+    "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text",
+    "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma",
+    "youtu", "zaya",
 )  # fmt: skip
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
