@@ -468,9 +468,9 @@ def test_crop_below_the_sinks(llama):
         ("doge", {}, "model_type must be one of afmoe, apertus, .*; got 'doge'"),
         ("gpt2", {}, "with a rotary position embedding .*; got model_type='gpt2'"),
         (
-            "llama4_text",
+            "doge",
             {"num_local_experts": 2, "intermediate_size_mlp": 32},
-            "model_type must be one of .*; got 'llama4_text'",
+            "model_type must be one of .*; got 'doge'",
         ),
     ],
 )
