@@ -467,11 +467,6 @@ def test_crop_below_the_sinks(llama):
     [
         ("doge", {}, "model_type must be one of afmoe, apertus, .*; got 'doge'"),
         ("gpt2", {}, "with a rotary position embedding .*; got model_type='gpt2'"),
-        (
-            "doge",
-            {"num_local_experts": 2, "intermediate_size_mlp": 32},
-            "model_type must be one of .*; got 'doge'",
-        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(family, options, message):
