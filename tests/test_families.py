@@ -370,19 +370,24 @@ ALTERED = {
 OTHERS = {"gemma4_text": {"state": True}, "qwen3_5_text": {"cumulative_length": 40}}
 
 
+def saved(saap_model, tokens, path, directory):
+    """The file of a new context of these tokens that tells of its layers, and what it holds."""
+    cache = saap_model.cache(directory=path if directory else None)
+    saap_model.model(tokens, **hf.over(cache))
+    saap_model.save_context(cache, tokens[0], path)
+    cache.close()
+    file = path / context_folder.STATE if directory else path
+    kind = context_folder.FORMAT if directory else context_file.FORMAT
+    return file, kind, *tensor_files.read(file, kind)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ALTERED)
 @pytest.mark.parametrize("directory", [False, True])
 def test_an_altered_layer_that_is_not_searched_is_refused(tmp_path, family, directory):
     model, tokens, path = make(family), prompt(1, 40), tmp_path / "context"
     with saap.attached(model, budget=FULL) as saap_model:
-        cache = saap_model.cache(directory=path if directory else None)
-        model(tokens, **hf.over(cache))
-        saap_model.save_context(cache, tokens[0], path)
-        cache.close()
-        file = path / context_folder.STATE if directory else path
-        kind = context_folder.FORMAT if directory else context_file.FORMAT
-        header, tensors = tensor_files.read(file, kind)
+        file, kind, header, tensors = saved(saap_model, tokens, path, directory)
         names, refusal = ALTERED[family]
         for change in (lambda t: t[:, 1:], lambda t: t[..., 1:], lambda t: t.half()):
             altered = {f"layers.0.{name}": change(tensors[f"layers.0.{name}"]) for name in names}
@@ -414,13 +419,7 @@ def test_no_index_is_trained_over_windows_in_chunks(tiny_tokens):
 def test_an_altered_state_beside_attention_is_refused(tmp_path, directory):
     model, tokens, path = make("falcon_h1"), prompt(1, 40), tmp_path / "context"
     with saap.attached(model, budget=FULL) as saap_model:
-        cache = saap_model.cache(directory=path if directory else None)
-        model(tokens, **hf.over(cache))
-        saap_model.save_context(cache, tokens[0], path)
-        cache.close()
-        file = path / context_folder.STATE if directory else path
-        kind = context_folder.FORMAT if directory else context_file.FORMAT
-        header, tensors = tensor_files.read(file, kind)
+        file, kind, header, tensors = saved(saap_model, tokens, path, directory)
         name = "layers.1.state.recurrent_states.0"
         others = {n: t for n, t in tensors.items() if n != name}
         for altered in (others, others | {name: tensors[name].double()}):

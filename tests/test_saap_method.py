@@ -90,7 +90,7 @@ def test_keys_that_queries_look_towards_count_more():
     assert torch.allclose(weights, LEAST_WEIGHT + (1 - LEAST_WEIGHT) * own)
     found = Sums.of(keys, toward)
     assert torch.allclose(found.mean, (weights[..., None] * keys).sum(1) / weights.sum(1)[:, None])
-    assert (found.mean[:, 0] > Sums.of(keys).mean[:, 0] + 0.25).all()
+    assert (found.mean[:, 0] > Sums.of(keys).mean[:, 0] + 0.3).all()
 
 
 @pytest.mark.parametrize("of", ["no query", "equal keys", "one key"])

@@ -15,7 +15,7 @@ from saap.methods import find_method
 from saap.selector import LayerInfo
 from saap.training import train
 
-from .test_families import SHARING, make
+from .test_families import SHARING, make, saved
 from .test_generate import assert_same_logits, generated, prompt
 
 pytestmark = pytest.mark.many_steps
@@ -311,18 +311,11 @@ def test_a_sparse_context_is_saved_and_goes_on(model, tmp_path, directory, fast_
 @torch.no_grad()
 @pytest.mark.parametrize("directory", [False, True])
 def test_an_altered_context_is_refused(tmp_path, directory):
-    from saap import context_file, context_folder
     from saap.index import tensor_files
 
     model, tokens, path = make(FAMILIES[1]), prompt(1, 800), tmp_path / "context"
     with saap.attached(model, budget=SPARSE) as saap_model:
-        cache = saap_model.cache(directory=path if directory else None)
-        model(tokens, **hf.over(cache))
-        saap_model.save_context(cache, tokens[0], path)
-        cache.close()
-        file = path / context_folder.STATE if directory else path
-        kind = context_folder.FORMAT if directory else context_file.FORMAT
-        header, tensors = tensor_files.read(file, kind)
+        file, kind, header, tensors = saved(saap_model, tokens, path, directory)
         for number, change, refusal in (
             (3, {"middles": [900]}, "middles must be rows behind the sinks"),
             (3, {"middles": []}, "middles"),

@@ -120,7 +120,7 @@ class Forward:
 def attend_sliding(
     call: LayerCall, lengths: list[int], visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention within a sliding window over the slots of the call, the newest last.
+    """Attention within a window, sliding or in chunks, over the call's slots, the newest last.
 
     Padding is on the left; where the window reaches it, it is cut off, sequence by sequence.
     `lengths`: tokens of each sequence, including those of this call. `visible [B, T, slots]`: what
