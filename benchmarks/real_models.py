@@ -58,7 +58,7 @@ PAGE = reports.ROOT / "docs" / "real_models.md"
 COMMAND = "python -m benchmarks.real_models"
 KEPT = (
     "method", "task", "context", "budget", "selectivity", "bytes_read", "router_bytes",
-    "recall_middle", "output_error", "worst_head", "accuracy", "nll",
+    "recall_middle", "needles_lost", "output_error", "worst_head", "accuracy", "nll",
     "divergence", "to_dense", "prompts", "questions", "texts", "queries",
 )  # fmt: skip
 ASKED = {
@@ -191,8 +191,8 @@ def table(scores: list[dict]) -> str:
         rows.setdefault((budget, s["method"]), {})[s["task"]] = s
     order = sorted(rows, key=lambda row: (visited(*row, rows[row]), row[0], place_of(row[1])))
     head = [
-        "rows", "window", "method", "recall", "error", "kB", "to choose", *ASKED.values(),
-        "nats over dense", "nats from dense",
+        "rows", "window", "method", "recall", "needles lost", "error", "kB", "to choose",
+        *ASKED.values(), "nats over dense", "nats from dense",
     ]  # fmt: skip
     return markdown(*without_empty(head, [cells(row, rows[row]) for row in order]), n_texts=3)
 
@@ -227,6 +227,7 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         "–" if method == "dense" else ", ".join(map(str, windows)),
         ", ".join(f"`{name}`" for name in (method, *options)),
         cell(attention.get("recall_middle"), "{:.1%}"),
+        cell(attention.get("needles_lost"), "{:.2%}"),
         cell(attention.get("output_error"), "{:.3f}"),
         cell(bytes_of["bytes_read"], "{:,.0f}", 1e-3),
         cell(bytes_of["router_bytes"], "{:,.0f}", 1e-3),

@@ -31,11 +31,13 @@ OUTSTANDING = 3.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One share of the cache: `error` and `recall` of layers, by their numbers; times in ms."""
+    """One share of the cache: `errors` of layers, by their numbers; times in ms.
+    `needles_lost`: of what single rows of at least 5 % of a head's attention hold."""
 
     share: float
     budget: Budget
     recall: float
+    needles_lost: float
     error: float
     errors: dict[int, float]
     step_ms: float
@@ -129,14 +131,16 @@ def about(share: float, budget: Budget, records: list[dict], times: dict) -> Mea
     errors: dict[int, list[float]] = {}
     for record in records:
         errors.setdefault(record["layer"], []).append(record["output_error"] / record["queries"])
-    caught, mass = (
-        sum(sum(r[name]) for r in records) for name in ("middle_caught", "middle_mass")
+    caught, mass, lost, needles = (
+        sum(sum(r[name]) for r in records)
+        for name in ("middle_caught", "middle_mass", "needle_lost", "needle_mass")
     )
     own = times[share]
     return Measured(
         share,
         budget,
         caught / mass if mass else 1.0,
+        lost / needles if needles else 0.0,
         statistics.fmean(e for each in errors.values() for e in each),
         {layer: statistics.fmean(each) for layer, each in errors.items()},
         statistics.median(own),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 COSTS = ("selectivity", "bytes_read", "router_bytes")
-HEADS = ("middle_mass", "middle_caught", "all_caught")
+HEADS = ("middle_mass", "middle_caught", "all_caught", "needle_mass", "needle_lost")
 PARTS = tuple(f"{part}_us" for part in ("route", "select", "attend", "other", "step", "dense"))
 PLACE = ("unit", "task", "context")
 # What scores are made of, by task; every other task is judged by its answers.
@@ -18,6 +18,7 @@ NEEDED = {
 # A metric is a ratio: what it is divided by.
 PARTNERS = {
     "middle_caught": "middle_mass",
+    "needle_lost": "needle_mass",
     "output_error": "queries",
     "nll": "tokens",
     "divergence": "tokens",

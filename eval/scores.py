@@ -2,7 +2,9 @@
 
 Recall of the middle is captured middle mass over middle mass, summed over queries and heads before
 dividing, so that heads which never look far do not drown the few that do. `worst_head` is the
-lowest recall among heads that hold at least 5 % of their mass in the middle.
+lowest recall among heads that hold at least 5 % of their mass in the middle. `needles_lost` is the
+share of what single rows of at least 5 % of a head's attention hold (`tasks/needle_rows.py`) that
+is not visited.
 """
 
 import json
@@ -23,7 +25,9 @@ SCORES = "scores.json"
 FAR_HEAD_SHARE = 0.05
 
 
-NO_ATTENTION = dict.fromkeys(("recall_all", "recall_middle", "recall_of_oracle", "output_error"))
+NO_ATTENTION = dict.fromkeys(
+    ("recall_all", "recall_middle", "recall_of_oracle", "output_error", "needles_lost")
+)
 """Of tasks that are judged by what the model says."""
 
 
@@ -75,6 +79,7 @@ def score_attention(members: list[dict]) -> dict:
 
     queries = sum(r["queries"] for r in per_layer[layers[0]])
     mass, caught, whole = total("middle_mass"), total("middle_caught"), total("all_caught")
+    needles, lost = total("needle_mass").sum(), total("needle_lost").sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = np.where(mass > 0, caught / mass, np.nan)
     far = mass / queries >= FAR_HEAD_SHARE
@@ -83,6 +88,7 @@ def score_attention(members: list[dict]) -> dict:
         "recall_middle": float(caught.sum() / mass.sum()),
         "recall_of_oracle": None,
         "worst_head": float(recall[far].min()) if far.any() else None,
+        "needles_lost": float(lost / needles) if needles else None,
         "output_error": float(
             np.sum([r["output_error"] for r in members]) / np.sum([r["queries"] for r in members])
         ),
@@ -203,6 +209,7 @@ class Scores(list):
     COLUMNS = (
         ("selectivity", "visited", "{:.1%}"),
         ("recall_middle", "recall", "{:.1%}"),
+        ("needles_lost", "needles lost", "{:.2%}"),
         ("output_error", "output error", "{:.3f}"),
         ("accuracy", "answers", "{:.0%}"),
         ("nll", "nats", "{:.3f}"),

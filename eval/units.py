@@ -26,6 +26,7 @@ METRICS = {
     m.name: m
     for m in (
         Metric("recall_middle", "recall, middle", "{:.1%}", 1),
+        Metric("needles_lost", "needles lost", "{:.3%}", -1),
         Metric("output_error", "output error", "{:.4f}", -1),
         Metric("accuracy", "accuracy", "{:.1%}", 1),
         Metric("nll", "nats per token", "{:.4f}", -1),
@@ -43,6 +44,9 @@ def contribution(metric: str, record: dict) -> tuple[float, float] | None:
     """(top, bottom) of one record; None where the record has no such metric."""
     if metric == "recall_middle" and "middle_caught" in record:
         return sum(record["middle_caught"]), sum(record["middle_mass"])
+    if metric == "needles_lost" and "needle_lost" in record:
+        mass = sum(record["needle_mass"])
+        return (sum(record["needle_lost"]), mass) if mass else None
     if metric == "output_error" and "output_error" in record:
         return record["output_error"], record["queries"]
     if metric in ("nll", "divergence") and metric in record:

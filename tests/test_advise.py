@@ -13,7 +13,7 @@ pytestmark = pytest.mark.many_steps
 def measured(share, errors, speedup):
     budget = Budget(max_tokens=round(1000 * share), window=64)
     mean = sum(errors) / len(errors)
-    return Measured(share, budget, 0.9, mean, dict(enumerate(errors)), 10.0, speedup)
+    return Measured(share, budget, 0.9, 0.01, mean, dict(enumerate(errors)), 10.0, speedup)
 
 
 def test_the_smallest_share_below_the_target_is_chosen():

@@ -15,13 +15,16 @@ from .test_cli import run_cli
 RUN = {"model": "tiny", "version": "1", "config": {"seed": 0}, "environment": {}, "index": None}
 
 
-def attention_records(method, recall, rng, *, error=0.1, selectivity=0.05, budget="0.05"):
+def attention_records(
+    method, recall, rng, *, error=0.1, lost=0.1, selectivity=0.05, budget="0.05"
+):
     mass = rng.uniform(5, 10, 4)
     noise = rng.normal(0, 0.01, 4)
     return {
         "task": "attention", "context": 1024, "method": method, "budget": budget, "layer": 0,
         "queries": 16, "middle_mass": mass.tolist(), "middle_caught": (mass * (recall + noise))
         .tolist(), "all_caught": [15.0] * 4, "output_error": error * 16,
+        "needle_mass": (mass / 2).tolist(), "needle_lost": (mass / 2 * lost).tolist(),
         "selectivity": selectivity, "bytes_read": 1000.0, "router_bytes": 10,
     }  # fmt: skip
 

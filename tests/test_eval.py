@@ -25,7 +25,7 @@ CONFIG = EvalConfig(
 )  # fmt: skip
 COLUMNS = {
     "method", "model", "task", "context", "budget", "selectivity", "recall_all", "recall_middle",
-    "recall_of_oracle", "output_error", "bytes_read", "router_bytes", "accuracy",
+    "recall_of_oracle", "output_error", "needles_lost", "bytes_read", "router_bytes", "accuracy",
 }  # fmt: skip
 
 
@@ -57,6 +57,9 @@ def test_scores(finished):
     order = [attention[m, "0.1"]["recall_middle"] for m in ("saap", "oracle", "random")]
     assert order == sorted(order, reverse=True)
     assert attention["saap", "0.1"]["recall_of_oracle"] > 0.9
+    lost = [attention[m, "0.1"]["needles_lost"] for m in ("saap", "streaming", "random")]
+    assert attention["dense", "0.1"]["needles_lost"] == 0
+    assert lost[0] < 0.05 < min(lost[1:]), lost
     answers = [s for s in scores if s["task"] == "passkey"]
     assert {s["method"] for s in answers} == set(METHODS)
     assert all(0 <= s["accuracy"] <= 1 for s in answers)

@@ -32,7 +32,7 @@ def problem(reference_model, captured):
 def answer(problem, method, budget):
     """`out, lse` of the method, and the rows of the middle it visits `[n, H]`."""
     budget = dataclasses.replace(budget, n_sink=16, window=32, flush_every=1)
-    out, lse, _, lengths = problem.attend(problem.store_for(method, budget), budget)
+    out, lse, *_, lengths = problem.attend(problem.store_for(method, budget), budget)
     return out, lse, lengths.sum(-1)
 
 

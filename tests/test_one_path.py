@@ -290,6 +290,7 @@ def test_the_attention_task_measures_the_models_own_attention(case):
         assert measured["output_error"] < 1e-5
         assert measured["selectivity"] == pytest.approx(1.0)
         assert measured["middle_caught"] == pytest.approx(measured["middle_mass"], rel=1e-4)
+        assert sum(measured["needle_lost"]) == 0
         k, v, _ = read.keys(layer.info.number)
         for number, q in enumerate(problem.q_rope):
             n = problem.n_context + 1 + number

@@ -10,7 +10,8 @@ from saap.eval.scores import add_difference_to_dense
 from .test_cli import bad, run_cli
 
 COSTS = {"selectivity": 0.1, "bytes_read": 10, "router_bytes": 1}
-HEADS = {"middle_mass": [0.5, 1], "middle_caught": [0.5, 1], "all_caught": [1, 1]}
+HEADS = {"middle_mass": [0.5, 1], "middle_caught": [0.5, 1], "all_caught": [1, 1],
+         "needle_mass": [0.4, 0], "needle_lost": [0.1, 0]}  # fmt: skip
 ATTENTION = {"task": "attention", "context": 512, "method": "saap", "budget": "0.05", "layer": 0,
              "queries": 2, "output_error": 0.1, **COSTS, **HEADS}  # fmt: skip
 
@@ -45,6 +46,7 @@ def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
         bad({**ATTENTION, "output_error": float("nan")}, "output_error of unit 'x' must be"),
         bad({**ATTENTION, "middle_mass": 3}, "middle_mass of unit 'x' must be a list of numbers"),
         bad({**ATTENTION, "middle_mass": [1.0]}, "must be 2 numbers, as in others; got 1"),
+        bad({**ATTENTION, "needle_lost": [0.1]}, "must be 2 numbers, as in others; got 1"),
         bad({**ATTENTION, "queries": 0}, "queries of unit 'x' must be an integer from 1; got 0"),
         bad({"task": "attention", "context": 1}, "layer of unit 'x' must be an integer from 0"),
         bad(without("middle_mass"), "middle_mass of unit 'x' must be a list of numbers; got none"),

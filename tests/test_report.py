@@ -22,7 +22,7 @@ def scores(methods=tuple(METHODS), contexts=(1024, 8192)):
                 heads = {"head_recall": [[0.5, 0.1]], "head_middle_mass": [[0.5, 0.0]]}
                 rows.append({**shared, **heads, "task": "attention", "worst_head": 0.1,
                              "recall_middle": budget + number / 50, "recall_all": 0.9,
-                             "output_error": 0.5 - budget})  # fmt: skip
+                             "needles_lost": 0.01, "output_error": 0.5 - budget})  # fmt: skip
                 for task in ("passkey", "multi-key"):
                     rows.append({**shared, "task": task, "accuracy": budget + number / 50,
                                  "by_depth": [[d / 10, 1.0] for d in range(10)]})  # fmt: skip

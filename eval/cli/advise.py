@@ -115,12 +115,13 @@ def print_advice(found, method: str, index: Path | None) -> None:
 
     rows = [
         [
-            f"{m.share:.0%}", f"{m.budget.max_tokens:,}", f"{m.recall:.1%}", f"{m.error:.3f}",
-            f"{m.step_ms:.1f}", f"{m.speedup:.2f}x",
+            f"{m.share:.0%}", f"{m.budget.max_tokens:,}", f"{m.recall:.1%}",
+            f"{m.needles_lost:.2%}", f"{m.error:.3f}", f"{m.step_ms:.1f}", f"{m.speedup:.2f}x",
         ]
         for m in found.measured
     ]  # fmt: skip
-    head = ("visited", "max_tokens", "recall, middle", "output error", "ms per token", "dense")
+    head = ("visited", "max_tokens", "recall, middle", "needles lost", "output error",
+            "ms per token", "dense")  # fmt: skip
     plain_table(f"{method} at {found.context:,} tokens", head, rows)
     console.print(
         f"Dense: {found.dense_ms:.1f} ms per token over the same cache, "

@@ -10,6 +10,7 @@ from saap.index.tensor_files import write_atomically
 from ..checks import suspicions
 from ..records import read_run
 from ..scores import score_run
+from ..tasks.needle_rows import LEAST
 from ..units import share_of, told_search
 from . import fronts, pictures, plots
 from .captions import CAPTIONS
@@ -25,6 +26,7 @@ COLUMNS = (
     ("recall_middle", "recall, middle", "recall", "{:.1%}"),
     ("recall_all", "recall, all", "of all", "{:.1%}"),
     ("recall_of_oracle", "of oracle", "oracle", "{:.0%}"),
+    ("needles_lost", "needles lost", "needles", "{:.2%}"),
     ("output_error", "output error", "error", "{:.3f}"),
     ("worst_head", "worst head", "worst", "{:.0%}"),
     ("kilobytes", "kB per layer and step", "kB", "{:,.0f}"),
@@ -251,7 +253,9 @@ def budget_note(context: int, budget: str, run: dict) -> str:
     return told + (
         "kB are the keys and values of all visited rows, and whatever choosing reads: router "
         "weights, centroids, summaries, codes. Oracles and random read nothing to choose: they "
-        "are bounds, no methods."
+        f"are bounds, no methods. Needles are rows of the middle that have {LEAST:.0%} of a "
+        "head's attention or more; lost is the share of what they hold that is in rows not "
+        "visited."
     )
 
 

@@ -6,6 +6,7 @@ j tokens before it.
 """
 
 import dataclasses
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from saap.selector import LayerInfo
 
 from ..variants import Point, Variant
 from .base import Task, text_tokens
+from .needle_rows import Needles
 
 
 class LayerProblem:
@@ -47,6 +49,18 @@ class LayerProblem:
         middle = [(zero + self.first, zero + self.stop - self.first)]
         self.middle = self._attend(self.k_rope, self.v, *self._ranges(middle))
         self.exact = merge_states(*self.middle, *self.local)
+
+    @cached_property
+    def needles(self) -> Needles:
+        return Needles.of(
+            self.q_rope,
+            self.k_rope[0],
+            self.exact[1],
+            first=self.first,
+            stop=self.stop,
+            sm_scale=self.info.sm_scale,
+            softcap=self.info.softcap,
+        )
 
     def _ranges(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         shape = (self.n_queries, self.n_kv, len(pairs))
@@ -81,14 +95,14 @@ class LayerProblem:
         return self.k_rope, self.v, self.k_derope
 
     def attend(self, store: KVStore, budget: Budget):
-        """`out` of a step, `lse` of all that it visits and of the chosen rows, `lengths [n, H,
-        R]`."""
+        """`out` of a step, `lse` of all that it visits and of the chosen rows, and these: `starts,
+        lengths [n, H, R]`."""
         positions = self.n_context + torch.arange(self.n_queries, device=self.k_rope.device)
         starts, lengths = store.select(self.q_rope, self.q_derope, budget, positions=positions)
         if starts.shape[-1] < LOCAL:  # nothing was chosen: everything is visited
-            rows = torch.full_like(lengths, self.stop - self.first)
+            whole = self.first, self.stop - self.first
             self.rest_bytes = 0
-            return *self.exact, self.middle[1], rows
+            return *self.exact, self.middle[1], *(torch.full_like(lengths, n) for n in whole)
         info = self.info
         add = store.adds_rest(budget, lengths, info.sm_scale, info.softcap)
         starts, lengths = starts[..., LOCAL:], lengths[..., LOCAL:]
@@ -97,7 +111,7 @@ class LayerProblem:
         self.rest_bytes = 0 if add is None else store.estimated.nbytes
         if add is not None:
             out = add(out, lse.clone(), self.q_rope)[0]
-        return out, lse, chosen[1], lengths
+        return out, lse, chosen[1], starts, lengths
 
     @property
     def local_rows(self) -> float:
@@ -111,18 +125,21 @@ class LayerProblem:
 
     def measure(self, store: KVStore, budget: Budget) -> dict:
         """Sums over the queries, a value for each query head; lists are `[Hq]`."""
-        out, lse, chosen_lse, lengths = self.attend(store, budget)
+        out, lse, chosen_lse, starts, lengths = self.attend(store, budget)
         exact_lse = self.exact[1]
         middle = (self.middle[1] - exact_lse).exp()
         caught = (chosen_lse - exact_lse).exp()
         rows = lengths.sum(-1).float()
         visited_rows = float(rows.mean()) + self.local_rows
         choosing = store.selector.nbytes
+        tokens = store.rows.tokens[0, :, : store.length]
         return {
             "queries": self.n_queries,
             "middle_mass": rounded(middle.sum(0)),
             "middle_caught": rounded(caught.sum(0)),
             "all_caught": rounded((lse - exact_lse).exp().sum(0)),
+            "needle_mass": rounded(self.needles.mass),
+            "needle_lost": rounded(self.needles.lost(tokens, starts, lengths)),
             "output_error": float(self.output_errors(out).sum()),
             "selectivity": visited_rows / (self.n_context + (self.n_queries + 1) / 2),
             "bytes_read": visited_rows * lengths.shape[1] * store.row_bytes
