@@ -2,12 +2,15 @@
 
     make models GEMMA=1
     python -m benchmarks.needles [--texts 2]
+    python -m benchmarks.needles --least [--texts 2]
 
 A *needle* is a row between the first and the most recent tokens that a query head gives a
 twentieth of its attention or more. It is lost where it is not among the head's candidates, the
 best rows by the coarse code. Told is the share of the needles' attention that is lost if a head
-has one candidate for so many rows, over queries of the last 2,048 tokens of each text. Figures go
-to `$OUT`, else to `benchmarks/results/<device>/needles.json`, and then into `docs/routing.md`.
+has one candidate for so many rows, over queries of the last 2,048 tokens of each text. `--least`
+compares what keys count at least where coordinates are learned, at one candidate for eight rows.
+Figures go to `$OUT`, else to `benchmarks/results/<device>/needles.json` or `least_weight.json`,
+and then into `docs/routing.md`.
 """
 
 import argparse
@@ -18,8 +21,9 @@ from torch import Tensor
 from saap import hf
 from saap.eval.corpora import read_named
 from saap.eval.tasks.base import text_tokens
+from saap.eval.tasks.needle_rows import LEAST
 from saap.index.coordinates import balanced
-from saap.index.moments import Moments
+from saap.index.moments import LEAST_WEIGHT, Moments
 from saap.kernels.codes import encode, layout
 from saap.methods.saap import as_coded
 
@@ -29,10 +33,13 @@ from .reports import ROOT, markdown, put_table, report_path, write
 
 COMMAND = "python -m benchmarks.needles"
 CONTEXTS = (("smollm2", 8192), ("gemma3-270m", 16384), ("gemma3-270m", 32768))
-ONE_OF = (64, 32, 16, 8, 4)
+COMPARED, LEAST_WEIGHTS = (("smollm2", 8192), ("gemma3-270m", 8192)), (0.0, 0.1, 0.25, 0.5, 1.0)
+"""Where least weights are compared, and which: 1 is that all keys count alike."""
+
+ONE_OF, COMPARED_AT = (64, 32, 16, 8, 4), 8
 N_SINK = WINDOW = 16
-LEAST, EVERY = 0.05, 16
-"""A needle's attention; one of so many of the last tokens asks."""
+EVERY = 16
+"""One of so many of the last tokens asks."""
 
 
 def ranks(q: Tensor, k: Tensor, coarse: Tensor, coded: Tensor, places: Tensor) -> tuple:
@@ -50,24 +57,27 @@ def ranks(q: Tensor, k: Tensor, coarse: Tensor, coded: Tensor, places: Tensor) -
     return weights[at, needle], before, middle.sum(-1)[at]
 
 
-def measure(model, tokenizer, n_tokens: int, number: int, n_texts: int) -> list[tuple]:
-    """`ranks` of all heads of a text."""
+def measure(
+    model, tokenizer, n_tokens: int, number: int, n_texts: int, leasts: tuple[float, ...]
+) -> dict[float, list[tuple]]:
+    """`ranks` of all heads of a text, by what keys count at least."""
     text = b"\n".join(read_named("prose2"))
     tokens = text_tokens(tokenizer, text, n_tokens, number, n_texts)
     context = hf.read_context(model, tokens, chunk=2048)
-    found = []
+    found = {least: [] for least in leasts}
     for info in reuse.full_layers(model):
         latest, k = reuse.vectors_of(context, info.number)
-        own = as_coded(balanced(Moments.of(latest.flatten(1, 2), k)))
-        coarse = layout.decode_coarse(encode(own.keys(k[None]), own.importance))[0]
         places = torch.arange(k.shape[1])[-latest.shape[2] :][EVERY - 1 :: EVERY]
         q = info.sm_scale * latest[:, :, EVERY - 1 :: EVERY]
-        coded = q @ own.of_queries[0, :, None].mT
-        found += [
-            ranks(q[h, g], k[h], coarse[h], coded[h, g], places)
-            for h in range(len(k))
-            for g in range(q.shape[1])
-        ]
+        for least, of_heads in found.items():
+            own = as_coded(balanced(Moments.of(latest.flatten(1, 2), k, least)))
+            coarse = layout.decode_coarse(encode(own.keys(k[None]), own.importance))[0]
+            coded = q @ own.of_queries[0, :, None].mT
+            of_heads += [
+                ranks(q[h, g], k[h], coarse[h], coded[h, g], places)
+                for h in range(len(k))
+                for g in range(q.shape[1])
+            ]
         print(f"text {number}, layer {info.number}", flush=True)
     return found
 
@@ -80,6 +90,16 @@ def record(name: str, n_tokens: int, found: list[tuple]) -> dict:
     return {"model": name, "tokens": n_tokens, "needles": len(attention), "lost": lost}
 
 
+def least_table(records: list[dict]) -> str:
+    head = ["model", "context", "needles", *(f"least {n:g}" for n in LEAST_WEIGHTS)]
+    rows = [
+        [r["model"], f"{r['tokens']:,}", f"{r['needles']:,}"]
+        + [f"{r['lost'][str(n)]:.3%}" for n in LEAST_WEIGHTS]
+        for r in records
+    ]
+    return markdown(head, rows)
+
+
 def table(records: list[dict]) -> str:
     head = ["model", "context", "needles", *(f"one of {n}" for n in ONE_OF)]
     rows = [
@@ -90,22 +110,42 @@ def table(records: list[dict]) -> str:
     return markdown(head, rows)
 
 
+def records_of(name: str, n_tokens: int, n_texts: int, leasts: tuple[float, ...]) -> list[dict]:
+    """A record for each least weight."""
+    model, tokenizer = hf.load_model(name), hf.load_tokenizer(name)
+    found = {least: [] for least in leasts}
+    for number in range(n_texts):
+        own = measure(model, tokenizer, n_tokens, number, n_texts, leasts)
+        for least in leasts:
+            found[least] += own[least]
+    return [record(name, n_tokens, own) for own in found.values()]
+
+
+def compared(name: str, n_tokens: int, n_texts: int) -> dict:
+    """One record of all least weights."""
+    each = records_of(name, n_tokens, n_texts, LEAST_WEIGHTS)
+    lost = {str(n): own["lost"][COMPARED_AT] for n, own in zip(LEAST_WEIGHTS, each, strict=True)}
+    return {**each[0], "lost": lost}
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--least", action="store_true")
     options = parser.parse_args()
-    records = []
-    for name, n_tokens in CONTEXTS:
-        model, tokenizer = hf.load_model(name), hf.load_tokenizer(name)
-        found = []
-        for number in range(options.texts):
-            found += measure(model, tokenizer, n_tokens, number, options.texts)
-        records.append(record(name, n_tokens, found))
+    records, command, name, as_table = [], COMMAND, "needles.json", table
+    if options.least:
+        command, name, as_table = f"{COMMAND} --least", "least_weight.json", least_table
+    for model, n_tokens in COMPARED if options.least else CONTEXTS:
+        if options.least:
+            records.append(compared(model, n_tokens, options.texts))
+        else:
+            records += records_of(model, n_tokens, options.texts, (LEAST_WEIGHT,))
         print(records[-1], flush=True)
         report = {"environment": environment(), "texts": options.texts, "records": records}
-        write(report_path(cpu_name(), "needles.json"), report)
-        put_table(ROOT / "docs" / "routing.md", COMMAND, table(records))
+        write(report_path(cpu_name(), name), report)
+        put_table(ROOT / "docs" / "routing.md", command, as_table(records))
 
 
 if __name__ == "__main__":

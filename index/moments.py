@@ -99,20 +99,22 @@ class Toward:
     query: Float[Tensor, "Hkv D"]  # the mean one
     score: Float[Tensor, " Hkv"]  # of keys with it, on average
     spread: Float[Tensor, " Hkv"]  # of these scores
+    least: float = LEAST_WEIGHT
 
     @classmethod
-    def of(cls, queries: Sums, keys: Sums) -> "Toward":
+    def of(cls, queries: Sums, keys: Sums, least: float = LEAST_WEIGHT) -> "Toward":
         query, mean = queries.mean, keys.mean
         score = (query * mean).sum(-1)
         square = torch.einsum("hi,hij,hj->h", query, keys.about_mean, query)
         # Where all score alike but for rounding, all count alike.
-        least = 10 * keys.rounding * (query * query).sum(-1)
-        return cls(query, score, torch.where(square > least, square, torch.inf).sqrt())
+        rounding = 10 * keys.rounding * (query * query).sum(-1)
+        spread = torch.where(square > rounding, square, torch.inf).sqrt()
+        return cls(query, score, spread, least)
 
     def weights(self, k: Float[Tensor, "Hkv n D"]) -> Float[Tensor, "Hkv n"]:
         score = (k @ self.query[..., None])[..., 0] - self.score[:, None]
         toward = torch.sigmoid(SHARPNESS * score / self.spread[:, None])
-        return LEAST_WEIGHT + (1 - LEAST_WEIGHT) * toward
+        return self.least + (1 - self.least) * toward
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,24 @@ class Moments:
         return cls(queries.about_zero, keys.about_mean, keys.mean.float())
 
     @classmethod
-    def of(cls, queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]) -> "Moments":
-        """Of these, keys counting by how much the queries look `Toward` them."""
-        return cls.of_sums(*_sums_of(queries, keys))
+    def of(
+        cls,
+        queries: Float[Tensor, "Hkv n D"],
+        keys: Float[Tensor, "Hkv m D"],
+        least: float = LEAST_WEIGHT,
+    ) -> "Moments":
+        """Of these, keys counting by how much the queries look `Toward` them, but at least so
+        much."""
+        return cls.of_sums(*_sums_of(queries, keys, least))
 
 
-def _sums_of(queries: Float[Tensor, "Hkv n D"], keys: Float[Tensor, "Hkv m D"]):
+def _sums_of(
+    queries: Float[Tensor, "Hkv n D"],
+    keys: Float[Tensor, "Hkv m D"],
+    least: float = LEAST_WEIGHT,
+) -> tuple[Sums, Sums]:
     own = Sums.of(queries)
-    return own, Sums.of(keys, Toward.of(own, Sums.of(keys)))
+    return own, Sums.of(keys, Toward.of(own, Sums.of(keys), least))
 
 
 class MomentSums:
