@@ -9,6 +9,7 @@ from saap.eval.bootstrap import LEAST_UNITS, ratio_difference
 from saap.eval.checks import check_folder, suspicions
 from saap.eval.compare import compare
 from saap.eval.records import RecordFile
+from saap.eval.scores import score_run
 
 from .test_cli import run_cli
 
@@ -51,6 +52,27 @@ def test_a_run_is_the_same_as_itself(tmp_path):
     assert set(verdicts(found).values()) == {"same"}
     assert not found.worse
     assert not found.settings
+
+
+def test_more_needles_lost_are_worse_though_recall_is_the_same(tmp_path):
+    a = write_folder(tmp_path / "a", {"saap": {"recall": 0.7, "lost": 0.001}})
+    b = write_folder(tmp_path / "b", {"saap": {"recall": 0.7, "lost": 0.002}})
+    found = compare(a, b)
+    assert verdicts(found)["needles_lost"] == "worse"
+    assert verdicts(found)["recall_middle"] == "same"
+
+
+def test_texts_without_needles_have_none_to_lose(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        folders.append(tmp_path / name)
+        file = RecordFile(folders[-1], RUN)
+        for number in range(LEAST_UNITS):
+            record = attention_records("saap", 0.7, np.random.default_rng(number))
+            none = {"needle_mass": [0.0] * 4, "needle_lost": [0.0] * 4}
+            file.write(f"attention/1024/{number}", [record | none], f"text{number}")
+    assert "needles_lost" not in verdicts(compare(*folders))
+    assert score_run(folders[0])[0]["needles_lost"] is None
 
 
 @pytest.mark.parametrize(("recall", "verdict"), [(0.6, "worse"), (0.8, "better")])
