@@ -203,10 +203,21 @@ def headline(scores: list[dict]) -> str:
     )
     if saap["recall_of_oracle"] is not None:
         text += f", {saap['recall_of_oracle']:.0%} of what an oracle finds in as many rows"
-    others = [f"{own[name]['recall_middle']:.0%} ({name})" for name in COMPARED if name in own]
+    text += lost(saap, ", and loses {} of its needles")
+    others = [
+        f"{own[name]['recall_middle']:.0%}{lost(own[name], ' and lose {}')} ({name})"
+        for name in COMPARED
+        if name in own
+    ]
     if others:
         text += f"; others find {', '.join(others)}"
     return f"<p class=lead>{text}.</p>"
+
+
+def lost(score: dict, form: str) -> str:
+    """Needles that are lost, in words; none where a text has no needles."""
+    share = score["needles_lost"]
+    return "" if share is None else form.format(f"{100 * share:.2g}%")
 
 
 def warning(lines: list[str]) -> str:
