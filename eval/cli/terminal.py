@@ -62,11 +62,12 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         cells = map(escape, cells)  # variants are named in brackets, which rich takes for markup
         table.add_row(*cells, style="bold" if row["method"] == "saap" else None)
     console.print(table)
+    answers = "; keys: pass keys answered" if accuracy else ""
     console.print(
         "[dim]recall: attention mass of the middle that is found; of all: sinks and window too; "
         "oracle: share of the oracle's; needles: lost of what rows of 5 % of a head's attention "
         "or more hold; error: of the output; worst: the worst far-looking head; kB: read per "
-        "layer and step, with the router" + ("; keys: pass keys answered[/]" if accuracy else "[/]")
+        f"layer and step, with the router{answers}[/]"
     )
 
 
