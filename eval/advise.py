@@ -37,7 +37,7 @@ class Measured:
     share: float
     budget: Budget
     recall: float
-    needles_lost: float
+    needles_lost: float | None
     error: float
     errors: dict[int, float]
     step_ms: float
@@ -140,7 +140,7 @@ def about(share: float, budget: Budget, records: list[dict], times: dict) -> Mea
         share,
         budget,
         caught / mass if mass else 1.0,
-        lost / needles if needles else 0.0,
+        lost / needles if needles else None,
         statistics.fmean(e for each in errors.values() for e in each),
         {layer: statistics.fmean(each) for layer, each in errors.items()},
         statistics.median(own),

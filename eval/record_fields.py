@@ -1,6 +1,7 @@
 """What a record has to hold, so that whatever reads records can rely on it."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def is_numbers(value) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_number, value))
 
 
+def is_masses(value) -> bool:
+    return is_numbers(value) and min(value) >= 0
+
+
+def is_share(value) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
 def is_points(value) -> bool:
     return isinstance(value, list) and all(is_numbers(p) and len(p) == 2 for p in value)
 
@@ -63,9 +72,11 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         ("context", "queries", "tokens", "verifications"), (is_some, "an integer from 1")
     ),
-    **dict.fromkeys((*HEADS, *PARTS), (is_numbers, "a list of numbers")),
+    **dict.fromkeys(HEADS, (is_masses, "a list of numbers from 0")),
+    **dict.fromkeys(PARTS, (is_numbers, "a list of numbers")),
+    "accuracy": (is_share, "a number from 0 to 1"),
     **dict.fromkeys(
-        (*COSTS, "output_error", "nll", "divergence", "accuracy", "build_ms", "load",
+        (*COSTS, "output_error", "nll", "divergence", "build_ms", "load",
          "middle_mass_share", "explained"),
         (is_number, "a number"),
     ),
@@ -96,13 +107,31 @@ def check_records(path: Path, records: list) -> None:
                 expected = sizes.setdefault((record["task"], names), size or 0)
                 if size is not None and size != (expected or size):
                     raise wrong(path, record, name, f"{expected} numbers, as in others", size)
+        if "needle_lost" in record:
+            both = zip(record["needle_lost"], record["needle_mass"], strict=True)
+            for lost, mass in both:
+                if lost > mass:
+                    raise wrong(path, record, "needle_lost", f"at most the needles' {mass}", lost)
 
 
 def check_scored(path: Path, records: list[dict]) -> None:
-    """Raise ValueError for the first record that lacks what its task is scored by."""
+    """Raise ValueError for the first record that lacks what its task is scored by, and for a
+    method of which a layer has fewer records than another."""
+    layers: dict[tuple, Counter] = defaultdict(Counter)
     for record in records:
         if "method" in record:
             check_fields(path, record, NEEDED.get(record["task"], (*COSTS, "accuracy")))
+            if record["task"] == "attention":
+                place = record["context"], record["method"], record["budget"]
+                layers[place][record["layer"]] += 1
+    for (context, method, budget), counts in layers.items():
+        most, least = max(counts, key=counts.get), min(counts, key=counts.get)
+        if counts[most] > counts[least]:
+            raise ValueError(
+                f"{path}: {method} at {context} tokens and budget {budget} must have as many "
+                f"records of every layer; got {counts[most]} of layer {most} and {counts[least]} "
+                f"of layer {least}"
+            )
 
 
 def check_fields(path: Path, record: dict, names) -> None:

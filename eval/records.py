@@ -12,9 +12,10 @@ from pathlib import Path
 
 from saap.index.tensor_files import write_atomically
 
-from .record_fields import check_records
+from .record_fields import check_records, is_count
 
 RECORDS, RUN = "records.jsonl", "run.json"
+LAYOUT = ("context", "sinks", "window")
 # What a run that continues has to share with its beginning, besides config, threads and version.
 SAME = ("model", "weights", "text", "index")
 
@@ -71,6 +72,18 @@ class RecordFile:
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in whole).encode())
         return done
 
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """What fails before a unit is done leaves nothing behind."""
+        try:
+            yield
+        except BaseException:
+            if not self.done:
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+                    (self.path.parent / RUN).unlink(missing_ok=True)
+            raise
+
     def write(self, unit: str, records: list[dict], input_hash: str | None = None) -> None:
         """All records of a unit, and a hash of the text or prompt that it judged.
 
@@ -112,9 +125,22 @@ def read_settings(path: Path) -> dict:
         raise ValueError(f"{path}: must be JSON; got another text ({error})") from error
     if not (isinstance(found, dict) and isinstance(found.get("config"), dict)):
         raise ValueError(f"{path}: must be a file that `saap eval` wrote; got one without config")
-    if not isinstance(found.get("environment", {}), dict):
+    environment = found.get("environment", {})
+    if not isinstance(environment, dict):
         raise ValueError(f"{path}: environment must be a mapping; got another value")
+    if not isinstance(environment.get("packages") or {}, dict):
+        raise ValueError(f"{path}: packages must be a mapping; got another value")
+    rows = found.get("attention_rows", {})
+    if not isinstance(rows, dict) or not all(map(is_layout, rows.values())):
+        raise ValueError(
+            f"{path}: attention_rows must have numbers of rows, {', '.join(LAYOUT)}, for each "
+            "context; got others"
+        )
     return found
+
+
+def is_layout(rows) -> bool:
+    return isinstance(rows, dict) and all(is_count(rows.get(name)) for name in LAYOUT)
 
 
 def read_lines(path: Path, *, allow_cut: bool = False) -> Iterator[dict]:

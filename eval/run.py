@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from .records import RUN, RecordFile, is_begun, read_settings
 from .tasks.base import Bench
 from .tasks.chat import ChatTemplate
 from .tasks.registry import DEFAULT_TASKS, TASKS, find_task
-from .variants import check_method_entry, make_variants
+from .variants import Point, Variant, check_method_entry, make_variants
 from .workers import Crew, crew_for, results, usable_cores
 
 LEAST = {
@@ -61,6 +62,10 @@ class EvalConfig:
             for value in values:
                 if values.count(value) > 1:
                     raise ValueError(f"{name} must hold each value once; got {value!r} twice")
+        for name in ("budgets", "answer_budgets"):
+            for share in getattr(self, name):
+                if not 0 < share <= 1:
+                    raise ValueError(f"{name} must be above 0 and at most 1; got {share}")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -202,22 +207,40 @@ def by_crew(source: Source, config: EvalConfig, units: list[Unit], crew: Crew) -
 
 
 def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Bench:
-    """ValueError for budgets that no context can keep, or that a method cannot follow, and for
-    chat without a template."""
+    """ValueError for budgets that a context cannot keep, or a method cannot follow, or that are
+    the same to what they are called by, and for chat without a template."""
     if config.chat:
         ChatTemplate.of(tokenizer)
     variants = make_variants(config.methods, index, config.seed)
     bench = Bench(model, tokenizer, text, variants, config)
     searched = [layer.info for layer in hf.model_layers(model) if layer.is_full]
-    asked = {TASKS[name].budgets for name in config.tasks} - {None}
-    for context in config.contexts:
-        for shares in (getattr(config, name) for name in sorted(asked)):
-            for variant, points in bench.points(context, shares):
-                for layer in searched[:1]:
-                    selector = variant.method.selector(layer)
-                    for point in points:
-                        selector.check_budget(point.budget)
+    tasks = [TASKS[name]() for name in config.tasks if TASKS[name].budgets is not None]
+    for task, context in itertools.product(tasks, config.contexts):
+        n = task.context_rows(config, context)
+        if n < 1:
+            raise ValueError(
+                f"context must be longer than the {context - n} tokens of {task.name} that ask; "
+                f"got {context}"
+            )
+        judged = bench.points(n, getattr(config, task.budgets))
+        check_labels(judged)
+        for variant, points in judged:
+            for layer in searched[:1]:
+                selector = variant.method.selector(layer)
+                for point in points:
+                    selector.check_budget(point.budget)
     return bench
+
+
+def check_labels(judged: list[tuple[Variant, list[Point]]]) -> None:
+    """Records are told apart by them: ValueError where two are the same."""
+    known = set()
+    for place in ((v.label, point.label) for v, points in judged for point in points):
+        if place in known:
+            raise ValueError(
+                "each method must be given once at each budget; got {} at {} twice".format(*place)
+            )
+        known.add(place)
 
 
 def open_records(
@@ -274,10 +297,11 @@ def write_all(
     progress = progress or (lambda what, done, total: None)
     total, done = sum(unit.context for unit in units), 0
     progress("start" if units else "nothing is left to do", 0, total)
-    for unit, (rows, judged) in zip(units, found, strict=True):
-        records.write(str(unit), rows, judged)
-        done += unit.context
-        progress(f"{unit.task} at {unit.context}", done, total)
+    with records.begun():
+        for unit, (rows, judged) in zip(units, found, strict=True):
+            records.write(str(unit), rows, judged)
+            done += unit.context
+            progress(f"{unit.task} at {unit.context}", done, total)
 
 
 def weights_fingerprint(model) -> str:

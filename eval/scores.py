@@ -85,7 +85,7 @@ def score_attention(members: list[dict]) -> dict:
     far = mass / queries >= FAR_HEAD_SHARE
     return {
         "recall_all": float(whole.mean() / queries),
-        "recall_middle": float(caught.sum() / mass.sum()),
+        "recall_middle": float(caught.sum() / mass.sum()) if mass.any() else 1.0,
         "recall_of_oracle": None,
         "worst_head": float(recall[far].min()) if far.any() else None,
         "needles_lost": float(lost / needles) if needles else None,

@@ -91,9 +91,10 @@ def paired(
 def share_of(budget: str) -> float | None:
     """The share of the context in a budget's label; None for a bound of another kind."""
     try:
-        return float(budget.split()[0])
+        share = float(budget.split()[0])
     except ValueError:
         return None
+    return share if 0 < share <= 1 else None
 
 
 def told_search(budget: str) -> str:

@@ -153,6 +153,11 @@ class Budget:
             "n_sink": n_sink, "window": window, "share": share, "estimate_rest": estimate_rest,
         }  # fmt: skip
         always = context - cls(max_tokens=0, **places).rows_in_lists(context)
+        if always >= context:
+            raise ValueError(
+                f"window must leave rows to choose of a context of {context}, of which the first "
+                f"{n_sink} are visited, too; got {window}"
+            )
         if rows <= always:
             raise ValueError(
                 f"selectivity must be above {always / context:.4f}, because sinks and window take "

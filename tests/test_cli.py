@@ -26,6 +26,7 @@ def test_all_methods_without_an_index_are_those_that_need_none(monkeypatch, caps
     assert code == 2
     assert "but those that need an index (--index): kmeans, kmeans-cells" in out
     assert "must have at least 8192 tokens" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_version(monkeypatch, capsys):
@@ -66,6 +67,30 @@ def bad(arguments, message):
         bad(
             ["eval", "reference", "--methods", "dense", "--budgets", "0.003"],
             "selectivity must be above",
+        ),
+        bad(
+            ["eval", "reference", "--methods", "dense", "--budgets", "0"], "budgets must be above"
+        ),
+        bad(
+            [
+                "eval",
+                "reference",
+                "--methods",
+                "saap",
+                "--contexts",
+                "1024,256",
+                "--budgets",
+                "0.15",
+            ],
+            "sinks and window take 32 rows of 192; got 0.15",
+        ),
+        bad(
+            ["eval", "reference", "--methods", "dense", "--contexts", "256", "--window", "200"],
+            "window must leave rows to choose of a context of 192",
+        ),
+        bad(
+            ["eval", "reference", "--methods", "dense", "--budgets", "0.1,0.1000000001"],
+            "each method must be given once at each budget; got dense at 0.1 twice",
         ),
         bad(
             ["train", "reference", "--corpus", "EMPTY"],

@@ -215,6 +215,18 @@ def test_equal_predictions_below_full_budget():
     assert "saap predicts exactly what dense attention does" in line
 
 
+@pytest.mark.parametrize(("context", "suspicious"), [(512, False), (4096, True)])
+def test_a_short_context_may_be_visited_whole(tmp_path, context, suspicious):
+    rng = np.random.default_rng
+    rows = [
+        {**attention_records(name, recall, rng(i), selectivity=share), "unit": f"a/{i}",
+         "context": context}
+        for i in range(LEAST_UNITS)
+        for name, recall, share in (("saap", 1.0, 1.0), ("oracle-tokens", 0.6, 0.05))
+    ]  # fmt: skip
+    assert bool(suspicions(rows)) == suspicious
+
+
 def test_strict_report_fails(monkeypatch, capsys, tmp_path):
     variants = {"oracle": {"recall": 0.7}, "blend": {"recall": 0.9}}
     folder = write_folder(

@@ -44,12 +44,23 @@ def test_a_folder_with_few_settings_is_reported(folder, monkeypatch, capsys):
         bad({**ATTENTION, "context": 0}, "context of unit 'x' must be an integer from 1"),
         bad({**ATTENTION, "selectivity": None}, "selectivity of unit 'x' must be a number"),
         bad({**ATTENTION, "output_error": float("nan")}, "output_error of unit 'x' must be"),
-        bad({**ATTENTION, "middle_mass": 3}, "middle_mass of unit 'x' must be a list of numbers"),
+        bad(
+            {**ATTENTION, "middle_mass": 3},
+            "middle_mass of unit 'x' must be a list of numbers from",
+        ),
         bad({**ATTENTION, "middle_mass": [1.0]}, "must be 2 numbers, as in others; got 1"),
         bad({**ATTENTION, "needle_lost": [0.1]}, "must be 2 numbers, as in others; got 1"),
+        bad({**ATTENTION, "needle_lost": [-0.1, 0]}, "must be a list of numbers from 0; got"),
+        bad({**ATTENTION, "needle_lost": [0.5, 0]}, "must be at most the needles' 0.4; got 0.5"),
+        bad(
+            {**without("needle_lost"), "accuracy": 2}, "accuracy of unit 'x' must be a number from"
+        ),
         bad({**ATTENTION, "queries": 0}, "queries of unit 'x' must be an integer from 1; got 0"),
         bad({"task": "attention", "context": 1}, "layer of unit 'x' must be an integer from 0"),
-        bad(without("middle_mass"), "middle_mass of unit 'x' must be a list of numbers; got none"),
+        bad(
+            without("middle_mass"),
+            "middle_mass of unit 'x' must be a list of numbers from 0; got none",
+        ),
         bad({**ATTENTION, "budget": ""}, "budget of unit 'x' must be"),
     ],
 )
@@ -109,3 +120,45 @@ def test_a_file_of_the_same_name_is_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="must be a file that `saap eval` wrote"):
         RecordFile(tmp_path, {"model": "a", "config": {"seed": 0}})
     assert "somebody" in (tmp_path / RUN).read_text()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attention_rows", "x", "attention_rows must have numbers of rows, context, sinks"),
+        ("attention_rows", {"512": {"context": "a"}}, "attention_rows must have numbers"),
+        ("environment", {"packages": ["a"]}, "packages must be a mapping"),
+    ],
+)
+def test_settings_of_another_form(folder, monkeypatch, capsys, command, name, value, message):
+    path = folder / RUN
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    folders = [folder] if command == "report" else [folder, folder]
+    code, _, err = run_cli(monkeypatch, capsys, command, *folders)
+    assert code == 2
+    assert message in err
+
+
+def test_a_layer_with_fewer_records(folder, monkeypatch, capsys):
+    file = RecordFile(folder, {"config": {"seed": 1}, "model": "m", "version": "1"})
+    file.write("attention/512/1", [ATTENTION, {**ATTENTION, "layer": 1}])
+    code, _, err = run_cli(monkeypatch, capsys, "report", folder)
+    assert code == 2
+    assert "must have as many records of every layer; got 2 of layer 0 and 1 of layer 1" in err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget": "inf"}, {"budget": "nan"}, {"budget": "1e400"},
+        {"method": "$x_{$ a"}, {name: [0.0, 0.0] for name in HEADS},
+    ],
+)  # fmt: skip
+def test_odd_records_are_reported(folder, monkeypatch, capsys, change):
+    """At two budgets, so that lines are drawn."""
+    file = RecordFile(folder, {"config": {"seed": 1}, "model": "m", "version": "1"})
+    odd = {**ATTENTION, **change}
+    file.write("attention/512/1", [ATTENTION, odd, {**odd, "budget": "0.1", "selectivity": 0.2}])
+    code, _, err = run_cli(monkeypatch, capsys, "report", folder)
+    assert (code, err) == (0, "")

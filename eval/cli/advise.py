@@ -111,12 +111,14 @@ def call(method: str, index: Path | None) -> str:
 
 
 def print_advice(found, method: str, index: Path | None) -> None:
+    from ..report.page import cell
     from .terminal import console, plain_table
 
     rows = [
         [
             f"{m.share:.0%}", f"{m.budget.max_tokens:,}", f"{m.recall:.1%}",
-            f"{m.needles_lost:.2%}", f"{m.error:.3f}", f"{m.step_ms:.1f}", f"{m.speedup:.2f}x",
+            cell(m.needles_lost, "{:.2%}"), f"{m.error:.3f}", f"{m.step_ms:.1f}",
+            f"{m.speedup:.2f}x",
         ]
         for m in found.measured
     ]  # fmt: skip

@@ -51,20 +51,26 @@ def print_scores(scores: list[dict], context: int, budget: str) -> None:
         and s["context"] == context
         and share_of(s["budget"]) == float(budget)
     }
-    for key, _, title, _ in COLUMNS:
-        table.add_column(title, justify="left" if key == "method" else "right", no_wrap=True)
+    # With answers there is no room for all in 80 columns.
+    shown = [c for c in COLUMNS if not (accuracy and c[0] == "recall_all")]
+    for key, _, title, _ in shown:
+        method = key == "method"
+        table.add_column(
+            title, justify="left" if method else "right", no_wrap=not method, overflow="fold"
+        )
     if accuracy:
         table.add_column("keys", justify="right", no_wrap=True)
     for row in table_rows(scores, context, budget):
-        cells = [cell(row.get(key), form) for key, _, _, form in COLUMNS]
+        cells = [cell(row.get(key), form) for key, _, _, form in shown]
         if accuracy:
             cells.append(cell(accuracy.get(row["method"]), "{:.0%}"))
         cells = map(escape, cells)  # variants are named in brackets, which rich takes for markup
         table.add_row(*cells, style="bold" if row["method"] == "saap" else None)
     console.print(table)
+    of_all = "" if accuracy else "; of all: sinks and window too"
     answers = "; keys: pass keys answered" if accuracy else ""
     console.print(
-        "[dim]recall: attention mass of the middle that is found; of all: sinks and window too; "
+        f"[dim]recall: attention mass of the middle that is found{of_all}; "
         "oracle: share of the oracle's; needles: lost of what rows of 5 % of a head's attention "
         "or more hold; error: of the output; worst: the worst far-looking head; kB: read per "
         f"layer and step, with the router{answers}[/]"

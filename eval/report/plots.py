@@ -42,6 +42,7 @@ STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "svg.hashsalt": "saap",
+    "text.parse_math": False,  # names are text
 }
 INK = "#222222"
 WIDTH = 6.4

@@ -161,10 +161,13 @@ class Attention(Task):
     def n_units(self, config):
         return config.n_texts
 
+    def context_rows(self, config, context):
+        return context - config.n_queries
+
     def run_unit(self, bench, context, number):
         config = bench.config
         tokens = text_tokens(bench.tokenizer, bench.text, context, number, config.n_texts)
-        points = bench.points(context - config.n_queries, config.budgets)
+        points = bench.points(self.context_rows(config, context), config.budgets)
         records = evaluate(bench.model, tokens, points, config.n_queries)
         return records, bytes(tokens.to(torch.int32).numpy())
 

@@ -69,6 +69,10 @@ class Task(ABC):
     def n_units(self, config) -> int:
         """Texts or prompts at each context."""
 
+    def context_rows(self, config, context: int) -> int:
+        """How many of so many tokens are the context that methods search; the others ask."""
+        return context
+
     @abstractmethod
     def run_unit(self, bench: Bench, context: int, number: int) -> tuple[list[dict], bytes]:
         """Raw records of the unit, and the text that was judged."""

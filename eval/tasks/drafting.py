@@ -22,9 +22,12 @@ class Drafting(Task):
     def n_units(self, config):
         return config.n_texts
 
+    def context_rows(self, config, context):
+        return context - config.n_scored
+
     def run_unit(self, bench, context, number):
         config = bench.config
-        n_context = context - config.n_scored
+        n_context = self.context_rows(config, context)
         tokens = text_tokens(bench.tokenizer, bench.text, n_context, number, config.n_texts)
         read = hf.read_context(bench.model, tokens[:-1])
         wanted: list[int] = []

@@ -20,11 +20,14 @@ class Perplexity(Task):
     def n_units(self, config):
         return config.n_texts
 
+    def context_rows(self, config, context):
+        return context - config.n_scored
+
     @torch.no_grad()
     def run_unit(self, bench, context, number):
         config = bench.config
         tokens = text_tokens(bench.tokenizer, bench.text, context, number, config.n_texts)
-        n_context = context - config.n_scored
+        n_context = self.context_rows(config, context)
         read = hf.read_context(bench.model, tokens[:n_context])
         inputs, targets = tokens[n_context:-1], tokens[n_context + 1 :]
         dense = None

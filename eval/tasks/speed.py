@@ -32,6 +32,7 @@ from ..decoding import layout
 from .base import Task, text_tokens
 
 N_ROUNDS, N_WARM = 15, 2
+N_QUERIES = N_ROUNDS + N_WARM
 PARTS = ("route", "select", "attend", "other")
 
 PLACES = {
@@ -48,13 +49,15 @@ class Speed(Task):
     def n_units(self, config):
         return 1
 
+    def context_rows(self, config, context):
+        return context - N_QUERIES
+
     @torch.no_grad()
     def run_unit(self, bench, context, number):
-        n_queries = N_ROUNDS + N_WARM
         # The last tokens of the text ask; what is cached before them is the context.
         tokens = text_tokens(bench.tokenizer, bench.text, context, number, 1)
-        n_context = context - n_queries
-        read = hf.read_context(bench.model, tokens, n_queries=n_queries)
+        n_context = self.context_rows(bench.config, context)
+        read = hf.read_context(bench.model, tokens, n_queries=N_QUERIES)
         records = []
         for layer in (own.info for own in hf.model_layers(bench.model) if own.is_full):
             for variant, points in bench.points(n_context, bench.config.budgets):
@@ -75,7 +78,7 @@ def time_variant(read, layer, n_context, variant, points) -> list[dict]:
             rows = read.new_rows(layer.number)
             store = KVStore(variant.method.selector(layer), point.budget, rows=rows)
             store.append(*(t[:, :, :n_context] for t in keys))
-            seen = read.latest[layer.number][:, :, : -(N_ROUNDS + N_WARM)]
+            seen = read.latest[layer.number][:, :, :-N_QUERIES]
             store.selector.observe(seen, [seen.shape[2]])
             store.settle()
             built[layout(point)] = store, 1e3 * (time.perf_counter() - start)
