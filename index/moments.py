@@ -49,7 +49,8 @@ class Sums:
         n_kv, _, dim = x.shape
         sums = cls.zeros(n_kv, dim, x.device)
         for part in x.split(AT_ONCE, 1):
-            part = part.double()
+            # One sequence's NaN must not keep the others of its batch from being coded.
+            part = part.double().nan_to_num(0.0, 0.0, 0.0)
             count, weighed = part.new_full((n_kv,), part.shape[1]), part
             if toward is not None:
                 weights = toward.weights(part)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap.context_file import UNSEARCHED, has_no_rows, unchecked, window
+from saap.context_file import NO_ROWS, UNSEARCHED, has_no_rows, unchecked, window
 from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kv.row_file import DIGESTED, RowFile
@@ -151,7 +151,7 @@ def verify(path: str | Path, progress: Callable[[str], None] = lambda name: None
         tensor_files.verify(folder.path / STATE, header, tensors, progress)
         model = header["model"]
         for number, state in enumerate(header["layers"]):
-            if "lengths" not in state:
+            if "lengths" not in state or NO_ROWS in state:
                 continue
             file = folder.open(number, model["num_kv_heads"], model["head_dim"])
             progress(file.path.name)

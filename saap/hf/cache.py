@@ -228,11 +228,21 @@ class SaapCache(Cache):
         """
         if self._forward is not None:
             raise ValueError("a cache must be used by one forward at a time; got a second one")
+        self.check_whole()
         if self.folder is not None:
             self.folder.before_forward(self)
         forward = Forward(self, batch, length, mask, positions)
         self._forward = forward
         return forward
+
+    def check_whole(self) -> None:
+        """ValueError after a forward that was broken off with some layers ahead of others."""
+        held = [layer.store.lengths for layer in self.saap_layers]
+        if self.torn or len(self.slot_counts) > 1 or any(n != held[0] for n in held):
+            raise ValueError(
+                "the layers of a cache must hold the same tokens; got others, because a forward "
+                "was broken off: start a new cache"
+            )
 
     def end_forward(self, broken: bool = False) -> None:
         """`broken`: an error or an interrupt ended the forward."""

@@ -29,6 +29,7 @@ def save_context(
     it cannot be written.
     """
     check_has_index(saap_model)
+    cache.check_whole()
     if cache.owner is not saap_model:
         raise ValueError("this SaapCache must belong to this model and block; got one of another")
     if cache.lengths != [len(tokens)] or cache.get_seq_length() != len(tokens):

@@ -47,8 +47,8 @@ FAMILIES = (
 """Each is tested: with the full budget its logits and tokens are those of its own attention."""
 
 FULL = "full_attention"
-CHUNKED = "chunked_attention"
-LAYER_TYPES = (FULL, "sliding_attention", CHUNKED, HYBRID, *STATES, NOTHING)
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
+LAYER_TYPES = (FULL, SLIDING, CHUNKED, HYBRID, *STATES, NOTHING)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 

@@ -144,6 +144,7 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 raise ValueError(
                     f"{path}: layer {number} must be of the kind that the model has; got another"
                 )
+            prefill = layer.store.prefill if searched else None
             if searched and shares is not None:
                 layer.store = kv_state.restored_shared(
                     state, own, layer.store.selector, layers[shares].store
@@ -164,6 +165,8 @@ def open_folder(saap_model, path: str | Path, fast_memory: int | None):
                 where = f"{path}: layer {number}"
                 n_tokens = len(tensors["token_ids"])
                 unsearched.restore(where, layer, state, own, like[number], n_tokens)
+            if searched:
+                layer.store.prefill = prefill
     except BaseException as error:
         folder.close()
         if isinstance(error, ValueError) and not str(error).startswith(str(path)):

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from saap.kv import attend_chunk
+from saap.kv.checks import check_left_padded
 from saap.kv.chunks import attend_visible
 from saap.kv.shared import EVERY_ROW
 
 from .attention import LayerCall
-from .families import FULL
+from .families import CHUNKED, FULL, SLIDING
 from .masks import masks_of
 
 
@@ -20,18 +21,15 @@ class Forward:
     ):
         self.cache, self.length = cache, length
         stores = [layer.store for layer in cache.saap_layers]
-        uneven = cache.torn or len(cache.slot_counts) > 1
-        if uneven or any(store.lengths != stores[0].lengths for store in stores):
-            raise ValueError(
-                "the layers of a cache must hold the same tokens; got others, because a forward "
-                "was broken off: start a new cache"
-            )
         held = cache.lengths or [0] * batch
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
-        whole = isinstance(mask, Tensor) and mask.ndim == 4
-        windows = whole and any(getattr(own, "is_sliding", False) for own in cache.layers)
-        self.masks = masks_of(mask, batch, cache.get_seq_length(), length, windows=windows)
+        windows = {
+            own.kind: own.sliding_window
+            for own in cache.owner.layers
+            if own.sliding_window is not None
+        }
+        self.masks = masks_of(mask, batch, cache.get_seq_length(), length, windows)
         if FULL in self.masks.visible and not all(store.in_time_order for store in stores):
             raise ValueError(
                 "a mask in which tokens see later ones, as those of an image, needs a whole "
@@ -55,7 +53,8 @@ class Forward:
         layer = self.cache.layers[call.layer]
         if call.sliding_window is not None:
             # transformers has updated the layer already, and hands over all that is in reach.
-            visible = self.masks.of_kind("sliding_attention", call.q_rope.shape[2])
+            kind = CHUNKED if call.chunked else SLIDING
+            visible = self.masks.of_kind(kind, call.q_rope.shape[2])
             return attend_sliding(call, self.lengths_after, visible)
         store, q, k = layer.store, call.q_rope, call.k_rope
         options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
@@ -89,7 +88,10 @@ class Forward:
             raise ValueError(
                 f"attention_mask must show {expected} tokens, with those cached; got {whole}"
             )
-        return None if bool(new.all()) else new
+        if bool(new.all()):
+            return None
+        check_left_padded(new, held)  # before any layer moves on
+        return new
 
     def _check_positions(
         self, positions: Tensor | None, n_new: list[int], length: int
@@ -128,10 +130,10 @@ def attend_sliding(
     """
     q, k, v = call.q_rope, call.k_rope, call.v
     options = {"sm_scale": call.sm_scale, "softcap": call.softcap}
-    if call.chunked:
-        return _attend_in_chunks(call, lengths, **options)
     if visible is not None:
         return attend_visible(q, k, v, visible[:, :, -k.shape[2] :], **options)
+    if call.chunked:
+        return _attend_in_chunks(call, lengths, **options)
     options["sliding_window"] = call.sliding_window
     padding = [max(0, k.shape[2] - n) for n in lengths]
     if not any(padding):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from .families import FULL
+from .families import CHUNKED, FULL
 
 ROWS_AT_ONCE = 64
 HIDDEN = -1e4
@@ -23,9 +23,9 @@ HIDDEN = -1e4
 class Masks:
     """What the mask of one forward says.
 
-    `tokens [B, cached + new]`: slots that hold tokens and no padding; None: all do. `visible`: for
-    each kind of layer what new tokens see, `[B, new, slots]` bool, the newest slot last; empty
-    where they see no later tokens than themselves.
+    `tokens [B, cached + new]`: slots that hold tokens and no padding; None: all do. `visible`:
+    what new tokens see, `[B, new, slots]` bool, the newest slot last, for kinds of layers that are
+    asked for anything but what they do without a mask.
     """
 
     tokens: Tensor | None
@@ -37,11 +37,14 @@ class Masks:
         return None if own is None else own[:, -n_queries:]
 
 
-def masks_of(mask, batch: int, slots: int, length: int, *, windows: bool = False) -> Masks:
+def masks_of(
+    mask, batch: int, slots: int, length: int, windows: dict[str, int] | None = None
+) -> Masks:
     """Of a forward of `length` slots behind `slots` others. A mask of two dimensions is given
-    back unchecked. `windows`: whether some layers have a sliding window.
+    back unchecked. `windows`: how many tokens layers see that do not see all, by their kind.
 
-    Raises ValueError for masks in which tokens do not see all before them, and for other forms.
+    Raises ValueError for masks in which tokens do not see all before them in layers that see all,
+    and for other forms.
     """
     whole = isinstance(mask, Tensor) and mask.ndim == 4
     if whole and windows:
@@ -61,7 +64,13 @@ def masks_of(mask, batch: int, slots: int, length: int, *, windows: bool = False
         tokens = full
     else:
         raise _wrong(full, length, slots)
-    return Masks(tokens, {kind: own for kind, own in every.items() if _sees_later(own, tokens)})
+    places = slots + length
+    unusual = {
+        kind: own
+        for kind, own in every.items()
+        if not _is_usual(own, tokens, places, kind, (windows or {}).get(kind))
+    }
+    return Masks(tokens, unusual)
 
 
 def _wrong(mask, length: int, slots: int) -> ValueError:
@@ -102,16 +111,33 @@ def _parts(visible: Bool[Tensor, "B T N"]) -> Iterator[tuple[Tensor, Tensor, Ten
         yield rows, columns <= rows[:, None], visible[:, first : first + ROWS_AT_ONCE]
 
 
-def _sees_later(visible: Bool[Tensor, "B T N"], tokens: Tensor | None) -> bool:
-    """Whether tokens see later ones. Padding may see anything."""
+def _is_usual(
+    visible: Bool[Tensor, "B T N"],
+    tokens: Tensor | None,
+    slots: int,
+    kind: str,
+    window: int | None,
+) -> bool:
+    """Whether tokens see what layers of this kind show them without a mask. Padding may see
+    anything. `slots`: those cached, and the new ones."""
     n = visible.shape[2]
-    for rows, before, found in _parts(visible):
-        later = found & ~before
-        if tokens is not None:
-            later = later & tokens.bool()[:, -n:][:, rows, None]
-        if later.any():
-            return True
-    return False
+    shown = None if tokens is None else tokens.bool()
+    padding = None if shown is None else slots - shown.sum(1)[:, None]
+    numbers = torch.arange(slots - n, slots, device=visible.device)
+    numbers = numbers[None] if padding is None else numbers - padding
+    for rows, expected, found in _parts(visible):
+        if window is not None and kind == CHUNKED:
+            expected = expected & (numbers[:, rows, None] // window == numbers[:, None] // window)
+        elif window is not None:
+            age = rows[:, None] - torch.arange(n, device=visible.device)
+            expected = expected & (age < window)
+        other = found != expected
+        if shown is not None:
+            own = shown[:, -n:]
+            other = other & own[:, rows, None] & own[:, None]
+        if other.any():
+            return False
+    return True
 
 
 def _check_sees_before(visible: Bool[Tensor, "B T N"], tokens: Bool[Tensor, "B N"]) -> None:

@@ -190,6 +190,8 @@ def heads_of(config, layer: int | None = None) -> tuple[int, int, int]:
     own = config.per_layer_config[layer] if hasattr(config, "per_layer_config") else config
     heads = own.num_attention_heads
     kv_heads = getattr(own, "num_key_value_heads", None) or heads
+    if config.model_type == "jetmoe":  # its keys come repeated, once for each expert
+        kv_heads = heads
     return heads, kv_heads, getattr(own, "head_dim", None) or own.hidden_size // heads
 
 

@@ -154,3 +154,4 @@ def rewind(cache: SaapCache, context: ReadContext) -> None:
         else:  # a window that has moved on cannot be moved back
             cache.layers[number] = copy.deepcopy(context.cache.layers[number])
     cache.begin_at(context.length - 1, context.length)
+    cache.torn = False  # what a broken-off forward had moved on is back

@@ -72,7 +72,15 @@ def saved(layer) -> tuple[dict, dict[str, Tensor]]:
 
 def saved_state(layer) -> dict[str, Tensor]:
     """The tensors of a layer's state; none without one."""
-    states = states_of(layer) if keeps_state(layer) else {}
+    if not keeps_state(layer):
+        return {}
+    states = states_of(layer)
+    if layer.record_past:  # of a past that can be cropped, what the next token needs
+        for number, size in layer.conv_kernel_size.items():
+            name = f"conv_states.{number}"
+            if name in states:
+                latest = states[name][..., -size:]
+                states[name] = nn.functional.pad(latest, (size - latest.shape[-1], 0))
     return {f"state.{name}": t for name, t in states.items()}
 
 

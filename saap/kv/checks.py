@@ -101,7 +101,11 @@ def _check_mask(mask: Tensor, k_rope: Tensor, lengths: list[int]) -> None:
         raise ValueError(
             f"mask must be [B, T] = {(k_rope.shape[0], k_rope.shape[2])}; got {tuple(mask.shape)}"
         )
-    behind = lengths or [0] * len(mask)
+    check_left_padded(mask, lengths or [0] * len(mask))
+
+
+def check_left_padded(mask: Tensor, behind: list[int]) -> None:
+    """New slots `[B, T]` bool of sequences that hold so many tokens: none is empty after one."""
     if (mask[:, 1:] < mask[:, :-1]).any() or any(
         n and not whole for n, whole in zip(behind, mask.all(1).tolist(), strict=True)
     ):
