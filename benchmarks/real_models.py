@@ -49,7 +49,7 @@ from pathlib import Path
 
 from saap.eval.records import read_run
 from saap.eval.scores import score_run
-from saap.eval.units import share_of, told_search
+from saap.eval.units import share_of, told_lost, told_search
 
 from . import reports
 from .reports import cell, markdown
@@ -227,7 +227,7 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         "–" if method == "dense" else ", ".join(map(str, windows)),
         ", ".join(f"`{name}`" for name in (method, *options)),
         cell(attention.get("recall_middle"), "{:.1%}"),
-        cell(attention.get("needles_lost"), "{:.2%}"),
+        "–" if (lost := attention.get("needles_lost")) is None else told_lost(lost),
         cell(attention.get("output_error"), "{:.3f}"),
         cell(bytes_of["bytes_read"], "{:,.0f}", 1e-3),
         cell(bytes_of["router_bytes"], "{:,.0f}", 1e-3),

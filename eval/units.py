@@ -97,6 +97,12 @@ def share_of(budget: str) -> float | None:
     return share if 0 < share <= 1 else None
 
 
+def told_lost(share: float) -> str:
+    """A share that may be very small: `0.012%`, `1.3%`."""
+    percent = 100 * share
+    return f"{percent:.2g}%" if percent < 1 else f"{percent:.1f}%"
+
+
 def told_search(budget: str) -> str:
     """What of a budget's label is no share: `0.05 ef=32` -> `ef=32`."""
     if share_of(budget) is None:

@@ -11,7 +11,7 @@ from ..checks import suspicions
 from ..records import read_run
 from ..scores import score_run
 from ..tasks.needle_rows import LEAST
-from ..units import share_of, told_search
+from ..units import share_of, told_lost, told_search
 from . import fronts, pictures, plots
 from .captions import CAPTIONS
 from .tables import answer_section, csv_text, speed_section
@@ -217,7 +217,7 @@ def headline(scores: list[dict]) -> str:
 def lost(score: dict, form: str) -> str:
     """Needles that are lost, in words; none where a text has no needles."""
     share = score["needles_lost"]
-    return "" if share is None else form.format(f"{100 * share:.2g}%")
+    return "" if share is None else form.format(told_lost(share))
 
 
 def warning(lines: list[str]) -> str:
