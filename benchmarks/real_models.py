@@ -227,7 +227,7 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         "–" if method == "dense" else ", ".join(map(str, windows)),
         ", ".join(f"`{name}`" for name in (method, *options)),
         cell(attention.get("recall_middle"), "{:.1%}"),
-        "–" if (lost := attention.get("needles_lost")) is None else told_lost(lost),
+        needles(attention),
         cell(attention.get("output_error"), "{:.3f}"),
         cell(bytes_of["bytes_read"], "{:,.0f}", 1e-3),
         cell(bytes_of["router_bytes"], "{:,.0f}", 1e-3),
@@ -235,6 +235,12 @@ def cells(row: Row, of_task: dict[str, dict]) -> list[str]:
         cell((text.get("to_dense") or [None])[0], "{:+.3f}"),
         cell(None if method == "dense" else text.get("divergence"), "{:.4f}"),
     ]
+
+
+def needles(attention: dict) -> str:
+    """Those that are lost, of a score of attention."""
+    lost = attention.get("needles_lost")
+    return "–" if lost is None else told_lost(lost)
 
 
 def without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -29,7 +29,7 @@ import sys
 from saap.eval.units import share_of
 
 from . import reports
-from .real_models import counted, runs_of
+from .real_models import counted, needles, runs_of
 from .reports import cell, markdown
 
 PAGE, COMMAND = reports.ROOT / "docs" / "selectors.md", "python -m benchmarks.selectors"
@@ -63,7 +63,7 @@ def of_rows(scores: list[dict]) -> str:
     found, text, keys = (by_share(scores, t) for t in ("attention", "perplexity", "passkey"))
     head = ["method", f"pass keys at {ASKED_AT:.0%}", "nats from dense", "to choose"]
     for share in SHOWN:
-        head += [f"{share:.0%}: recall", "error", "kB"]
+        head += [f"{share:.0%}: recall", "needles lost", "error", "kB"]
     rows = []
     for method in methods_of(found):
         dense = method == "dense"
@@ -79,6 +79,7 @@ def of_rows(scores: list[dict]) -> str:
         for s in own:
             row += [
                 cell(s.get("recall_middle"), "{:.1%}"),
+                needles(s),
                 cell(s.get("output_error"), "{:.3f}"),
                 cell(s.get("bytes_read"), "{:,.0f}", 1e-3),
             ]
