@@ -87,7 +87,8 @@ def read(path: str | Path, kind: Format) -> tuple[dict, dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: must be a file that {kind.maker} wrote; got no such file")
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: must be a file that {kind.maker} wrote; got {got}")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(kind.kind, "null"))

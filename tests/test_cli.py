@@ -122,6 +122,7 @@ def bad(arguments, message):
         bad(["info", "INDEX", "--router", "tree"], "--router must be one of"),
         bad(["report", "EMPTYDIR"], "got one without run.json"),
         bad(["info", "EMPTY"], "must be a whole safetensors file"),
+        bad(["info", "EMPTYDIR"], "wrote; got a folder"),
         bad(["demo", "--context", "100000"], "context must be at most the model's"),
         bad(["train", "reference", "--corpus", "SHORT", "--texts", "0"], "texts must be at least"),
         bad(["train", "reference", "--corpus", "SHORT", "--context", "0"], "context must be at l"),
