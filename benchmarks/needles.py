@@ -90,21 +90,11 @@ def record(name: str, n_tokens: int, found: list[tuple]) -> dict:
     return {"model": name, "tokens": n_tokens, "needles": len(attention), "lost": lost}
 
 
-def least_table(records: list[dict]) -> str:
-    head = ["model", "context", "needles", *(f"least {n:g}" for n in LEAST_WEIGHTS)]
+def table(records: list[dict], title: str, numbers: tuple[float, ...]) -> str:
+    head = ["model", "context", "needles", *(f"{title} {n:g}" for n in numbers)]
     rows = [
         [r["model"], f"{r['tokens']:,}", f"{r['needles']:,}"]
-        + [f"{r['lost'][str(n)]:.3%}" for n in LEAST_WEIGHTS]
-        for r in records
-    ]
-    return markdown(head, rows)
-
-
-def table(records: list[dict]) -> str:
-    head = ["model", "context", "needles", *(f"one of {n}" for n in ONE_OF)]
-    rows = [
-        [r["model"], f"{r['tokens']:,}", f"{r['needles']:,}"]
-        + [f"{r['lost'][n]:.3%}" for n in ONE_OF]
+        + [f"{r['lost'][n]:.3%}" for n in numbers]
         for r in records
     ]
     return markdown(head, rows)
@@ -124,7 +114,7 @@ def records_of(name: str, n_tokens: int, n_texts: int, leasts: tuple[float, ...]
 def compared(name: str, n_tokens: int, n_texts: int) -> dict:
     """One record of all least weights."""
     each = records_of(name, n_tokens, n_texts, LEAST_WEIGHTS)
-    lost = {str(n): own["lost"][COMPARED_AT] for n, own in zip(LEAST_WEIGHTS, each, strict=True)}
+    lost = {n: own["lost"][COMPARED_AT] for n, own in zip(LEAST_WEIGHTS, each, strict=True)}
     return {**each[0], "lost": lost}
 
 
@@ -134,9 +124,10 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--least", action="store_true")
     options = parser.parse_args()
-    records, command, name, as_table = [], COMMAND, "needles.json", table
+    records, command, name, columns = [], COMMAND, "needles.json", ("one of", ONE_OF)
     if options.least:
-        command, name, as_table = f"{COMMAND} --least", "least_weight.json", least_table
+        command, name = f"{COMMAND} --least", "least_weight.json"
+        columns = "least", LEAST_WEIGHTS
     for model, n_tokens in COMPARED if options.least else CONTEXTS:
         if options.least:
             records.append(compared(model, n_tokens, options.texts))
@@ -145,7 +136,7 @@ def main() -> None:
         print(records[-1], flush=True)
         report = {"environment": environment(), "texts": options.texts, "records": records}
         write(report_path(cpu_name(), name), report)
-        put_table(ROOT / "docs" / "routing.md", command, as_table(records))
+        put_table(ROOT / "docs" / "routing.md", command, table(records, *columns))
 
 
 if __name__ == "__main__":
