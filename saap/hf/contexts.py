@@ -11,8 +11,9 @@ from saap.kv import state as kv_state
 from . import options, unsearched
 from .attach import SaapModel
 from .cache import SaapCache, SaapLayer
-from .folders import open_folder
+from .folders import CacheFolder
 from .models import describe
+from .restoring import restore_layers
 
 
 def save_context(
@@ -99,50 +100,25 @@ def open_context(
     """
     check_has_index(saap_model)
     if Path(path).is_dir():
-        return open_folder(saap_model, path, fast_memory)
+        return _open_folder(saap_model, path, fast_memory)
     if fast_memory is not None:
         raise ValueError(f"{path}: fast_memory needs a context in a directory; got a file")
     header, tensors = context_file.read(path)
     check_made_with(saap_model, path, header)
     cache = saap_model.cache()
-    like = unsearched.after_a_token(saap_model.model, saap_model.layers)
-    for number, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        prefix = f"layers.{number}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        own = {n: t.to(saap_model.model.device) for n, t in own.items()}
-        shares = saap_model.layers[number].shares
-        searched = isinstance(layer, SaapLayer)
-        kind = searched, shares is not None or unsearched.holds_nothing(layer)
-        if kind != ("lengths" in state, context_file.NO_ROWS in state):
-            raise ValueError(
-                f"{path}: layer {number} must be of the kind that the model has; got another"
-            )
-        if searched:
-            fresh = layer.store
-            try:
-                if (context_file.ONE_VECTOR in state) != kv_state.holds_one_vector(fresh):
-                    raise ValueError("values must be held as the model has them; got otherwise")
-                if shares is not None:
-                    layer.store = kv_state.restored_shared(
-                        state, own, fresh.selector, cache.layers[shares].store
-                    )
-                else:
-                    layer.store = kv_state.restored(
-                        state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
-                    )
-                    expected = saap_model.kv_dtype or saap_model.model.dtype
-                    if layer.store.k.dtype != expected:
-                        raise ValueError(f"k must be {expected}; got {layer.store.k.dtype}")
-            except ValueError as error:
-                raise ValueError(f"{path}: layer {number}: {error}: it was altered") from error
-            layer.store.prefill = fresh.prefill
-            layer.slots = layer.store.length
-            layer.is_initialized = True
-            unsearched.restore_state(f"{path}: layer {number}", layer, own, like[number])
-        else:
-            where = f"{path}: layer {number}"
-            n_tokens = len(tensors["token_ids"])
-            unsearched.restore(where, layer, state, own, like[number], n_tokens)
+
+    def store_of(number, state, own, fresh):
+        if (context_file.ONE_VECTOR in state) != kv_state.holds_one_vector(fresh):
+            raise ValueError("values must be held as the model has them; got otherwise")
+        store = kv_state.restored(
+            state, own, fresh.selector, saap_model.budget, saap_model.kv_dtype
+        )
+        expected = saap_model.kv_dtype or saap_model.model.dtype
+        if store.k.dtype != expected:
+            raise ValueError(f"k must be {expected}; got {store.k.dtype}")
+        return store
+
+    restore_layers(path, saap_model, cache.layers, header, tensors, store_of)
     tokens = tensors["token_ids"].long()
     if cache.lengths != [len(tokens)]:
         raise ValueError(
@@ -150,6 +126,38 @@ def open_context(
         )
     cache.begin_at(last_position(path, header, len(tokens)), len(tokens))
     return cache, tokens
+
+
+def _open_folder(
+    saap_model: SaapModel, path: str | Path, fast_memory: int | None
+) -> tuple[SaapCache, Tensor]:
+    """The cache of a folder as it was last saved, and its tokens `[N]`."""
+    folder = CacheFolder(saap_model, path, fast_memory, new=False)
+    try:
+        header, tensors = folder.folder.read()
+        check_made_with(saap_model, path, header)
+        model = header["model"]
+        layers = saap_model.cache_layers()
+
+        def store_of(number, state, own, fresh):
+            rows = folder.opened_rows(number, model["num_kv_heads"], model["head_dim"])
+            store = kv_state.restored_in_file(
+                state, own, fresh.selector, saap_model.budget, rows, saap_model.kv_dtype
+            )
+            folder.digests[number] = own["digests"]
+            return store
+
+        restore_layers(path, saap_model, layers, header, tensors, store_of)
+    except BaseException as error:
+        folder.close()
+        if isinstance(error, ValueError) and not str(error).startswith(str(path)):
+            raise ValueError(f"{path}: {error}: it was altered") from error
+        raise
+    folder.tokens = tensors["token_ids"]
+    cache = SaapCache(layers, saap_model, folder)
+    n_tokens = len(folder.tokens)
+    cache.begin_at(last_position(path, header, n_tokens), n_tokens)
+    return cache, folder.tokens.long()
 
 
 def last_position(path: str | Path, header: dict, n_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Caches whose keys and values lie in a folder: made, saved and opened."""
+"""Caches whose keys and values lie in a folder."""
 
 import functools
 from collections import Counter
@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saap import context_file
 from saap.budget import LEAST_FLUSH, Budget
 from saap.context_folder import ContextFolder
 from saap.index.tensor_files import SAFETENSORS_DTYPES
@@ -120,63 +119,6 @@ class CacheFolder:
         self.tokens, self.digests = tokens.clone(), digests
         for rows in self.rows.values():
             rows.n_saved = len(tokens)
-
-
-def open_folder(saap_model, path: str | Path, fast_memory: int | None):
-    """The cache of a folder as it was last saved, and its tokens `[N]`."""
-    from .cache import SaapCache, SaapLayer
-    from .contexts import check_made_with, last_position
-
-    folder = CacheFolder(saap_model, path, fast_memory, new=False)
-    try:
-        header, tensors = folder.folder.read()
-        check_made_with(saap_model, path, header)
-        model = header["model"]
-        layers = saap_model.cache_layers()
-        like = unsearched.after_a_token(saap_model.model, saap_model.layers)
-        for number, (layer, state) in enumerate(zip(layers, header["layers"], strict=True)):
-            prefix = f"layers.{number}."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            shares = saap_model.layers[number].shares
-            searched = isinstance(layer, SaapLayer)
-            kind = searched, shares is not None or unsearched.holds_nothing(layer)
-            if kind != ("lengths" in state, context_file.NO_ROWS in state):
-                raise ValueError(
-                    f"{path}: layer {number} must be of the kind that the model has; got another"
-                )
-            prefill = layer.store.prefill if searched else None
-            if searched and shares is not None:
-                layer.store = kv_state.restored_shared(
-                    state, own, layer.store.selector, layers[shares].store
-                )
-                layer.slots = layer.store.length
-                layer.is_initialized = True
-            elif searched:
-                rows = folder.opened_rows(number, model["num_kv_heads"], model["head_dim"])
-                layer.store = kv_state.restored_in_file(
-                    state, own, layer.store.selector, saap_model.budget, rows,
-                    saap_model.kv_dtype,
-                )  # fmt: skip
-                layer.slots = layer.store.length
-                folder.digests[number] = own["digests"]
-                layer.is_initialized = True
-                unsearched.restore_state(f"{path}: layer {number}", layer, own, like[number])
-            else:
-                where = f"{path}: layer {number}"
-                n_tokens = len(tensors["token_ids"])
-                unsearched.restore(where, layer, state, own, like[number], n_tokens)
-            if searched:
-                layer.store.prefill = prefill
-    except BaseException as error:
-        folder.close()
-        if isinstance(error, ValueError) and not str(error).startswith(str(path)):
-            raise ValueError(f"{path}: {error}: it was altered") from error
-        raise
-    folder.tokens = tensors["token_ids"]
-    cache = SaapCache(layers, saap_model, folder)
-    n_tokens = len(folder.tokens)
-    cache.begin_at(last_position(path, header, n_tokens), n_tokens)
-    return cache, folder.tokens.long()
 
 
 def check(saap_model, fast_memory: int | None) -> None:
