@@ -55,6 +55,12 @@ class SaapModel:
         self.model, self.method, self.budget, self.verify = model, method, budget, verify
         self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
         self.layers = model_layers(model)
+        self.windows = {
+            layer.kind: layer.sliding_window
+            for layer in self.layers
+            if layer.sliding_window is not None
+        }
+        """How many tokens layers see that do not see all, by their kind."""
         options.check_states(self.layers, verify)
         options.check_shared(self.layers, group)
         options.check_latents(model, group)

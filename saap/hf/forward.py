@@ -24,12 +24,7 @@ class Forward:
         held = cache.lengths or [0] * batch
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
-        windows = {
-            own.kind: own.sliding_window
-            for own in cache.owner.layers
-            if own.sliding_window is not None
-        }
-        self.masks = masks_of(mask, batch, cache.get_seq_length(), length, windows)
+        self.masks = masks_of(mask, batch, cache.get_seq_length(), length, cache.owner.windows)
         if FULL in self.masks.visible and not all(store.in_time_order for store in stores):
             raise ValueError(
                 "a mask in which tokens see later ones, as those of an image, needs a whole "
