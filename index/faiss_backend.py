@@ -108,7 +108,7 @@ class InvertedFile:
         ids = buckets.new_empty(len(q), k)
         if len(q) == 0:
             return scores, ids
-        centroid_scores = torch.zeros(buckets.shape, device=q.device)  # None is a segfault
+        centroid_scores = torch.zeros_like(buckets, dtype=torch.float32)  # None is a segfault
         self.index.nprobe = buckets.shape[1]
         with self._stream():
             self.index.search_preassigned_c(

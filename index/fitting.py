@@ -109,14 +109,14 @@ def two_layers(
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def random(*shape, fan_in):
-        values = torch.randn(*shape, generator=generator) / math.sqrt(fan_in)
+        values = torch.randn(*shape, generator=generator, dtype=torch.float32) / math.sqrt(fan_in)
         return values.to(q.device)
 
     return MLPRouter(
         mean=q.float().mean(1),
         scale=q.float().std(1).clamp(min=1e-6).reciprocal(),
         w1=random(heads, hidden, dim, fan_in=dim),
-        b1=torch.zeros(heads, hidden, device=q.device),
+        b1=torch.zeros(heads, hidden, device=q.device, dtype=torch.float32),
         w2=random(heads, start.shape[1], hidden, fan_in=4 * hidden),
         b2=start.clone(),
     )

@@ -151,7 +151,7 @@ def mean_products(
     for own_points, own in zip(points, centroids, strict=True):
         buckets = assign(own_points[None], own[None])[0].long()
         products = (own_points.float() * own[buckets]).sum(-1)
-        total = torch.zeros(len(own), device=points.device).scatter_add_(0, buckets, products)
+        total = products.new_zeros(len(own)).scatter_add_(0, buckets, products)
         count = torch.bincount(buckets, minlength=len(own))
         # A bucket without points in the sample gets the mean over all points.
         found.append((total + products.mean()) / (count + 1))

@@ -217,4 +217,6 @@ class RecentQueries:
 
 def regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
     size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
-    return matrix + RIDGE * size[:, None, None] * torch.eye(matrix.shape[-1]).to(matrix)
+    return matrix + RIDGE * size[:, None, None] * torch.eye(
+        matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
+    )

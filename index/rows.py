@@ -122,6 +122,14 @@ class BucketRows:
             new[:, :, :used] = owner[name][:, :, :used]
         owner[name] = new
 
+    def blank(self, lengths: Sequence[int], until: int) -> None:
+        """Rows from each sequence's length to before `until`, which nothing uses, hold nothing."""
+        numbers = torch.arange(until, dtype=self.token_dtype, device=self.tokens.device)
+        for b, n in enumerate(lengths):
+            for buffer in (*self.held.values(), self.lists):
+                buffer[b, :, n:until] = 0
+            self.tokens[b, :, n:until] = numbers[n:]  # `plain` rows are numbered before they come
+
     def write(
         self,
         sequence: slice | int,

@@ -23,7 +23,7 @@ def bucket_masses(
     """
     scores = (q.float() * sm_scale) @ k.float().T
     weights = scores.softmax(-1) if weigh is None else weigh(scores)
-    masses = torch.zeros(*weights.shape[:2], nlist, device=q.device)
+    masses = torch.zeros(*weights.shape[:2], nlist, device=q.device, dtype=torch.float32)
     return masses.scatter_add_(-1, buckets.long().expand(weights.shape), weights)
 
 
@@ -43,7 +43,7 @@ def query_masses(
     Source: Saap, arXiv 2502.08246, section 4.2.
     """
     group = len(q) // len(keys)
-    masses = torch.zeros(*q.shape[:2], nlist + 1, device=q.device)
+    masses = torch.zeros(*q.shape[:2], nlist + 1, device=q.device, dtype=torch.float32)
     for head, own_keys in enumerate(keys):
         for number in range(head * group, (head + 1) * group):
             own = slice(number, number + 1)

@@ -51,9 +51,9 @@ def attention_masses(
     batch, n_heads, length, _ = q_rope.shape
     n_kv = k_rope.shape[1]
     device = q_rope.device
-    masses = torch.zeros(batch, n_heads, length, nlist + 1, device=device)
+    masses = torch.zeros(batch, n_heads, length, nlist + 1, device=device, dtype=torch.float32)
     blocks = [slice(s, min(s + block, length)) for s in range(0, length, block)]
-    sizes = torch.zeros(batch, n_kv, len(blocks), nlist, device=device)
+    sizes = torch.zeros(batch, n_kv, len(blocks), nlist, device=device, dtype=torch.float32)
     for number, part in enumerate(blocks):
         places = positions[part]
         stop = int(places[-1]) + 1

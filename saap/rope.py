@@ -87,7 +87,8 @@ def identify_variant(
     Raises ValueError when none does within 1e-4 relative error.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(cos.shape[0], 2, cos.shape[1], head_dim, generator=generator).to(cos.device)
+    shape = cos.shape[0], 2, cos.shape[1], head_dim
+    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(cos.device)
     cos, sin = cos.float(), sin.float()
     rotated = apply_rope(x, x, cos, sin)[0]
     errors = {}

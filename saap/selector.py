@@ -201,6 +201,9 @@ class Selector(ABC):
     def forget(self, sequence: int) -> None:
         """This sequence has no tokens any more: what was learned from it goes, too."""
 
+    def reset(self) -> None:
+        """No sequence has tokens any more; each was forgotten."""
+
     def select_sequences(self, chosen: Int[Tensor, " B2"]) -> None:
         """Sequence i becomes what sequence `chosen[i]` was; `update` follows."""
 

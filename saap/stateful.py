@@ -2,15 +2,38 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar, cast
 
 import torch
 
 F = TypeVar("F", bound=Callable)
 
+CASTING = ("cpu", "cuda")
+"""Kinds of devices for which `torch.autocast` may be open."""
+
 
 def stateful(function: F) -> F:
     """A function that works wherever it is called, as it is written.
+
+    As `uncompiled`; and under `torch.autocast` it computes in the dtypes that it names.
+    """
+
+    @functools.wraps(function)
+    def uncast(*arguments, **keywords):
+        casts = [kind for kind in CASTING if torch.is_autocast_enabled(kind)]
+        if not casts:
+            return function(*arguments, **keywords)
+        with ExitStack() as opened:
+            for kind in casts:
+                opened.enter_context(torch.autocast(kind, enabled=False))
+            return function(*arguments, **keywords)
+
+    return cast(F, uncompiled(uncast))
+
+
+def uncompiled(function: F) -> F:
+    """A function that runs as it is written, but for what `torch.autocast` makes of it.
 
     A caller that `torch.compile` compiles runs it between two graphs. Under
     `torch.inference_mode()` it makes ordinary tensors, which may be written to afterwards.

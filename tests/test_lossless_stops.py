@@ -100,17 +100,23 @@ def test_stopped_at_every_place_of_a_draft(llama, stopped_by):
         assert torch.equal(more, generated(model, inputs_of(found), max_new_tokens=6))
 
 
-def test_stop_strings(reference_model, reference_tokenizer):
+@pytest.mark.parametrize("of_model", [False, True])
+def test_stop_strings(reference_model, reference_tokenizer, of_model, monkeypatch):
+    """Given to `generate()`, or those of the model's own settings."""
     text = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n" * 3
     inputs = inputs_of(reference_tokenizer(text, return_tensors="pt").input_ids)
     options = {"stop_strings": ["return"], "tokenizer": reference_tokenizer, "max_new_tokens": 40}
     options["eos_token_id"] = None
+    if of_model:
+        own = reference_model.generation_config
+        monkeypatch.setattr(own, "stop_strings", options.pop("stop_strings"))
     dense = generated(reference_model, inputs, **options)
     with attached(reference_model, method="streaming", budget=METHODS["streaming"]) as saap_model:
         cache = saap_model.cache()
         ours = generated(reference_model, inputs, **over(cache), **options)
         assert torch.equal(ours, dense)
         assert_holds(reference_model, cache, ours)
+        assert not of_model or own.stop_strings == ["return"]
         options.pop("tokenizer")
         with pytest.raises(ValueError, match="tokenizer must be the model's where stop_strings"):
             generated(reference_model, inputs, **over(saap_model.cache()), **options)

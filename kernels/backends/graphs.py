@@ -30,7 +30,7 @@ class _Pools(threading.local):
             # A pool goes with the last graph that uses it, and cannot be used again: one stays.
             handle, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
             keeper.capture_begin(pool=handle, capture_error_mode="thread_local")
-            torch.zeros(1, device=stream.device)
+            torch.zeros(1, device=stream.device, dtype=torch.float32)
             keeper.capture_end()
             self.of_stream[key] = handle, keeper
         return self.of_stream[key][0]

@@ -39,8 +39,8 @@ def _scanned(q, codes, n: int, query_map, *, whole: bool) -> tuple[Tensor, Tenso
     chunks, coordinates = -(-n // CHUNK), codes.coordinates
     threads = min(torch.get_num_threads(), heads * chunks)
     worker_bytes = numba_job.worker_bytes(coordinates)
-    found = torch.empty(heads, group, chunks, CHUNK)
-    maxima, totals = torch.empty(2, heads, group, chunks)
+    found = torch.empty(heads, group, chunks, CHUNK, dtype=torch.float32)
+    maxima, totals = torch.empty(2, heads, group, chunks, dtype=torch.float32)
     rows = integers(1)(n)
     mapped = query_map is not None
     sizes = numba_job.common_bytes(heads, group, coordinates, threads, worker_bytes, mapped)

@@ -66,7 +66,7 @@ class Prepared:
         n_candidates: int, one_of: int | None, query_map: QueryMap | None,
         min_weight: float | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
     ):  # fmt: skip
-        self.a = torch.empty(shape, device=scored.device)
+        self.a = torch.empty(shape, device=scored.device, dtype=torch.float32)
         self.outside: Tensor | None = None
         self.wanted = n_candidates, one_of
         self.counts = tuple(torch.empty_like(t) for t in _counts_of(n_rows, self.a, *self.wanted))
@@ -146,7 +146,7 @@ def launches(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, device=device, dtype=torch.float32)
 
     mapped = a.float().contiguous().view(-1, dim)
     if query_map is not None:

@@ -28,7 +28,7 @@ def mapped_queries(queries: Tensor, query_map: QueryMap, heads: int) -> tuple[La
     D]`, contiguous, of so many heads a sequence."""
     _, n_kv, dim, coordinates = query_map.weights.shape
     weights_batch, scale_batch = query_map.strides
-    out = torch.empty(len(queries), coordinates, device=queries.device)
+    out = torch.empty(len(queries), coordinates, device=queries.device, dtype=torch.float32)
     arguments = {
         "queries": queries, "weights": query_map.weights, "scale": query_map.scale, "out": out,
         "heads": heads, "group": heads // n_kv,
@@ -46,8 +46,8 @@ def queries_in_bytes(queries: Tensor, tables: Tensor) -> tuple[Launch, dict[str,
     device = queries.device
     found = {
         "packed": torch.empty(2, heads, coordinates // 4, dtype=torch.int32, device=device),
-        "offsets": torch.empty(2, heads, device=device),
-        "factors": torch.empty(2, heads, device=device),
+        "offsets": torch.empty(2, heads, device=device, dtype=torch.float32),
+        "factors": torch.empty(2, heads, device=device, dtype=torch.float32),
     }
     arguments = {
         "queries": queries, "tables": tables, **found, "P": coordinates,
@@ -65,7 +65,7 @@ def add_weights(
     """
     (n_heads, room), tasks = scores.shape, len(weights)
     blocks = triton.cdiv(room, COUNTED)
-    maxima, sums = torch.empty(2, n_heads, blocks, device=scores.device)
+    maxima, sums = torch.empty(2, n_heads, blocks, device=scores.device, dtype=torch.float32)
     summed = {
         "scores": scores, "in_use": in_use, "maxima": maxima, "sums": sums, "room": room,
         "group": n_heads // tasks, "n_blocks": blocks, "BLOCK": COUNTED,

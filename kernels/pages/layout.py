@@ -51,7 +51,7 @@ class PageCodes:
             raise ValueError(f"dim must be a multiple of {PER_WORD}; got {dim}")
         shape = (pages, kv_heads, dim // PER_WORD, rows)
         words = torch.zeros(shape, dtype=torch.int32, device=device)
-        return cls(words, torch.zeros(pages, kv_heads, rows, device=device))
+        return cls(words, torch.zeros(pages, kv_heads, rows, device=device, dtype=torch.float32))
 
     @functools.cached_property
     def fault(self) -> str | None:

@@ -42,7 +42,7 @@ def select_pages(
         keys = keys_of(codes, blocks)
         for h in range(heads):
             weights = weights_of(q[r, h * group : (h + 1) * group], keys[:, h], n)
-            of_page = torch.zeros(pages * codes.rows)
+            of_page = torch.zeros(pages * codes.rows, dtype=torch.float32)
             of_page[:n] = weights
             of_page = of_page.view(pages, codes.rows).sum(-1)
             chosen = pages_to_visit(of_page, kept, sink_pages, window_pages)

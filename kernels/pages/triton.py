@@ -89,7 +89,7 @@ def launches(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, device=device, dtype=torch.float32)
 
     in_bytes, queries = queries_in_bytes(q.contiguous().view(heads, dim), _tables(dim, device))
     yield in_bytes
@@ -138,6 +138,6 @@ def launches(
 @functools.lru_cache(maxsize=64)
 def _tables(dim: int, device: torch.device) -> Tensor:
     """float32 `[2, 2, D]`: steps and zeros of the one code there is, twice."""
-    tables = torch.ones(2, 2, dim, device=device)
+    tables = torch.ones(2, 2, dim, device=device, dtype=torch.float32)
     tables[:, 1] = ZERO
     return tables

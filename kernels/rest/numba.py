@@ -54,7 +54,7 @@ def refusal(out: Tensor, q: Tensor) -> str | None:
 def add_rest(
     out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse, q = (t if t.is_contiguous() else t.contiguous() for t in (out, lse, q))
+    out, lse, q = (t.resolve_neg().contiguous() for t in (out, lse, q))
     return Prepared(q, moments, lengths, sm_scale, max_tokens, min_weight)(out, lse, q)
 
 
@@ -71,8 +71,8 @@ class Prepared(Preparation):
 
     def fits(self, out: Tensor, lse: Tensor, q: Tensor) -> bool:
         return (
-            q.shape == self._like and q.is_contiguous() and out.is_contiguous()
-            and lse.is_contiguous() and refusal(out, q) is None
+            q.shape == self._like and q.is_contiguous() and not q.is_neg()
+            and out.is_contiguous() and lse.is_contiguous() and refusal(out, q) is None
         )  # fmt: skip
 
     def __call__(self, out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

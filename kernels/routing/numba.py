@@ -95,7 +95,7 @@ def cell_weights(
     heads, nlist = keys.shape[:2]
     group, hidden = n_heads // heads, network[2].shape[1] if network else 0
     rows = n_heads if share == "head" else heads
-    out = torch.empty(batch, rows, nlist * n_segments)
+    out = torch.empty(batch, rows, nlist * n_segments, dtype=torch.float32)
     if out.numel() == 0:
         return out
     q, keys, inv_freq, sizes = (_plain(t) for t in (q.float(), keys, inv_freq, sizes))
@@ -103,7 +103,8 @@ def cell_weights(
     network = tuple(_plain(t) for t in network) if network else ()
     threads = min(torch.get_num_threads(), batch * heads)
     space = torch.empty(
-        threads * numba_weights.workspace_floats(group, dim, nlist, n_segments, hidden)
+        threads * numba_weights.workspace_floats(group, dim, nlist, n_segments, hidden),
+        dtype=torch.float32,
     )
     addresses = [t.data_ptr() for t in network]
     addresses += [0] * (len(numba_weights.NETWORK) - len(addresses))

@@ -82,7 +82,7 @@ def segment_ages(n_middle: Tensor, distance: Tensor, n_segments: int) -> tuple[T
     a segment has, `[B]`; float64, since an age times a frequency needs more digits than float32
     has."""
     n = n_middle.double().clamp(min=1)
-    place = torch.arange(n_segments, device=n.device) + 0.5
+    place = torch.arange(n_segments, dtype=n.dtype, device=n.device) + 0.5
     ages = distance.double()[:, None] - (place * n[:, None] / n_segments - 0.5)
     return ages, (n / n_segments).clamp(min=1)
 

@@ -73,7 +73,8 @@ class SplitRest:
     def _clusters_of(self, own: KVStore, n: int, before: int, n_kv: int, q: Tensor) -> Clusters:
         """The same on all ranks: each has some rows of the sample, and zeros for the others."""
         last = clustered(n)
-        sample = torch.zeros(n_kv, -(-last // sample_step(last)), 2 * q.shape[2], device=q.device)
+        shape = n_kv, -(-last // sample_step(last)), 2 * q.shape[2]
+        sample = torch.zeros(shape, dtype=torch.float32, device=q.device)
         held = own.middles[0] if own.middles else 0
         if held:
             put_sample(sample, own.rest, last, before, held)

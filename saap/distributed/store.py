@@ -14,7 +14,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.kernels.attention.api import attend_ranges
 from saap.kernels.attention.merge import merge_states
-from saap.kv.checks import check_append, check_kv_dtype, check_query
+from saap.kv.checks import check_append, check_kv_dtype, check_query, numbers_of
 from saap.kv.chunks import OutAndLse, attend_chunk, attend_past
 from saap.kv.store import KVStore
 from saap.methods.saap import SaapSelector
@@ -68,7 +68,7 @@ class SplitStore:
         self.lengths: list[int] = []
         self.middles: list[int] = []
         self._new = (0, 0, 0)  # tokens of the last append; from where to where they are our own
-        self._n_kv = 0
+        self._n_kv = self._dim = 0
 
     in_time_order = False
     """Its rows are in the memories of several ranks."""
@@ -135,7 +135,7 @@ class SplitStore:
         if start < stop:
             self.own.append(*(t[:, :, start:stop] for t in (k_rope, v, k_derope)))
         self.lengths, self.middles = [before + new], self.middles or [0]
-        self._new, self._n_kv = (new, start, stop), k_rope.shape[1]
+        self._new, self._n_kv, self._dim = (new, start, stop), k_rope.shape[1], k_rope.shape[3]
 
     def _place(self, n_tokens: int) -> None:
         if self.begins is None:
@@ -187,7 +187,7 @@ class SplitStore:
         The same on all ranks, to the bit, where they computed the same queries.
         """
         new, start, stop = self._new
-        check_query(q_rope, batch=self.batch, n_new=new)
+        check_query(q_rope, q_derope, batch=self.batch, n_new=new, n_kv=self._n_kv, dim=self._dim)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         if self.selector is not None:
             self.selector.observe(q_rope, [new])
@@ -288,7 +288,7 @@ class SplitStore:
     @stateful
     def truncate(self, n_dropped: int | Sequence[int]) -> None:
         """Forget nothing or everything. Raises ValueError for less."""
-        dropped = n_dropped if isinstance(n_dropped, int) else sum(n_dropped)
+        dropped = sum(numbers_of(n_dropped, self.batch))
         if dropped == 0:
             return
         self.check_left([self.length - dropped])

@@ -39,7 +39,8 @@ def accepted_or_drawn(
     Returns the draft with probability `min(1, exact / drafted)`. Otherwise it draws in proportion
     to `max(0, exact - drafted)`, which never gives the draft (Leviathan et al., theorem 1).
     """
-    if float(torch.rand((), device=exact.device)) * float(drafted[draft]) < float(exact[draft]):
+    luck = float(torch.rand((), dtype=torch.float32, device=exact.device))
+    if luck * float(drafted[draft]) < float(exact[draft]):
         return draft
     rest = (exact - drafted).clamp(min=0)
     return drawn(rest if float(rest.sum()) > 0 else exact)

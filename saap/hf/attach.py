@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 
 class SaapModel:
-    """A model while it is attached; makes its caches. `budget` may be set, for later caches."""
+    """A model while it is attached; makes its caches."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SaapModel:
             lossless.check_tables(model)
         if method.index is not None:
             method.index.check_model(describe(model))
-        self.model, self.method, self.budget, self.verify = model, method, budget, verify
+        self.model, self.method, self.verify = model, method, verify
         self.group, self.kv_dtype, self.prefill = group, kv_dtype, prefill
         self.layers = model_layers(model)
         self.windows = {
@@ -66,20 +66,25 @@ class SaapModel:
         options.check_latents(model, group)
         options.check_prefill(model, prefill, verify, group)
         options.check_kv_dtype(model, kv_dtype)
-        wrong = [n for n in budget.dense_layers if n >= len(self.layers)]
-        if wrong:
-            raise ValueError(
-                f"dense_layers must be in 0..{len(self.layers) - 1}; got {budget.dense_layers}"
-            )
-        named = budget.layer_importance
-        if named is not None and len(named) != len(self.layers):
-            raise ValueError(
-                f"layer_importance must have {len(self.layers)} numbers, one for each layer; got "
-                f"{len(named)}"
-            )
-        if group is not None:
-            agreement.check(self)
-        self.cache_layers()  # a budget that does not fit the method is refused here
+        self.budget = budget
+
+    @property
+    def budget(self) -> Budget:
+        """What a step visits. It may be set, for later caches; ValueError for one that does not
+        fit the model or the method, and in a group where ranks set others: all have to set it."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        options.check_layers_of(budget, len(self.layers))
+        before, self._budget = getattr(self, "_budget", budget), budget
+        try:
+            if self.group is not None:
+                agreement.check(self)
+            self.cache_layers()  # a budget that does not fit the method is refused here
+        except ValueError:
+            self._budget = before
+            raise
 
     @property
     def index(self) -> TrainedIndex | None:
@@ -103,6 +108,8 @@ class SaapModel:
         that the latest steps visited, all layers together; with None rows are read from the
         memory-mapped files (docs/scale.md).
         """
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
+            raise ValueError(f"capacity must be a number of tokens, 0 or more; got {capacity!r}")
         if parts is not None and self.group is None:
             raise ValueError("parts must be None without a group; got parts")
         if directory is None:
@@ -265,11 +272,12 @@ def _generate(model, *arguments, **keywords):
 _forward.__name__, _generate.__name__ = "forward", "generate"
 
 
-def _own(owner: nn.Module, name: str, function: Callable) -> Callable:
-    """The method of `owner` that `function` replaces."""
+def _own(owner: nn.Module, name: str, function: Callable) -> Callable | None:
+    """The method of `owner` that `function` replaces; None if it has none."""
     before = vars(owner).get(name)  # accelerate puts one of its own there
     if before is None or getattr(before, "__func__", None) is function:
-        return types.MethodType(getattr(type(owner), name), owner)
+        own = getattr(type(owner), name, None)
+        return None if own is None else types.MethodType(own, owner)
     return before
 
 
@@ -314,6 +322,7 @@ def attached(
     the one that the index was trained for, for an unknown method, for a method that needs an index
     and got none, and for a budget that the method cannot follow.
     """
+    options.check_kinds(index, budget)
     if isinstance(method, str):
         method = find_method(method)(index)
     elif index is not None and method.index is not index:
@@ -328,6 +337,10 @@ def attached(
     )
     saap_model.own_forward = _own(decoder, "forward", _forward)
     saap_model.own_generate = _own(model, "generate", _generate)
+    if verify is not None and saap_model.own_generate is None:
+        raise ValueError(
+            f"verify needs a model with generate(); got {type(model).__name__}, which has none"
+        )
     with _lock:
         if decoder in _attached:
             raise ValueError(

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saap.rope import VARIANTS
-from saap.stateful import stateful
+from saap.stateful import uncompiled
 
 from . import latent
 from .families import ModelLayer, model_layers
@@ -98,6 +98,11 @@ class _Threads(threading.local):
 
 _threads = _Threads()
 
+_users: dict[int, tuple[int, str]] = {}
+"""By id of a configuration: how many blocks use it, and the implementation before the first."""
+
+_lock = threading.Lock()
+
 
 @contextmanager
 def handled(model: nn.Module, handler: Handler, layers: list[ModelLayer]) -> Iterator[None]:
@@ -117,8 +122,6 @@ def handled(model: nn.Module, handler: Handler, layers: list[ModelLayer]) -> Ite
 @contextmanager
 def installed(model: nn.Module) -> Iterator[None]:
     """While open, the attention of `model` can be handled; without a handler nothing changes."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
     modules = attention_modules(model).values()
     with ExitStack() as opened:
         for module in modules:
@@ -127,10 +130,28 @@ def installed(model: nn.Module) -> Iterator[None]:
             own = getattr(vars(module).get("expand_kv"), "__func__", None)
             if latent.is_latent(module) and own is not _expand_kv:  # else an outer block's
                 opened.enter_context(put_in_place(module, "expand_kv", _expand_kv))
-        opened.callback(setattr, config, "_attn_implementation", before)
+        opened.enter_context(_chosen(model.config.get_text_config()))
+        yield
+
+
+@contextmanager
+def _chosen(config) -> Iterator[None]:
+    """While open, models of this configuration call our attention. Several may have one
+    configuration, and blocks be left in any order: the last one puts back what was there."""
+    with _lock:
+        users, before = _users.get(id(config), (0, config._attn_implementation))
+        _users[id(config)] = users + 1, before
         if not before.startswith(PREFIX):
             config._attn_implementation = _registered(before)
+    try:
         yield
+    finally:
+        with _lock:
+            users, before = _users.pop(id(config))
+            if users > 1:
+                _users[id(config)] = users - 1, before
+            else:
+                config._attn_implementation = before
 
 
 def check_installed(model: nn.Module) -> None:
@@ -166,7 +187,7 @@ def _registered(original: str) -> str:
     return name
 
 
-@stateful
+@uncompiled
 def _keep_tables(module, _, keywords: dict) -> None:
     """Keep the `cos, sin` of this very forward, before an attention layer runs.
 
@@ -177,7 +198,7 @@ def _keep_tables(module, _, keywords: dict) -> None:
         running.tables[module.layer_idx] = keywords.get("position_embeddings")
 
 
-@stateful
+@uncompiled
 def _expand_kv(module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """Latents stay as they are where a handler attends to them."""
     if id(module.config) in _threads.running:
@@ -188,7 +209,7 @@ def _expand_kv(module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
 _expand_kv.__name__ = "expand_kv"  # by which a method is pickled
 
 
-@stateful
+@uncompiled
 def _mask(original: str, *arguments, config=None, **options):
     """No mask: padding is taken from the model's own argument, once per forward."""
     if config is not None and id(config) in _threads.running:
@@ -197,7 +218,7 @@ def _mask(original: str, *arguments, config=None, **options):
     return make(*arguments, config=config, **options)
 
 
-@stateful
+@uncompiled
 def _attention(
     original: str, module, query, key, value, attention_mask=None, *, scaling=None, **options
 ):
@@ -215,9 +236,9 @@ def _attention(
     out, lse = running.handler(
         LayerCall(
             layer=module.layer_idx,
-            q_rope=query,
+            q_rope=query.to(key.dtype),
             k_rope=key,
-            v=value,
+            v=value.to(key.dtype),  # under autocast RoPE leaves keys in 32 bits, and them in 16
             sm_scale=scaling,
             softcap=options.get("softcap"),
             sliding_window=layer.sliding_window,

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from saap.kv import KVStore
 from saap.kv.file_rows import RowReads
 from saap.notebook import line, size, table
+from saap.stateful import uncompiled
 
 from . import unsearched
 from .attention import LayerCall
@@ -107,6 +108,7 @@ class SaapCache(Cache):
     def __init__(self, layers: list[CacheLayerMixin], owner, folder: CacheFolder | None = None):
         super().__init__(layers=layers)
         self.owner, self.folder = owner, folder
+        self.budget = owner.budget  # as the block's was when its stores were made
         self.last_positions: list[int] = []
         self._lengths: list[int] = []
         self._forward: Forward | None = None
@@ -119,6 +121,7 @@ class SaapCache(Cache):
         self.exact = False
         """Whether a forward of one token visits every row too, as one of several does."""
 
+    @uncompiled
     def __deepcopy__(self, memo: dict) -> "SaapCache":
         """A cache of the same block, which goes on by itself; the model is not copied."""
         if self.folder is not None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from saap import context_file
+from saap.budget import Budget
 from saap.kv import state as kv_state
+from saap.stateful import uncompiled
 
 from . import options, unsearched
 from .attach import SaapModel
@@ -64,7 +66,7 @@ def header_of(saap_model: SaapModel, cache: SaapCache, layers: list[dict], note:
         "last_position": cache.last_positions[0],
         "model": describe(saap_model.model),
         "index": index_id(saap_model),
-        "budget": layout(saap_model),
+        "budget": layout(saap_model, cache.budget),
         "layers": layers,
     }
 
@@ -74,7 +76,7 @@ def check_made_with(saap_model: SaapModel, path: str | Path, header: dict) -> No
     for name, own in (
         ("model", describe(saap_model.model)),
         ("index", index_id(saap_model)),
-        ("budget", layout(saap_model)),
+        ("budget", layout(saap_model, saap_model.budget)),
     ):
         theirs = header.get(name)
         if theirs != own:
@@ -89,6 +91,7 @@ def check_made_with(saap_model: SaapModel, path: str | Path, header: dict) -> No
             )
 
 
+@uncompiled
 def open_context(
     saap_model: SaapModel, path: str | Path, fast_memory: int | None = None
 ) -> tuple[SaapCache, Tensor]:
@@ -168,9 +171,8 @@ def last_position(path: str | Path, header: dict, n_tokens: int) -> int:
     return found
 
 
-def layout(saap_model: SaapModel) -> dict:
+def layout(saap_model: SaapModel, budget: Budget) -> dict:
     """The parts of a budget that decide where rows lie: the same when a context is opened."""
-    budget = saap_model.budget
     fixed = {name: getattr(budget, name) for name in kv_state.LAYOUT}
     if saap_model.kv_dtype not in (None, saap_model.model.dtype):
         fixed["kv_dtype"] = str(saap_model.kv_dtype).removeprefix("torch.")

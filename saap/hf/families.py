@@ -6,6 +6,7 @@ supported is refused by name, before any forward.
 
 import copy
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ def _attention_layer(
         softcap=getattr(module, "attn_logit_softcapping", None),
         inv_freq=inv_freq,
         interleaved=variant in INTERLEAVED,
-        device=next(module.parameters()).device,
+        device=device_of(module),
     )
     return ModelLayer(kind, options, options.get("sliding_window"), variant, info, shares)
 
@@ -144,6 +145,16 @@ def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:
     return kinds, options
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. What accelerate has offloaded comes there when it is needed."""
+    for own in module.modules():
+        device = getattr(getattr(own, "_hf_hook", None), "execution_device", None)
+        if isinstance(device, int | str | torch.device):
+            return torch.device(device)
+    held = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
+
+
 def _rope_parameters(config) -> list[dict]:
     found = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in found.values() if isinstance(value, dict)]
@@ -163,9 +174,9 @@ def rope_variants(
     modules = attention_modules(model)
     if not rotary_modules(model):
         return dict.fromkeys(modules, (None, None))
-    weight = next(model.parameters())
-    x = weight.new_zeros(1, 8, 1, dtype=torch.float32)
-    positions = torch.arange(8, device=weight.device)[None]
+    device = device_of(model)
+    x = torch.zeros(1, 8, 1, dtype=torch.float32, device=device)
+    positions = torch.arange(8, device=device)[None]
     config = model.config.get_text_config()
     thetas = getattr(config, "layer_rope_theta", None)  # of each layer; 0: no RoPE
     found: dict[tuple, tuple] = {}

@@ -22,6 +22,8 @@ class Forward:
         self.cache, self.length = cache, length
         stores = [layer.store for layer in cache.saap_layers]
         held = cache.lengths or [0] * batch
+        if not length:
+            raise ValueError("a forward must be of at least one token; got none")
         if batch != len(held):
             raise ValueError(f"the batch must be {len(held)}, as in the cache; got {batch}")
         self.masks = masks_of(mask, batch, cache.get_seq_length(), length, cache.owner.windows)
@@ -108,7 +110,9 @@ class Forward:
         first = [(int(row[length - n]), last) for row, last, n in rows if n]
         wrong = [pair for pair in first if pair[0] <= pair[1]]
         if wrong or bool(backwards.any()):
-            got = f"{wrong[0][0]} after {wrong[0][1]}" if wrong else "others"
+            got = "others"
+            if wrong:
+                got = f"{wrong[0][0]} after {wrong[0][1]}, the last that the cache holds"
             raise ValueError(f"position_ids must ascend; got {got}")
         ends = positions.amax(1).tolist()
         return [end if n else last for end, last, n in zip(ends, before, n_new, strict=True)]
@@ -134,7 +138,7 @@ def attend_sliding(
     if not any(padding):
         return attend_chunk(q, k, v, **options)
     out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.float32)
     for b, n in enumerate(padding):
         skipped = max(0, n - (k.shape[2] - q.shape[2]))
         if skipped < q.shape[2]:
@@ -149,7 +153,7 @@ def _attend_in_chunks(call: LayerCall, lengths: list[int], **options) -> tuple[T
     """Each token sees those before it in its own chunk of tokens, padding not counted."""
     q, k, v, size = call.q_rope, call.k_rope, call.v, call.sliding_window
     out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.float32)
     together = len(set(lengths)) == 1
     for b, n in enumerate(lengths[:1] if together else lengths):
         own = slice(None) if together else slice(b, b + 1)

@@ -56,7 +56,9 @@ def generate(model, own, *arguments, **keywords):
     # transformers keeps neither of these two for a custom loop.
     streamer, tokenizer = options.get("streamer"), options.pop("tokenizer", None)
     config = copy.deepcopy(options.get("generation_config"))
-    stop = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    of_model = getattr(model.generation_config, "stop_strings", None)
+    of_config = getattr(config, "stop_strings", None)
+    stop = options.pop("stop_strings", None) or of_config or of_model
     if config is not None:
         config.stop_strings = None
         options["generation_config"] = config
@@ -68,7 +70,12 @@ def generate(model, own, *arguments, **keywords):
         options["stopping_criteria"] = StoppingCriteriaList(
             [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stop)]
         )
-    return own(**options, custom_generate=functools.partial(decode, streamer=streamer))
+    loop = functools.partial(decode, streamer=streamer)
+    with contextlib.ExitStack() as opened:
+        if of_model:  # else it looks for a tokenizer, which it has just dropped
+            opened.callback(setattr, model.generation_config, "stop_strings", of_model)
+            model.generation_config.stop_strings = None
+        return own(**options, custom_generate=loop)
 
 
 def decode(

@@ -200,6 +200,11 @@ def describe(model: nn.Module) -> dict:
     config = model.config.get_text_config()
     modules = attention_modules(model).values()
     heads, kv_heads, dim = heads_of(config)
+    if any(p.is_meta for m in modules for p in m.parameters()):
+        raise ValueError(
+            "an index, or a saved context, needs the weights of all attention layers in memory, "
+            "to tell models apart; got some that are offloaded: load the model whole"
+        )
     norms = [
         float(
             torch.stack([p.detach().float().norm() for p in m.parameters() if p.ndim == 2]).norm()

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from saap.budget import Budget
 from saap.distributed import Group
 from saap.kv import checks
 from saap.prefill import PrefillBudget
+from saap.trained_index import TrainedIndex
 
 from . import latent
 from .families import ModelLayer
@@ -105,4 +107,25 @@ def check_prefill(
         raise ValueError(
             f"prefill must be None on {model.device.type}, where prompts are read densely; got "
             f"{prefill}"
+        )
+
+
+def check_kinds(index: object, budget: object) -> None:
+    """ValueError for what is no index, or no budget."""
+    if index is not None and not isinstance(index, TrainedIndex):
+        raise ValueError(
+            f"index must be None or a TrainedIndex, as saap.load_index gives; got {index!r}"
+        )
+    if budget is not None and not isinstance(budget, Budget):
+        raise ValueError(f"budget must be a saap.Budget, or None; got {budget!r}")
+
+
+def check_layers_of(budget: Budget, n_layers: int) -> None:
+    """ValueError for a budget that names layers which a model of so many does not have."""
+    if any(n >= n_layers for n in budget.dense_layers):
+        raise ValueError(f"dense_layers must be in 0..{n_layers - 1}; got {budget.dense_layers}")
+    named = budget.layer_importance
+    if named is not None and len(named) != n_layers:
+        raise ValueError(
+            f"layer_importance must have {n_layers} numbers, one for each layer; got {len(named)}"
         )

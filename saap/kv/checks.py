@@ -1,5 +1,8 @@
 """Check the input of a KV store: each ValueError says what must hold and what was got."""
 
+import operator
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,8 @@ def check_append(
                 f"{name} must be like k_rope, {tuple(k_rope.shape)} on {k_rope.device}; got "
                 f"{tuple(given.shape)} on {given.device}"
             )
+    if v.dtype != k_rope.dtype:
+        raise ValueError(f"v must be {k_rope.dtype}, as k_rope; got {v.dtype}")
     if torch.is_grad_enabled() and (k_rope.requires_grad or v.requires_grad):
         raise ValueError(
             "k_rope and v must require no gradient; got one that does: use torch.no_grad()"
@@ -47,7 +52,7 @@ def check_append(
         expected = (len(lengths), held.shape[1], head_dim(held), held.dtype, held.device)
         stored = kv_dtype or k_rope.dtype
         found = (len(k_rope), k_rope.shape[1], k_rope.shape[3], stored, k_rope.device)
-        if expected != found or v.dtype != k_rope.dtype:
+        if expected != found:
             raise ValueError(
                 "batch, heads, head_dim, dtype and device must be those of the store, "
                 f"{expected}; "
@@ -84,11 +89,39 @@ def check_fits(k_rope: Tensor, v: Tensor, kv_dtype: torch.dtype) -> None:
             )
 
 
-def check_query(q: Tensor, *, batch: int, n_new: int) -> None:
-    """Check queries `[B, Hq, T, D]` of the `n_new` last tokens of each of `batch` sequences."""
-    check_is_tensor("q_rope", q)
+def numbers_of(given: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+    """A number for each of `batch` sequences, where one was given for all or one for each."""
+    each = given.tolist() if hasattr(given, "tolist") else given  # of NumPy and torch
+    try:
+        each = list(each) if isinstance(each, Iterable) else [each] * batch
+        each = [operator.index(n) for n in each]
+    except TypeError:
+        each = []
+    if len(each) != batch:
+        raise ValueError(
+            f"must be a whole number, or one for each of {batch} sequences; got {given}"
+        )
+    return each
+
+
+def check_query(
+    q: Tensor, q_derope: Tensor, *, batch: int, n_new: int, n_kv: int, dim: int
+) -> None:
+    """Check queries `[B, Hq, T, D]` of the `n_new` last tokens of each of `batch` sequences, over
+    `n_kv` KV heads of `dim` dimensions."""
+    for name, given in (("q_rope", q), ("q_derope", q_derope)):
+        check_is_tensor(name, given)
     if n_new == 0:
         raise ValueError("attend must follow the append of its tokens at once; got none since")
+    if q.ndim != 4 or q.shape[1] == 0 or q.shape[1] % n_kv or q.shape[3] != dim:
+        raise ValueError(
+            f"q_rope must be [B, Hq, T, {dim}], Hq a multiple of the {n_kv} KV heads; got "
+            f"{tuple(q.shape)}"
+        )
+    if q_derope.shape != q.shape:
+        raise ValueError(
+            f"q_derope must be like q_rope, {tuple(q.shape)}; got {tuple(q_derope.shape)}"
+        )
     if q.shape[2] != n_new or len(q) != batch:
         raise ValueError(
             f"q must be of the {n_new} tokens appended last to {batch} sequences; got "

@@ -36,7 +36,7 @@ class ChunkAttention:
             self.rows_read.add(length, n - length)
             return attend_chunk(q, k[:, :, :n], v[:, :, :n], **options)
         out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.float32)
         for b, (n, n_new) in enumerate(zip(lengths, new, strict=True)):
             if n_new:
                 own, last = slice(b, b + 1), slice(length - n_new, length)
@@ -56,7 +56,7 @@ class ChunkAttention:
     ) -> OutAndLse:
         """Each token sees what `visible` says. Rows are those of `tokens`, in their order."""
         out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=torch.float32)
         length = q.shape[2]
         for b, own in enumerate(tokens):
             n = int(own.sum())

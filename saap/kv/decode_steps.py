@@ -91,6 +91,11 @@ class DecodeSteps:
         self.changed()
         self.ranges.forget()
 
+    def emptied(self) -> None:
+        """There are no tokens any more."""
+        self.changed()
+        self.ranges.empty()
+
     def chooses(self, lengths: list[int], budget: Budget) -> bool:
         """Whether a step leaves rows out."""
         some = self._selector is not None and any(self._lists.counts)

@@ -32,6 +32,10 @@ class StepRanges:
         """The middle has changed: where it begins and ends is to be written anew."""
         self._written = None
 
+    def empty(self) -> None:
+        """Nothing was visited of what comes now."""
+        self._written = self._last = None
+
     def check(self, chosen: Ranges, middle: Middle) -> None:
         check_ranges(*chosen, middle.n_rows, middle.first_row)
 

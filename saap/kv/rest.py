@@ -42,10 +42,10 @@ def empty_moments(batch: int, n_kv: int, dim: int, device: torch.device) -> Mome
     bfloats = {"dtype": torch.bfloat16, "device": device}
     return Moments(
         torch.zeros(batch, n_kv, dim, 2 * dim, **bfloats),
-        torch.zeros(batch, n_kv, 2 * dim, device=device),
+        torch.zeros(batch, n_kv, 2 * dim, device=device, dtype=torch.float32),
         torch.zeros(batch, n_kv, dim, N_CLUSTERS, **bfloats),
         torch.zeros(batch, n_kv, N_CLUSTERS, dim, **bfloats),
-        torch.zeros(batch, n_kv, 2, N_CLUSTERS, device=device),
+        torch.zeros(batch, n_kv, 2, N_CLUSTERS, device=device, dtype=torch.float32),
         torch.zeros(batch, dtype=torch.int32, device=device),
     )
 

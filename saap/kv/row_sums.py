@@ -41,7 +41,8 @@ class Clusters:
         middle = distance.median(1, keepdim=True).values
         limit = torch.where(middle > 0, cls.FAR * middle, torch.inf)
         near = (distance <= limit)[..., None]
-        first = torch.linspace(0, n - 1, N_CLUSTERS, device=sample.device).round().long()
+        place = torch.linspace(0, n - 1, N_CLUSTERS, dtype=torch.float32, device=sample.device)
+        first = place.round().long()
         centroids = keys[:, first]
         for _ in range(N_ITER):
             own = membership(keys, centroids) * near

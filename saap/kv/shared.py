@@ -119,7 +119,9 @@ class SharedStore(KVStore):
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
         chosen = torch.as_tensor(sequences, device="cpu")
-        if self.batch:
+        if self.batch and not len(chosen):
+            self.reset()
+        elif self.batch:
             self._lists.assign(self.lengths)
             self._let_go()
             self._take_sequences(chosen)

@@ -29,11 +29,9 @@ def saved(store: KVStore) -> tuple[dict, dict[str, Tensor]]:
     n = store.length
     store.reserve(n + SPARE_ROWS)
     rows = store.rows
-    tensors = {}
-    for name, buffer in {**rows.held, "lists": rows.lists, "tokens": rows.tokens}.items():
-        tensors[name] = buffer[:, :, : n + SPARE_ROWS]
-        for b, length in enumerate(store.lengths):
-            tensors[name][b, :, length:] = 0  # whatever was in that memory is nobody's business
+    rows.blank(store.lengths, n + SPARE_ROWS)  # what was in that memory is nobody's business
+    buffers = {**rows.held, "lists": rows.lists, "tokens": rows.tokens}
+    tensors = {name: buffer[:, :, : n + SPARE_ROWS] for name, buffer in buffers.items()}
     return counts_of(store), tensors | of_selector(store)
 
 

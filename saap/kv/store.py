@@ -16,14 +16,14 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.rows import BucketRows
-from saap.kernels.attention.int8_rows import stored_as
+from saap.kernels.attention.int8_rows import head_dim, stored_as
 from saap.kernels.rest import Moments, PreparedRest
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
 from saap.selector import Middle, Ranges, Selector
 from saap.stateful import stateful
 
-from .checks import check_append, check_fits, check_kv_dtype, check_query
+from .checks import check_append, check_fits, check_kv_dtype, check_query, numbers_of
 from .chunk_attention import ChunkAttention
 from .chunks import OutAndLse
 from .decode_steps import DecodeSteps
@@ -98,6 +98,7 @@ class KVStore:
         self._new: list[int] = []  # tokens of the last append, by sequence
         self._new_dtype: torch.dtype | None = None  # as they were given
         self._length_new = 0
+        self._stale = False  # whether the selector does not know the middle
         self._steps = DecodeSteps(
             self._lists, self.selector, self.budget.n_sink, self.kv_dtype, checked=self.debug
         )
@@ -111,6 +112,7 @@ class KVStore:
                 self.selector.update(self.middle)
             for b in range(self.batch):
                 self.selector.forget(b)
+            self.selector.reset()
         self.rows.clear()
         self._begin()
 
@@ -304,7 +306,8 @@ class KVStore:
         ValueError when T is not the number of tokens appended last.
         """
         new = self._length_new if self._new else 0
-        check_query(q_rope, batch=self.batch, n_new=new)
+        n_kv, dim = (self.k.shape[1], head_dim(self.k)) if new else (0, 0)
+        check_query(q_rope, q_derope, batch=self.batch, n_new=new, n_kv=n_kv, dim=dim)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
@@ -498,9 +501,13 @@ class KVStore:
         """
         self.lengths = lengths
         self._lists.restore(middles)
-        if any(middles):
+        if not any(middles):
+            return
+        if self._lists.reordered:  # in an order that the selector has to ask for again
+            self.reindex()
+        else:
             self.selector.restore(state, self.middle)
-            self.rest.restore(rest, middles)
+        self.rest.restore(rest, middles)
 
     @stateful
     def settle(self) -> None:
@@ -516,6 +523,7 @@ class KVStore:
         due = self._lists.overdue(self.lengths, at_step=at_step)
         if any(due):
             self._lists.insert(due, self.lengths)
+        if any(due) or self._stale:
             self.reindex()
 
     def take_in(self, n_rows: int) -> None:
@@ -525,16 +533,20 @@ class KVStore:
     def reindex(self) -> None:
         """Tell the selector that the middle has changed, and put rows in the order it asks for."""
         self._steps.reindexed()
+        self._stale = True  # until it is done: where it is broken off, the next step begins anew
         self._lists.reindex()
+        self._stale = False
 
     @stateful
-    def truncate(self, n_dropped: int | Sequence[int]) -> None:
+    def truncate(self, n_dropped: int | Sequence[int] | Int[Tensor, " B"]) -> None:
         """Forget the last tokens of each sequence; the last ones left are the window then.
+
+        `n_dropped`: how many, of all sequences or of each.
 
         Raises ValueError if some sinks would go from a sequence that is long enough to have rows
         in the middle: of such a sequence forget all tokens, or leave the sinks whole.
         """
-        dropped = [n_dropped] * self.batch if isinstance(n_dropped, int) else list(n_dropped)
+        dropped = numbers_of(n_dropped, self.batch)
         left = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
         self.check_left(left)
         if not any(dropped):
@@ -549,6 +561,10 @@ class KVStore:
             for b, n in enumerate(left):
                 if n == 0:
                     self.selector.forget(b)
+        if not any(left):
+            self._steps.emptied()
+            if self.selector is not None:
+                self.selector.reset()
 
     def check_left(self, left: list[int]) -> None:
         """ValueError if `truncate` cannot leave so many tokens of each sequence."""
@@ -562,9 +578,15 @@ class KVStore:
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:
-        """Sequence i becomes what `sequences[i]` was: reorders, repeats or drops sequences."""
+        """Sequence i becomes what `sequences[i]` was: reorders, repeats or drops sequences.
+
+        If none is left, the store is as new.
+        """
         chosen = torch.as_tensor(sequences, device="cpu")
         if not self.batch:
+            return
+        if not len(chosen):
+            self.reset()
             return
         wrong = [i for i in chosen.tolist() if not 0 <= i < self.batch]
         if wrong:

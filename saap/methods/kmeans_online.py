@@ -31,6 +31,8 @@ def cluster_segments(keys, build: OnlineBuild, seed: int) -> tuple[torch.Tensor,
     for start in range(0, max(1, keys.shape[1]), build.segment):
         rows = keys[:, start : start + build.segment].float()
         centred = rows - rows.mean(1, keepdim=True)
+        # A key that is the mean has no direction; any will do.
+        centred = torch.where((centred == 0).all(-1, keepdim=True), 1.0, centred)
         nlist = max(1, rows.shape[1] // build.rows_per_cluster)
         if nlist == 1:
             parts.append(torch.full(rows.shape[:2], n_clusters, dtype=torch.int32).to(keys.device))

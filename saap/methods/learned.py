@@ -48,14 +48,16 @@ class RoutedSelector(ListSelector):
 class PromptSelector(RoutedSelector):
     """As RoutedSelector, over a partition of the first tokens' own keys; none for short ones."""
 
+    predicts_weights = True
+
     def __init__(self, layer, seed):
         self.layer, self.seed = layer, seed
         self.layer_number = layer.number
-        self.routing = None
+        self.reset()
 
-    predicts_weights = True
-    n_kv = None
-    n_segments = n_assigned = 1
+    def reset(self):
+        self.routing, self.n_kv = None, None
+        self.n_segments = self.n_assigned = 1
 
     @property
     def ready(self):

@@ -32,7 +32,8 @@ class LSHChooser(TokenChooser):
         super().__init__(keys)
         dim = keys.k_rope.shape[-1]
         generator = torch.Generator().manual_seed(seed + keys.layer.number)
-        planes = torch.randn(dim, build.n_tables, build.n_bits, generator=generator)
+        shape = dim, build.n_tables, build.n_bits
+        planes = torch.randn(shape, generator=generator, dtype=torch.float32)
         self.planes = planes.to(keys.k_rope.device)
         centred = keys.k_rope.float() - keys.k_rope.float().mean(1, keepdim=True)
         self.signatures = self.sign(centred).movedim(-1, 0).contiguous()  # [L, Hkv, M]
@@ -51,7 +52,8 @@ class LSHChooser(TokenChooser):
         collisions = torch.zeros(shape, dtype=torch.int16, device=q_rope.device)
         for table, signatures in enumerate(self.signatures):
             collisions += queries[..., table, None] == signatures[:, None]
-        recency = torch.arange(self.n_middle, device=q_rope.device) / (16 * self.n_middle)
+        recency = torch.arange(self.n_middle, dtype=torch.float32, device=q_rope.device)
+        recency /= 16 * self.n_middle
         return collisions.flatten(1, 2) + recency
 
     def combine(self, scores):

@@ -75,9 +75,8 @@ def leading_directions(centred, buckets, sizes, build):
     """`[Hkv, nlist, rank, D]`: directions of largest variance, as long as its square root."""
     heads, _, dim = centred.shape
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(heads, sizes.shape[1], dim, build.rank, generator=generator).to(
-        centred.device
-    )
+    shape = heads, sizes.shape[1], dim, build.rank
+    start = torch.randn(shape, generator=generator, dtype=torch.float32).to(centred.device)
     basis = torch.linalg.qr(start)[0]
     head = torch.arange(heads, device=centred.device)[:, None]
     for step in range(build.n_iter + 1):

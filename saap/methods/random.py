@@ -14,7 +14,7 @@ class RandomSelector(ListSelector):
     def scores(self, query, middle, budget):
         heads = middle.n_kv if budget.share == "group" else query.q_rope.shape[1]
         shape = (len(query.q_rope), heads, self.n_lists)
-        return torch.rand(shape, generator=self.generator).to(middle.device)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32).to(middle.device)
 
 
 class Random(Method):

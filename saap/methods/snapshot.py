@@ -97,7 +97,7 @@ class Snapshot(Selector):
 
     def update(self, middle: Middle):
         self.choosers = [
-            self.method.build(LayerKeys(self.layer, middle.keys_of(b))) if n else None
+            self.method.build(LayerKeys(self.layer, _finite(middle.keys_of(b)))) if n else None
             for b, n in enumerate(middle.n_rows)
         ]
         orders = [None if c is None else c.order for c in self.choosers]
@@ -125,6 +125,13 @@ class Snapshot(Selector):
                 starts[b, :, : pair[0].shape[-1]] = pair[0][0] + middle.first_row
                 lengths[b, :, : pair[1].shape[-1]] = pair[1][0]
         return starts, lengths
+
+
+def _finite(keys: Float[Tensor, "Hkv M D"]) -> Float[Tensor, "Hkv M D"]:
+    """NaN and infinities as 0: one such row must not stop those of other sequences."""
+    if bool(keys.isfinite().all()):
+        return keys
+    return torch.where(keys.isfinite(), keys, 0)
 
 
 class BucketChooser(RowChooser):

@@ -83,8 +83,9 @@ def _error(builder, layer, cache: Tensor) -> float:
     lens = torch.tensor([page * 3 + 5, page, 7], dtype=torch.int32)
     table = torch.randperm(pages, generator=random).int().view(3, pages // 3)
     slots = torch.arange(pages * page)
+    own = {"generator": random, "dtype": torch.float32}
     q, k, v = (
-        torch.randn(n, heads, both // 2, generator=random).to(cache.device, cache.dtype)
+        torch.randn(n, heads, both // 2, **own).to(cache.device, cache.dtype)
         for n, heads in ((3, impl.num_heads), (len(slots), kv_heads), (len(slots), kv_heads))
     )
     slots, own_table, own_lens = (t.to(cache.device) for t in (slots, table, lens))
