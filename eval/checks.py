@@ -14,7 +14,7 @@ from saap.methods.saap import SaapSelector
 
 from .bootstrap import ratio_difference
 from .record_fields import check_scored
-from .records import RECORDS, read_run
+from .records import RECORDS, missing_units, read_run
 from .units import by_unit, paired, share_of
 
 # Methods over the trained partition, whole buckets or cells: `oracle` knows their true masses.
@@ -34,10 +34,21 @@ SHORT = SaapSelector.least_rows + 256
 
 
 def check_folder(folder: Path) -> list[str]:
-    """`suspicions` of a result folder; ValueError for records that lack what is judged."""
+    """What is missing of a result folder, and its `suspicions`; ValueError for records that lack
+    what is judged."""
     records = read_run(folder)[1]
     check_scored(folder / RECORDS, records)
-    return suspicions(records)
+    return [*incomplete(folder), *suspicions(records)]
+
+
+def incomplete(folder: Path) -> list[str]:
+    """What a run was to judge, and did not get to; one line each."""
+    return [
+        f"the run was not finished: {there} of {planned} texts or prompts of {task} at "
+        f"{int(context):,} tokens are in; run the same `saap eval` again to go on"
+        for name, (there, planned) in missing_units(folder).items()
+        for task, _, context in [name.partition("/")]
+    ]
 
 
 def suspicions(records: list[dict]) -> list[str]:

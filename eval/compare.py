@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bootstrap import Interval, ratio_difference
+from .checks import incomplete
 from .records import read_inputs, read_run
 from .units import METRICS, Metric, Place, by_unit, paired
 
@@ -52,6 +53,7 @@ class Comparison:
     only_a: list[Place]
     only_b: list[Place]
     settings: list[str]
+    incomplete: list[str]
 
     @property
     def worse(self) -> list[Change]:
@@ -85,6 +87,7 @@ def compare(a: Path, b: Path, *, level: float = 0.99) -> Comparison:
         sorted(places_a - places_b),
         sorted(places_b - places_a),
         list(differences(run_a, run_b)),
+        [f"{folder}: {line}" for folder in (a, b) for line in incomplete(folder)],
     )
 
 

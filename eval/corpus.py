@@ -31,6 +31,7 @@ TEXT_SUFFIXES = {
     ".tex",
 }
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
+BEGINNING, UTF_16 = 8192, (b"\xff\xfe", b"\xfe\xff")
 BYTES_A_TOKEN = 16  # more than any tokenizer needs: how much of a dataset is read
 DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 
@@ -59,9 +60,7 @@ def read_corpus(
     text = b"\n".join(distinct(texts))
     if not text.strip():
         names = ", ".join(map(str, paths))
-        raise ValueError(
-            f"{names}: the corpus must hold at least a few contexts of text; got an empty one"
-        )
+        raise ValueError(f"{names}: must hold text; got none")
     return text
 
 
@@ -88,6 +87,8 @@ def read_texts(file: Path, text_field: str) -> list[bytes]:
     if file.suffix == ".jsonl":
         return json_lines(file, text_field)
     content = read_file(file)
+    if b"\0" in content[:BEGINNING] and not content.startswith(UTF_16):
+        raise ValueError(f"{file}: must be text; got bytes that are none")
     if file.suffix.lower() in HTML_SUFFIXES:
         return [html_to_text(content)]
     try:

@@ -7,6 +7,7 @@ unit that was cut short are dropped when the run continues.
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,11 @@ def read_settings(path: Path) -> dict:
         raise ValueError(f"{path}: environment must be a mapping; got another value")
     if not isinstance(environment.get("packages") or {}, dict):
         raise ValueError(f"{path}: packages must be a mapping; got another value")
+    units = found.get("units", {})
+    if not isinstance(units, dict) or not all(
+        is_count(n) and name.rpartition("/")[2].isdecimal() for name, n in units.items()
+    ):
+        raise ValueError(f"{path}: units must be numbers by task and context; got others")
     rows = found.get("attention_rows", {})
     if not isinstance(rows, dict) or not all(map(is_layout, rows.values())):
         raise ValueError(
@@ -178,6 +184,15 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{folder / RECORDS}: must hold at least one unit; got none")
     check_records(folder / RECORDS, records)
     return run, records
+
+
+def missing_units(folder: Path) -> dict[str, tuple[int, int]]:
+    """By task and context, `attention/8192`: units that are there, and how many were to be; only
+    where some are missing."""
+    planned = read_settings(folder / RUN).get("units", {})
+    lines = [r for r in read_lines(folder / RECORDS) if isinstance(r, dict) and "done" in r]
+    done = Counter(str(r["done"]).rpartition("/")[0] for r in lines)
+    return {name: (done[name], n) for name, n in planned.items() if done[name] < n}
 
 
 def read_inputs(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,7 +223,13 @@ def make_bench(model, tokenizer, index, text: bytes, config: EvalConfig) -> Benc
                 f"context must be longer than the {context - n} tokens of {task.name} that ask; "
                 f"got {context}"
             )
-        judged = bench.points(n, getattr(config, task.budgets))
+        try:
+            judged = bench.points(n, getattr(config, task.budgets))
+        except ValueError as error:
+            before = "" if n == context else f", {n:,} of them before those that ask"
+            raise ValueError(
+                f"{task.budgets} of {task.name} at {context:,} tokens{before}: {error}"
+            ) from None
         check_labels(judged)
         for variant, points in judged:
             for layer in searched[:1]:
@@ -256,6 +263,7 @@ def open_records(
             "text": hashlib.sha256(bench.text).hexdigest()[:16],
             "version": version(),
             "config": as_plain(bench.config),
+            "units": Counter(f"{unit.task}/{unit.context}" for unit in plan(bench.config)),
             "attention_rows": {
                 str(c): attention_rows(c - bench.config.n_queries, bench.config.window)
                 for c in bench.config.contexts

@@ -118,6 +118,8 @@ def check_method_entry(entry) -> None:
     if "name" not in entry:
         raise ValueError(f"a method must be a mapping with 'name'; got {entry!r}")
     cls = find_method(entry["name"])
+    if cls.is_exact and (entry.get("build") or entry.get("search")):
+        raise ValueError(f"{cls.name} visits everything: it must have no build and no search")
     plain, grouped = options_of(cls)
     known = {
         "build": (*plain, *grouped.get("build", (None, ()))[1]),

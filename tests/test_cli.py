@@ -94,7 +94,7 @@ def bad(arguments, message):
         ),
         bad(
             ["train", "reference", "--corpus", "EMPTY"],
-            "the corpus must hold at least a few contexts of text; got an empty one",
+            "must hold text; got none",
         ),
         bad(["train", "reference", "--corpus", "none.txt"], "got no such file or folder"),
         bad(["train", "reference", "--corpus", "SHORT"], "of one text; got"),
@@ -132,6 +132,44 @@ def bad(arguments, message):
         bad(["report", "n" * 300], "File name too long"),
         bad(["info", "INDEX", "--plot", "map.xyz"], "must end in one of"),
         bad(["eval", "reference", "--threads", "0"], "threads must be at least 1; got 0"),
+        bad(["eval", "reference", "--methods", "dense,dense"], "got 'dense' twice"),
+        bad(["eval", "reference", "--methods", ","], "separated by commas, or 'all'; got ','"),
+        bad(["eval", "reference", "--seed", "-1"], "Invalid value for '--seed'"),
+        bad(["train", "reference", "--corpus", "SHORT", "--seed", "9" * 20], "--seed"),
+        bad(["eval", "reference", "--no-such"], "No such option: --no-such"),
+        bad(["eval", "reference", "--texts", "many"], "; see `"),
+        bad(["demo", "--model", "reference", "--context", "512"], "; got 512: try 2048"),
+        bad(
+            "eval reference --methods dense --contexts 512 --tasks passkey".split(),
+            "answer_budgets of passkey at 512 tokens: selectivity must be above 0.0625, because",
+        ),
+        bad(
+            "train reference --corpus SHORT --seed -1".split(),
+            "Invalid value for '--seed'",
+        ),
+        bad(
+            (
+                "eval reference --methods kmeans-online --build kmeans-online.rows_per_cluster=0"
+            ).split(),
+            "rows_per_cluster must be a whole number in 1..1073741824; got 0",
+        ),
+        bad(
+            "eval reference --methods hnsw --build hnsw.neighbours=-3".split(),
+            "neighbours must be a whole number in 2..1024; got -3",
+        ),
+        bad("eval reference --methods hnsw --search hnsw.ef=0".split(), "ef must be a whole num"),
+        bad("eval reference --methods pq --build pq.dims=0".split(), "dims must be a whole numb"),
+        bad(
+            "eval reference --methods dense --search dense.max_tokens=4".split(),
+            "dense visits everything: it must have no build and no search",
+        ),
+        bad(["train", "reference", "--corpus", "BYTES"], "must be text; got bytes that are none"),
+        bad("advise reference --method dense".split(), "one that chooses rows and that a decoder"),
+        bad("advise reference --method oracle-tokens".split(), "got 'oracle-tokens'"),
+        bad(["generate", "reference", "--prompt-file", "SHORT", "--drafts", "4"], "--lossless"),
+        bad(["explain", "reference", "--prompt-file", "SHORT", "--passage", " "], "got none"),
+        bad(["explain", "reference", "--prompt-file", "SHORT", "--methods", "saap,saap"], "twice"),
+        bad(["explain", "reference", "--prompt-file", "SHORT", "--methods", ""], "got ''"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message):
@@ -146,9 +184,10 @@ def test_bad_input(monkeypatch, capsys, tmp_path, index_file, arguments, message
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
     (tmp_path / "empty.gguf").write_bytes(b"")
     out = tmp_path / "out"
+    (tmp_path / "bytes.txt").write_bytes(b"\x7fELF\0\1\2" * 100)
     places = {"INDEX": index_file, "CUT": cut, "EMPTY": empty, "SHORT": short, "LINE": line,
               "EMPTYDIR": tmp_path / "dir", "CUTGGUF": tmp_path / "cut.gguf",
-              "EMPTYGGUF": tmp_path / "empty.gguf"}  # fmt: skip
+              "EMPTYGGUF": tmp_path / "empty.gguf", "BYTES": tmp_path / "bytes.txt"}  # fmt: skip
     arguments = [places.get(a, a) for a in arguments]
     if arguments[0] in ("eval", "train", "demo") and "--out" not in arguments:
         arguments += ["--out", out]

@@ -107,7 +107,7 @@ def test_lossless_has_the_tokens_of_dense(context, monkeypatch, capsys):
         bad(["generate", "reference", "--prompt-file", "DOC", "--tokens", "-3"], "got -3"),
         bad(
             ["prefill", "reference", "EMPTY", "--index", "INDEX"],
-            "the corpus must hold at least a few contexts of text",
+            "must hold text; got none",
         ),
         bad(
             ["prefill", "reference", "DOC", "--index", "none"],

@@ -8,6 +8,9 @@ import pytest
 from saap.budget import Budget
 from saap.eval import records as records_module
 from saap.eval import reference
+from saap.eval.checks import check_folder
+from saap.eval.cli.app import main
+from saap.eval.compare import compare
 from saap.eval.records import RecordFile, read_run
 from saap.eval.report.page import make_report
 from saap.eval.run import EvalConfig, attention_rows, check_contexts, run
@@ -85,6 +88,31 @@ def test_a_killed_run_continues_to_the_same_scores(
     run(reference_model, reference_tokenizer, reference_index, text, CONFIG, folder,
         model_name="reference")  # fmt: skip
     assert score_run(folder) == score_run(finished)
+
+
+def test_a_run_that_was_not_finished_is_told(finished, tmp_path, monkeypatch, capsys):
+    """Cut between two units its records look whole."""
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    run_file, records = (finished / name for name in ("run.json", "records.jsonl"))
+    (folder / "run.json").write_bytes(run_file.read_bytes())
+    lines = records.read_text().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if line.startswith('{"done"'))
+    (folder / "records.jsonl").write_text("".join(lines[: first + 1]))
+    told = f"1 of {CONFIG.n_texts} texts or prompts of attention at "
+    assert check_folder(finished) == []
+    found = check_folder(folder)
+    assert [line for line in found if told in line] == found[:1]
+    assert f"0 of {CONFIG.n_prompts} texts or prompts of passkey" in found[-1]
+    assert told in make_report(folder).read_text()
+    (line, *_) = compare(finished, folder).incomplete
+    assert line.startswith(str(folder))
+    assert told in line
+    monkeypatch.setattr("sys.argv", ["saap", "report", str(folder), "--strict"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert "the run was not finished" in " ".join(capsys.readouterr().err.split())
 
 
 def test_results_of_another_run_are_not_mixed(finished):

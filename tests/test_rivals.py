@@ -150,7 +150,7 @@ def test_more_tables_find_more():
 
 
 def test_lsh_options():
-    with pytest.raises(ValueError, match=r"n_bits must be in 1\.\.15; got 16"):
+    with pytest.raises(ValueError, match=r"n_bits must be a whole number in 1\.\.15; got 16"):
         LSHBuild(n_bits=16)
 
 

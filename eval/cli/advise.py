@@ -42,6 +42,7 @@ def advise(
     from .. import by_weight as weights
     from .. import corpus as texts_of
     from .. import reference
+    from ..checks import ORACLES
     from ..run import check_contexts
     from .decode import load
     from .progress import one_bar
@@ -53,6 +54,10 @@ def advise(
     if by_weight and texts < 2:
         raise ValueError(
             "--by-weight needs --texts of at least 2, one to judge what the others taught; got 1"
+        )
+    if find_method(method).is_exact or method in ORACLES:
+        raise ValueError(
+            f"--method must be one that chooses rows and that a decoder can run; got {method!r}"
         )
     loaded, tokenizer, trained = load(model, index)
     check_contexts((context,), hf.max_context(loaded), None)

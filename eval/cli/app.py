@@ -36,8 +36,10 @@ def root(
     pass
 
 
+LEAST_SHARE = 0.04
+"""The least that the demo visits."""
+
 Names = Annotated[str, typer.Option(help="names, separated by commas, or 'all'")]
-Seed = Annotated[int, typer.Option(help="seed of random numbers")]
 
 
 @app.command()
@@ -48,7 +50,7 @@ def demo(
         str,
         typer.Option(help="smollm2 or reference; if not given, smollm2 where it is installed"),
     ] = "",
-    seed: Seed = 0,
+    seed: decode.Seed = 0,
 ) -> None:
     """Read a long document, ask about it densely and sparsely, compare methods; takes minutes."""
     from .. import reference
@@ -60,6 +62,13 @@ def demo(
     if model not in ("", "reference", demo_words.MODEL):
         raise ValueError(f"--model must be {demo_words.MODEL} or reference; got {model!r}")
     check_contexts((context,), reference.CONTEXT, None)
+    try:
+        Budget.for_selectivity(LEAST_SHARE, context - 64)
+    except ValueError:
+        raise ValueError(
+            f"--context must be so long that {LEAST_SHARE:.0%} of it is more than the first and "
+            f"the most recent tokens, which every method visits; got {context}: try 2048"
+        ) from None
     if not model and not demo_words.is_installed():
         console.print("SmolLM2 is not installed (`make models`): the shipped model is used.\n")
         model = "reference"
@@ -145,7 +154,7 @@ def evaluate(
             help="threads of each process; records may depend on them, but never on --jobs"
         ),
     ] = None,
-    seed: Seed = 0,
+    seed: decode.Seed = 0,
 ) -> None:
     """Compare methods: recall, output error, bytes and task accuracy at equal budgets."""
     from saap.methods import METHODS
@@ -227,7 +236,14 @@ def model_path(name: str) -> str | Path:
 
 
 def choose(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    return known if names == "all" else tuple(n.strip() for n in names.split(",") if n.strip())
+    """ValueError for none, and for one that is given twice."""
+    found = known if names == "all" else tuple(n.strip() for n in names.split(",") if n.strip())
+    if not found:
+        raise ValueError(f"names must be separated by commas, or 'all'; got {names!r}")
+    for name in found:
+        if found.count(name) > 1:
+            raise ValueError(f"each name must be given once; got {name!r} twice")
+    return found
 
 
 def numbers(text: str, kind: type, name: str) -> tuple:
@@ -237,6 +253,8 @@ def numbers(text: str, kind: type, name: str) -> tuple:
         raise ValueError(f"--{name} must be numbers separated by commas; got {text!r}") from None
 
 
+UsageError = typer.BadParameter.__base__
+
 USER_ERRORS = (
     ValueError, ImportError, FloatingPointError, MemoryError, ChildProcessError, OSError,
 )  # fmt: skip
@@ -245,12 +263,22 @@ USER_ERRORS = (
 def main() -> None:
     """Bad input, and a disk that is full, end in one line on standard error and exit code 2."""
     code: object = 0
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show stops no command
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        try:
-            app(standalone_mode=True)
-        except SystemExit as stop:
-            code = stop.code
+        code = app(standalone_mode=False) or 0
         sys.stdout.flush()
+    except typer.Abort:
+        code = 130
+    except UsageError as error:
+        code = error.exit_code
+        if error.message:
+            path = error.ctx.command_path if error.ctx else "saap"
+            message = " ".join(error.format_message().split())
+            print(f"saap: {message.rstrip('.')}; see `{path} --help`", file=sys.stderr)
+        else:  # a command without its arguments shows its help
+            error.show()
     except BrokenPipeError:  # who reads has read enough: the exit code stays
         discard(sys.stdout)
     except USER_ERRORS as error:

@@ -32,6 +32,7 @@ PrefillVisited = Annotated[
         help="read long prompts sparsely: each token reads this share of the tokens before it"
     ),
 ]
+Seed = Annotated[int, typer.Option(help="seed of random numbers", min=0, max=2**32 - 1)]
 NumberOfTokens = Annotated[int, typer.Option("--tokens", help="most tokens to generate")]
 MaxTokens = Annotated[
     int | None,
@@ -169,8 +170,11 @@ def generate(
         typer.Option(help="give the tokens of dense attention: draft sparsely, verify exactly"),
     ] = False,
     drafts: Annotated[
-        int, typer.Option(help="with --lossless: most tokens drafted before a verification")
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="with --lossless: most tokens drafted before a verification; if not given, 8"
+        ),
+    ] = None,
     prefill_visited: PrefillVisited = None,
     tokens: NumberOfTokens = 64,
     max_tokens: MaxTokens = None,
@@ -187,7 +191,9 @@ def generate(
     from .terminal import console
 
     check_tokens(tokens)
-    verify = Verify(drafts) if lossless else None
+    if drafts is not None and not lossless:
+        raise ValueError(f"--drafts must be given beside --lossless; got {drafts} without it")
+    verify = Verify(8 if drafts is None else drafts) if lossless else None
     sparse = prefill_budget(prefill_visited)
     if lossless and sparse is not None:
         raise ValueError(

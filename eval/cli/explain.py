@@ -32,7 +32,7 @@ def explain(
 ) -> None:
     """Show which passages of a prompt its last token looks at, and which methods find them."""
     from saap import hf
-    from saap.methods import find_method
+    from saap.methods import METHODS, find_method
 
     from .. import corpus
     from .. import explain as explained
@@ -43,7 +43,9 @@ def explain(
     from .terminal import console
 
     prompt = corpus.read_file(prompt_file).decode(errors="replace")
-    names = choose(methods, ())
+    if passage is not None and not passage.strip():
+        raise ValueError("--passage must be words of the prompt; got none")
+    names = choose(methods, tuple(n for n, m in METHODS.items() if index or not m.needs_index))
     for name in names:
         find_method(name)
     loaded, tokenizer, trained = load(model, index)

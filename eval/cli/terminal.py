@@ -111,6 +111,7 @@ def print_comparison(found: Comparison, level: float, everything: bool) -> None:
     """Changes beyond noise first; with `everything`, all others too."""
     for line in found.settings:
         console.print(f"[dim]{escape(line)}[/]", highlight=False)
+    print_suspicions(found.incomplete)
     alone = {"only in the first": found.only_a, "only in the second": found.only_b}
     for name, places in alone.items():
         if places:

@@ -8,7 +8,7 @@ import typer
 
 from saap.budget import Budget
 
-from .decode import Model
+from .decode import Model, Seed
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +53,7 @@ def train(
         str | None,
         typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU) or float16"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of random numbers")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train an index for a model: partitions of keys, and routers, of all layers in one file.
 

@@ -7,7 +7,7 @@ from string import Template
 
 from saap.index.tensor_files import write_atomically
 
-from ..checks import suspicions
+from ..checks import check_folder
 from ..records import read_run
 from ..scores import score_run
 from ..tasks.needle_rows import LEAST
@@ -162,7 +162,7 @@ def make_report(folder: Path) -> Path:
     page = Template(TEMPLATE.read_text()).substitute(
         title=html.escape(f"Saap on {Path(str(run.get('model'))).name}"),
         headline=headline(scores),
-        suspicions=warning(suspicions(records)),
+        suspicions=warning(check_folder(folder)),
         content="".join(
             [
                 *figures[:1],

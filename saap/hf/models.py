@@ -36,7 +36,8 @@ def load_model(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
     """A causal language model in evaluation mode.
 
     `source`: a folder, a `.gguf` file, a hub name, or a name in `packaged.PACKAGED`; a folder of
-    such a name is written `./NAME`.
+    such a name is written `./NAME`. The model that is shipped for evaluation, `reference` to the
+    commands, lies in `saap.eval.reference.FOLDER`.
     """
     source = resolved(source)
     if is_gguf(source):

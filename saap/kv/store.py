@@ -306,6 +306,8 @@ class KVStore:
         ValueError when T is not the number of tokens appended last.
         """
         new = self._length_new if self._new else 0
+        if budget is not None and budget is not self.budget and self.selector is not None:
+            self.selector.check_budget(budget)
         n_kv, dim = (self.k.shape[1], head_dim(self.k)) if new else (0, 0)
         check_query(q_rope, q_derope, batch=self.batch, n_new=new, n_kv=n_kv, dim=dim)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from saap.budget import BOUNDS, Budget
+from saap.budget import BOUNDS, Budget, is_integer
 from saap.selector import LayerInfo, Selector
 from saap.trained_index import LayerIndex, TrainedIndex
 
@@ -54,3 +54,11 @@ class Method(ABC):
                     f"method {self.name!r} follows {' and '.join(self.bounds)}; got "
                     f"{bound}={value}"
                 )
+
+
+def check_within(options: object, **limits: tuple[int, int]) -> None:
+    """ValueError for a field that is no whole number within its limits, both included."""
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if not is_integer(value, least) or value > most:
+            raise ValueError(f"{name} must be a whole number in {least}..{most}; got {value!r}")

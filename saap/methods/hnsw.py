@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from saap.index.faiss_backend import Graph
 
+from .base import check_within
 from .search_results import merge_results
 from .snapshot import RowChooser
 from .tokens import TokenMethod, no_ranges, rows_as_ranges
@@ -21,12 +22,18 @@ class HNSWBuild:
     neighbours: int = 16
     ef_construction: int = 64
 
+    def __post_init__(self):
+        check_within(self, neighbours=(2, 1024), ef_construction=(1, 1 << 20))
+
 
 @dataclass(frozen=True)
 class HNSWSearch:
     """`ef`: the width of the walk; it is never less than the rows asked for."""
 
     ef: int = 64
+
+    def __post_init__(self):
+        check_within(self, ef=(1, 1 << 30))
 
 
 class HNSWChooser(RowChooser):

@@ -14,6 +14,7 @@ from torch import Tensor
 from saap.index.kmeans import assign, train_centroids
 from saap.index.lists import invert
 
+from .base import check_within
 from .snapshot import BucketChooser, LayerKeys, SnapshotMethod
 from .tokens import combine_heads, key_scores
 
@@ -23,6 +24,9 @@ class OnlineBuild:
     rows_per_cluster: int = 16
     segment: int = 8192
     n_iter: int = 10
+
+    def __post_init__(self):
+        check_within(self, rows_per_cluster=(1, 1 << 30), segment=(1, 1 << 30), n_iter=(0, 1000))
 
 
 def cluster_segments(keys, build: OnlineBuild, seed: int) -> tuple[torch.Tensor, int]:

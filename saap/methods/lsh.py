@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .base import check_within
 from .tokens import TokenChooser, TokenMethod
 
 
@@ -21,10 +22,7 @@ class LSHBuild:
     n_tables: int = 75
 
     def __post_init__(self):
-        for name, most in (("n_bits", 15), ("n_tables", 4096)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} must be in 1..{most}; got {value}")
+        check_within(self, n_bits=(1, 15), n_tables=(1, 4096))
 
 
 class LSHChooser(TokenChooser):

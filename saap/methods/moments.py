@@ -14,7 +14,7 @@ import torch
 
 from saap.index.lists import expand_heads, group_sum
 
-from .base import Method
+from .base import Method, check_within
 from .kmeans_online import bucket_means
 from .lists import ListSelector
 from .pages import PAGE_SIZE, page_lists, page_of_row
@@ -28,6 +28,9 @@ class MomentsBuild:
 
     rank: int = 0
     n_iter: int = 4
+
+    def __post_init__(self):
+        check_within(self, rank=(0, 4096), n_iter=(0, 1000))
 
 
 class Statistics:

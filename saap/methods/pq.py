@@ -12,6 +12,7 @@ import torch
 
 from saap.index.faiss_backend import product_quantize
 
+from .base import check_within
 from .tokens import TokenChooser, TokenMethod, key_scores
 
 
@@ -22,6 +23,9 @@ class PQBuild:
     dims: int = 8
     bits: int = 6
     n_iter: int = 8
+
+    def __post_init__(self):
+        check_within(self, dims=(1, 4096), bits=(1, 16), n_iter=(1, 1000))
 
 
 class PQChooser(TokenChooser):
