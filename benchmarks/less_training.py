@@ -3,14 +3,16 @@
     make models
     python -m benchmarks.less_training [--texts 12] [--context 8192]
 
-`saap train` on PostgreSQL's manual, with all texts and steps, with a quarter of each, and with a
-quarter of both; `saap eval` over each index, on Python's manual at 5 % of the rows, sinks and
+`saap train` on PostgreSQL's manual: with all texts and steps, a quarter of the texts, and
+a quarter of both. `saap eval` over each index, on Python's manual at 5 % of the rows, sinks and
 window counted in. Each index is trained in a process of its own, whose time is told, the loading
-of the model and the reading of the corpus included. Figures go to `$OUT`, else to
+of the model and the reading of the corpus included. What a report holds already is not measured
+again. Figures go to `$OUT`, else to
 `benchmarks/results/<device>/less_training.json`, and then into `docs/training.md`.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -73,8 +75,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     options = parser.parse_args()
     few, short = max(1, options.texts // LESS), STEPS // LESS
-    ways = [(n, steps) for n in (options.texts, few) for steps in (STEPS, short)]
-    records = []
+    path = report_path(cpu_name(), "less_training.json")
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    records = before["records"] if before.get("context") == options.context else []
+    done = {(r["texts"], r["steps"]) for r in records}
+    all_ways = ((options.texts, STEPS), (few, STEPS), (few, short))
+    ways = [way for way in all_ways if way not in done]
     with tempfile.TemporaryDirectory() as folder:
         for number, (texts, steps) in enumerate(ways):
             index = Path(folder) / f"{number}.safetensors"
@@ -86,7 +92,7 @@ def main() -> None:
                 "context": options.context,
                 "records": records,
             }
-            write(report_path(cpu_name(), "less_training.json"), report)
+            write(path, report)
             put_table(ROOT / "docs" / "training.md", COMMAND, table(records))
     print(table(records))
 
