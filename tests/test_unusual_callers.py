@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import saap
+from saap import hf
 from saap.budget import Budget
 from saap.hf import over
 
@@ -203,3 +204,9 @@ def test_what_is_no_index_budget_capacity_or_token_is_told():
         with pytest.raises(ValueError, match="a forward must be of at least one token; got none"):
             model(tokens[:, :0], **over(cache))
         model(tokens[:, :1], **over(cache))
+
+
+@pytest.mark.parametrize("load", [hf.load_model, hf.load_tokenizer])
+def test_a_name_of_commands_is_told_in_python(load):
+    with pytest.raises(ValueError, match=r"source must be saap\.eval\.reference\.FOLDER"):
+        load("reference")

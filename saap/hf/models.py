@@ -88,6 +88,11 @@ def load_tokenizer(source: str | Path):
 
 def resolved(source: str | Path) -> str | Path:
     """The file of a model that is named in PACKAGED; any other source as it is."""
+    if source == "reference" and not Path(source).exists():  # else a hub would be asked for it
+        raise ValueError(
+            "source must be saap.eval.reference.FOLDER for the model that is shipped; got "
+            "'reference', its name for commands alone"
+        )
     return find_packaged(source) if isinstance(source, str) and source in PACKAGED else source
 
 
