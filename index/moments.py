@@ -217,6 +217,5 @@ class RecentQueries:
 
 def regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
     size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
-    return matrix + RIDGE * size[:, None, None] * torch.eye(
-        matrix.shape[-1], dtype=matrix.dtype, device=matrix.device
-    )
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return matrix + RIDGE * size[:, None, None] * one

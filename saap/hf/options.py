@@ -114,7 +114,7 @@ def check_kinds(index: object, budget: object) -> None:
     """ValueError for what is no index, or no budget."""
     if index is not None and not isinstance(index, TrainedIndex):
         raise ValueError(
-            f"index must be None or a TrainedIndex, as saap.load_index gives; got {index!r}"
+            f"index must be None or a TrainedIndex, as TrainedIndex.load gives; got {index!r}"
         )
     if budget is not None and not isinstance(budget, Budget):
         raise ValueError(f"budget must be a saap.Budget, or None; got {budget!r}")
