@@ -38,7 +38,7 @@ class ContextFolder:
     """
 
     def __init__(self, path: str | Path, *, new: bool):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # wherever the process goes
         if not new and not (self.path / STATE).is_file():
             raise ValueError(
                 f"{self.path}: must be a folder that `save_context` has saved a context in; got "
@@ -90,8 +90,22 @@ class ContextFolder:
     def open(self, number: int, n_kv: int, dim: int) -> RowFile:
         return RowFile.open(self.file_of(number), self.id, number, n_kv, dim)
 
+    def check_is_here(self) -> None:
+        """ValueError if the folder was moved or replaced since: rows are still written to it, but
+        what is saved of them would not be."""
+        try:
+            here = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK))
+        except OSError:
+            here = False
+        if not here:
+            raise ValueError(
+                f"{self.path}: must stay where it is while a cache uses it; got a folder that was "
+                "moved or replaced: close the cache, and open the context where it is now"
+            )
+
     def write(self, header: dict, tensors: dict[str, Tensor]) -> None:
         """Replace what was saved. The rows that it counts on must be on the disk already."""
+        self.check_is_here()
         tensor_files.write(self.path / STATE, FORMAT, {**header, "folder": self.id}, tensors)
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -102,6 +116,7 @@ class ContextFolder:
 
     def forget(self) -> None:
         """Nothing is saved any more."""
+        self.check_is_here()
         (self.path / STATE).unlink(missing_ok=True)
 
     def read(self) -> tuple[dict, dict[str, Tensor]]:

@@ -122,6 +122,7 @@ def two_ranks(group, folder) -> None:
             "rest by head": store_steps(group, 1500, [1033], share="head", steps=2, estimate=True),
         },
         "even": generate(group, new=48),
+        "dense": generate(group, method="dense", new=6, n=400),
         "ragged": generate(group, parts=[1100], chunk=512, new=24),
         "refused": {name: refusal(group, **given) for name, given in REFUSED.items()},
     }

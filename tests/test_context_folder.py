@@ -339,3 +339,49 @@ def test_what_is_refused(tiny_model, tiny_index, long_tokens, tiny_tokens, tmp_p
         pytest.raises(ValueError, match="needs method saap or dense"),
     ):
         attached.cache(directory=tmp_path / "d")
+
+
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_folder_that_went_elsewhere_keeps_what_it_was_saved_as(
+    tiny_model, long_tokens, tmp_path, how
+):
+    """Its rows would be written over, and the file that counts them not be found."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    with saap.attached(tiny_model, budget=BUDGET) as attached:
+        cache = attached.cache(directory=here)
+        read(tiny_model, cache, long_tokens[:, :100])
+        attached.save_context(cache, long_tokens[0, :100], here)
+        here.rename(there)
+        if how == "replaced":
+            here.mkdir()
+        cache.crop(-60)
+        told = "must stay where it is while a cache uses it; got a folder that was moved"
+        with pytest.raises(ValueError, match=told):
+            step(tiny_model, cache, long_tokens[:, 200:230])
+        cache.close()
+        again, held = attached.open_context(there)
+        assert torch.equal(held, long_tokens[0, :100])
+        inside = attached.cache()
+        read(tiny_model, inside, long_tokens[:, :100])
+        token = long_tokens[:, 300:301]
+        assert torch.equal(*(step(tiny_model, c, token) for c in (again, inside)))
+        again.close()
+
+
+def test_a_process_that_goes_elsewhere_finds_its_folder(
+    tiny_model, long_tokens, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with saap.attached(tiny_model, budget=BUDGET) as attached:
+        cache = attached.cache(directory="here")
+        read(tiny_model, cache, long_tokens[:, :100])
+        attached.save_context(cache, long_tokens[0, :100], "here")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        cache.reset()
+        step(tiny_model, cache, long_tokens[:, 200:300])
+        attached.save_context(cache, long_tokens[0, 200:300], tmp_path / "here")
+        cache.close()
+        again, held = attached.open_context("../here")
+        assert torch.equal(held, long_tokens[0, 200:300])
+        again.close()

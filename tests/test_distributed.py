@@ -167,6 +167,12 @@ def test_same_greedy_tokens(two, name, given):
     assert max(rank["bytes"] for rank in ranks) < 0.8 * single["bytes"]
 
 
+def test_same_greedy_tokens_of_dense_attention(two):
+    single = split_worker.generate(None, method="dense", new=6, n=400)
+    for rank in two[2]:
+        assert rank["dense"]["tokens"] == single["tokens"]
+
+
 @pytest.mark.slow
 def test_same_256_greedy_tokens(tmp_path):
     run_ranks(2, "two_ranks", tmp_path, "slow")

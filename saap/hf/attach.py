@@ -173,6 +173,7 @@ class SaapModel:
     ) -> KVStore | SplitStore:
         """The store of a searched layer. `owner`: of the layer whose keys and values it shares."""
         dense = number in self.budget.dense_layers
+        dense |= self.group is not None and self.method.is_exact  # ranks choose nothing together
         selector = None if dense else self.method.selector(self.layers[number].info)
         prefill = None if dense else self.prefill
         if owner is not None:
