@@ -3,8 +3,7 @@
     make models
     python -m benchmarks.less_training [--texts 12] [--context 8192]
 
-`saap train` on PostgreSQL's manual: with all texts and steps, a quarter of the texts, and
-a quarter of both. `saap eval` over each index, on Python's manual at 5 % of the rows, sinks and
+`saap train` on PostgreSQL's manual: with all texts and steps, and a quarter of both. `saap eval` over each index, on Python's manual at 5 % of the rows, sinks and
 window counted in. Each index is trained in a process of its own, whose time is told, the loading
 of the model and the reading of the corpus included. What a report holds already is not measured
 again. Figures go to `$OUT`, else to
@@ -79,7 +78,7 @@ def main() -> None:
     before = json.loads(path.read_text()) if path.is_file() else {}
     records = before["records"] if before.get("context") == options.context else []
     done = {(r["texts"], r["steps"]) for r in records}
-    all_ways = ((options.texts, STEPS), (few, STEPS), (few, short))
+    all_ways = ((options.texts, STEPS), (few, short))
     ways = [way for way in all_ways if way not in done]
     with tempfile.TemporaryDirectory() as folder:
         for number, (texts, steps) in enumerate(ways):

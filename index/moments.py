@@ -16,6 +16,9 @@ RIDGE = 1e-3
 MOST_OBSERVED = 2048
 """Tokens whose queries' covariance is taken, the latest ones."""
 
+KEPT = 1 - 1 / MOST_OBSERVED
+"""What a token's queries count of what those of the next one count."""
+
 AT_ONCE = 16384
 """Vectors that are held in float64 at once."""
 
@@ -177,7 +180,8 @@ class MomentSums:
 class RecentQueries:
     """Sums over a sequence's queries, those of about the last `MOST_OBSERVED` tokens.
 
-    Over the query heads of each KV head; older tokens count less and less.
+    Over the query heads of each KV head; older tokens count less and less. What they are depends
+    on the tokens alone, not on when somebody asked.
     """
 
     WAITING = 64  # single tokens that are added together
@@ -187,7 +191,19 @@ class RecentQueries:
         self._waiting: list[Tensor] = []
 
     def copy(self) -> "RecentQueries":
-        return RecentQueries(self.n_kv, self.sums)
+        copied = RecentQueries(self.n_kv, self._sums)
+        copied._waiting = list(self._waiting)
+        return copied
+
+    def begin(self, q: Float[Tensor, "Hq n D"]) -> None:
+        """The first queries, or more of them before anything was learned: the latest tokens, all
+        of which count alike."""
+        own = self._of(q[:, -MOST_OBSERVED:])
+        if self._sums is not None:
+            held = float(self._sums.count.max()) / (len(q) // self.n_kv)
+            room = MOST_OBSERVED - min(q.shape[1], MOST_OBSERVED)
+            own = self._sums * min(1.0, room / held) + own if held else own
+        self._sums = own
 
     def add(self, q: Float[Tensor, "Hq n D"]) -> None:
         """Queries of n tokens, or of as many keys that stand in for them."""
@@ -197,22 +213,35 @@ class RecentQueries:
                 self._add_waiting()
             return
         self._add_waiting()
-        self._add(q[:, -MOST_OBSERVED:])
+        latest = q[:, -MOST_OBSERVED:]
+        n = latest.shape[1]
+        own = self._of(latest)
+        self._sums = self._aged(n, own) if n < MOST_OBSERVED else own
 
     def _add_waiting(self) -> None:
-        if self._waiting:
-            waited, self._waiting = self._waiting, []
-            self._add(torch.cat(waited, 1))
+        self._sums, self._waiting = self.sums, []
 
-    def _add(self, q: Float[Tensor, "Hq n D"]) -> None:
-        own = Sums.of(q.unflatten(0, (self.n_kv, -1)).flatten(1, 2))
-        left = (1 - 1 / MOST_OBSERVED) ** q.shape[1] if q.shape[1] < MOST_OBSERVED else 0.0
-        self._sums = own if self._sums is None else self._sums * left + own
+    def _of(self, q: Float[Tensor, "Hq n D"]) -> Sums:
+        return Sums.of(q.unflatten(0, (self.n_kv, -1)).flatten(1, 2))
+
+    def _aged(self, tokens: int, own: Sums) -> Sums:
+        """What was there so many tokens ago, and new ones."""
+        return own if self._sums is None else self._sums * KEPT**tokens + own
 
     @property
-    def sums(self) -> Sums:
-        self._add_waiting()
-        return self._sums
+    def sums(self) -> Sums | None:
+        """None before the first queries."""
+        n = len(self._waiting)
+        if not n:
+            return self._sums
+        # Each by its age, as if it had come alone: a weight's root on either factor.
+        root = [KEPT ** ((n - 1 - i) / 2) for i in range(n)]
+        waited = torch.cat(self._waiting, 1).double().nan_to_num(0.0, 0.0, 0.0)
+        weights = waited.new_tensor(root)[:, None]
+        own = self._of(waited * weights)
+        total = (waited * weights**2).unflatten(0, (self.n_kv, -1)).sum((1, 2))
+        count = own.count * float((weights**2).mean())
+        return self._aged(n, Sums(count, total, own.products))
 
 
 def regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:

@@ -60,7 +60,7 @@ def spilled_ranges(
     outside = rank_best >= whole[..., None]
     by_second = outside & (rank_second < whole[..., None])
     of_cut = outside & (rank_row == whole[..., None]) & (left > 0)[..., None]
-    newest = expand_heads(positions[None], heads).double()
+    newest = expand_heads(positions[None], heads)
     newest = newest - newest.amin(-1, keepdim=True) + 1 if newest.shape[-1] else newest
     priority = newest * of_cut + by_second * (newest.amax() + 1 if newest.numel() else 1)
     n_single = by_second.sum(-1) + of_cut.sum(-1).minimum(left)

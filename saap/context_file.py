@@ -15,7 +15,7 @@ from saap.index import tensor_files
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kernels.attention.int8_rows import width
 
-FORMAT = tensor_files.Format("saap.Context", 6, "`saap prefill`")
+FORMAT = tensor_files.Format("saap.Context", 7, "`saap prefill`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32,)
 UNSEARCHED = {"cumulative_length", "state"}

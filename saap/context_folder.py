@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saap.context_file import NO_ROWS, UNSEARCHED, has_no_rows, unchecked, window
 from saap.index import tensor_files
+from saap.index.atomic_files import remove_leftovers
 from saap.index.file_fields import Fields, Layout, check_layout, check_range
 from saap.kv.row_file import DIGESTED, RowFile
 
@@ -25,7 +26,7 @@ try:
 except ImportError:  # Windows: nothing keeps a second process out
     fcntl = None
 
-FORMAT = tensor_files.Format("saap.ContextFolder", 4, "`save_context`")
+FORMAT = tensor_files.Format("saap.ContextFolder", 5, "`save_context`")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STATE, LOCK = "context", "lock"
 
@@ -68,6 +69,7 @@ class ContextFolder:
 
     def _clear(self) -> None:
         """Rows of a context that was never saved go; anything else is not ours to remove."""
+        remove_leftovers(self.path / STATE)
         held = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
         kept = [name for name in held if not re.fullmatch(r"layer-\d{4,}\.rows", name)]
         if kept:

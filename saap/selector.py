@@ -226,6 +226,13 @@ class Selector(ABC):
         """Take note of saved rows and what `state` gave. ValueError where they do not fit."""
         self.update(middle)
 
+    def state_before(self, batch: int, n_kv: int, dim: int) -> dict[str, Tensor]:
+        """What is saved while no row is in the middle yet, so that it learns from these tokens."""
+        return {}
+
+    def restore_before(self, state: dict[str, Tensor], batch: int, n_kv: int, dim: int) -> None:
+        """Take note of what `state_before` gave. ValueError where it does not fit."""
+
     def again(
         self, local_lse: Callable[[Tensor], Tensor] | None
     ) -> Callable[[Float[Tensor, "n Hq D"]], Ranges] | None:

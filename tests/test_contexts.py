@@ -173,7 +173,7 @@ BAD_FILES = {
     "empty": (lambda p: b"", "must be a whole safetensors file"),
     "version": (
         lambda p: altered(p, lambda h: h.update(format_version=99)),
-        "format version must be 6; got 99: make it again with `saap prefill`",
+        "format version must be 7; got 99: make it again with `saap prefill`",
     ),
     "header": (
         lambda p: p.read_bytes().replace(b'\\"window\\": 8', b'\\"window\\": 9'),

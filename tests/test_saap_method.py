@@ -315,7 +315,10 @@ def test_what_is_saved_chooses_alike():
     assert torch.equal(*outs)
     for change, message in (
         ({"fine": tensors["selector.fine"][:, :, :10]}, "fine of the codes must be"),
-        ({"n_queries": torch.zeros(1, HKV)}, "n_queries of the codes must be above 0"),
+        (
+            {"n_queries": torch.zeros(1, HKV, dtype=torch.float64)},
+            "n_queries of the codes must be above 0",
+        ),
         ({"query_sum": torch.zeros(1, 3)}, "query_sum of the codes must be"),
         ({"learned_from": torch.tensor([-1], dtype=torch.int32)}, "learned_from of the codes"),
     ):
@@ -525,18 +528,42 @@ def test_no_more_queries_are_kept_than_are_learned_from():
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in own)
 
 
-def test_queries_are_counted_as_they_were_when_they_came():
-    """A decoder may use one tensor for the queries of all its steps."""
+@pytest.mark.parametrize("asked", [(), (1, 5, 20, 64, 65)])
+def test_queries_are_counted_by_age_as_they_were_when_they_came(asked):
+    """A decoder may use one tensor for the queries of all its steps. Who asks changes nothing."""
     count = RecentQueries.WAITING + 3
     came = random(4, count, 16)
-    by_one, together, buffer = RecentQueries(2), RecentQueries(2), torch.empty(4, 1, 16)
+    by_one, buffer = RecentQueries(2), torch.empty(4, 1, 16)
     for i in range(count):
         by_one.add(buffer.copy_(came[:, i : i + 1]))
-    together.add(came)
-    found, expected = by_one.sums, together.sums
-    assert (found.count < expected.count).all()  # older ones count a little less
-    for own, other in zip(found.parts, expected.parts, strict=True):
-        assert (own - other).norm() < 0.01 * other.norm()
+        if i in asked:
+            by_one.copy().add(came[:, :7])
+            by_one.sums.mean.add_(1)
+    age = torch.arange(count - 1, -1, -1, dtype=torch.float64)
+    weights = (1 - 1 / 2048) ** age[:, None]
+    heads = came.double().unflatten(0, (2, 2))
+    expected = (
+        (weights.sum() * 2).expand(2),
+        (heads * weights).sum((1, 2)),
+        torch.einsum("hgni,hgnj->hij", heads * weights, heads),
+    )
+    for own, other in zip(by_one.sums.parts, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+def test_first_queries_that_come_in_parts_count_as_if_they_had_come_together():
+    came = random(4, 3000, 16)
+    for cut in (0, 700, 2900):
+        in_parts, together = RecentQueries(2), RecentQueries(2)
+        together.begin(came[:, : cut + 100])
+        if cut:
+            in_parts.begin(came[:, :cut])
+        in_parts.begin(came[:, cut : cut + 100])
+        counts = [own.sums.count for own in (in_parts, together)]
+        torch.testing.assert_close(*counts)
+        if cut < 2000:  # else some of the first are left out
+            for own, other in zip(in_parts.sums.parts, together.sums.parts, strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()

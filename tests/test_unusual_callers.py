@@ -210,3 +210,48 @@ def test_what_is_no_index_budget_capacity_or_token_is_told():
 def test_a_name_of_commands_is_told_in_python(load):
     with pytest.raises(ValueError, match=r"source must be saap\.eval\.reference\.FOLDER"):
         load("reference")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text"])
+def test_a_context_saved_before_anything_was_learned_goes_on_as_one_never_saved(
+    tmp_path, family, directory
+):
+    """Queries of its tokens are learned from, too."""
+    options = {"max_position_embeddings": 2048}
+    model = random_model(family, **options) if family == "llama" else make_family(family)
+    tokens, path = prompt(1, 720), tmp_path / "context"
+    with saap.attached(model, budget=FEW) as saap_model:
+        kept = saap_model.cache()
+        cache = saap_model.cache(directory=path if directory else None)
+        for n in (300, 301, 420):
+            for each in (kept, cache):
+                read(model, each, tokens, n)
+            saap_model.save_context(cache, tokens[0, :n], path)
+            cache.close()
+            cache, _ = saap_model.open_context(path)
+        for n in (650, 651, 652, 700, 701):
+            found, own = (read(model, each, tokens, n) for each in (cache, kept))
+            assert_same_logits(found, own)
+        assert kept.visited_share == cache.visited_share < 0.2
+        cache.close()
+
+
+@torch.no_grad()
+def test_saving_changes_nothing_of_what_comes():
+    """What was learned depended on how single tokens were added up: on when somebody looked."""
+    model, tokens = random_model("llama", max_position_embeddings=2048), prompt(1, 1100)
+    with saap.attached(model, budget=FEW) as saap_model:
+        kept, saved = (saap_model.cache() for _ in range(2))
+        for each in (kept, saved):
+            read(model, each, tokens, 600, 601)
+        for n in range(602, 1000):
+            found, own = (read(model, each, tokens, n) for each in (saved, kept))
+            assert torch.equal(found, own), n
+            if n % 30 == 0:
+                for layer in saved.saap_layers:  # as saving does
+                    layer.store.settle()
+                    layer.store.selector.state()
+                for layer in kept.saap_layers:
+                    layer.store.settle()

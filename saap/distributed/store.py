@@ -62,6 +62,7 @@ class SplitStore:
         self.selector, self.budget, self.group = selector, budget, group
         check_kv_dtype(kv_dtype)
         self.kv_dtype = kv_dtype
+        self._parts = parts
         self.begins = None if parts is None else begins_of(parts)
         self.own: KVStore | None = None
         self.rest = SplitRest(group)
@@ -310,6 +311,8 @@ class SplitStore:
             self.selector = SplitSelector(fresh, self.group)
         self.own, self.lengths, self.middles, self._new = None, [], [], (0, 0, 0)
         self.rest = SplitRest(self.group)
+        if self._parts is None:  # shared out evenly, as the tokens that come first then
+            self.begins = None
 
     @stateful
     def select_sequences(self, sequences: Sequence[int] | Tensor) -> None:

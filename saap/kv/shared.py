@@ -132,3 +132,5 @@ class SharedStore(KVStore):
         self._lists.counts = middles
         if any(middles):
             self.selector.restore(state, self.middle)
+        else:
+            self._restore_before(state)

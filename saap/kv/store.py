@@ -504,12 +504,18 @@ class KVStore:
         self.lengths = lengths
         self._lists.restore(middles)
         if not any(middles):
+            self._restore_before(state)
             return
         if self._lists.reordered:  # in an order that the selector has to ask for again
             self.reindex()
         else:
             self.selector.restore(state, self.middle)
         self.rest.restore(rest, middles)
+
+    def _restore_before(self, state: dict[str, Tensor]) -> None:
+        """Where nothing was in the middle."""
+        if self.selector is not None:
+            self.selector.restore_before(state, self.batch, self.k.shape[1], head_dim(self.k))
 
     @stateful
     def settle(self) -> None:

@@ -214,12 +214,11 @@ class SaapSelector(Selector):
         """Coordinates of a sequence of n keys; `latest_keys` stand in for queries, if given."""
         every = sums_of_keys(None)
         if b not in self.learned:
+            recent = self.recent.setdefault(b, RecentQueries(len(every.count)))
             if b in self.observed:
-                queries = torch.cat(self.observed.pop(b), 1)[:, -MOST_OBSERVED:]
-            else:  # where tokens came with no queries
-                queries = latest_keys()
-            self.recent[b] = RecentQueries(len(every.count))
-            self.recent[b].add(queries)
+                recent.begin(torch.cat(self.observed.pop(b), 1))
+            elif recent.sums is None:  # where tokens came with no queries
+                recent.begin(latest_keys())
         queries = self.recent[b].sums
         keys = sums_of_keys(Toward.of(queries, every))
         self.learned[b] = as_coded(balanced(Moments.of_sums(queries, keys)))
@@ -245,20 +244,39 @@ class SaapSelector(Selector):
         }
         kept = {}
         if self.trained is None:
-            batch = range(len(self.n_coded))
+            batch = len(self.n_coded)
             n_kv, _, dim = self.coordinates.of_queries.shape[1:]
-            none = RecentQueries(n_kv, Sums.zeros(n_kv, dim))
-            sums = [self.recent.get(b, none).sums for b in batch]
+            rows = [min(self.learned_from.get(b, 0), self.n_coded[b]) for b in range(batch)]
             kept = {
-                "query_products": torch.stack([own.products for own in sums]).float(),
-                "query_sum": torch.stack([own.total for own in sums]).float(),
-                "n_queries": torch.stack([own.count for own in sums]).float(),
-                "learned_from": torch.tensor(
-                    [min(self.learned_from.get(b, 0), self.n_coded[b]) for b in batch],
-                    dtype=torch.int32,
-                ),
+                **self.state_before(batch, n_kv, dim),
+                "learned_from": torch.tensor(rows, dtype=torch.int32),
             }
         return coded | self.coordinates.tensors() | kept
+
+    def state_before(self, batch, n_kv, dim):
+        if self.trained is not None:
+            return {}
+        none = Sums.zeros(n_kv, dim, torch.device(self.layer.device))
+        sums = [self._queries_of(b, n_kv) or none for b in range(batch)]
+        return {
+            "query_products": torch.stack([own.products for own in sums]),
+            "query_sum": torch.stack([own.total for own in sums]),
+            "n_queries": torch.stack([own.count for own in sums]),
+        }
+
+    def _queries_of(self, b: int, n_kv: int) -> Sums | None:
+        """Sums over those that a sequence was learned from, or will be."""
+        recent = self.recent.get(b)
+        if b not in self.observed:
+            return None if recent is None else recent.sums
+        recent = RecentQueries(n_kv, None if recent is None else recent.sums)
+        recent.begin(torch.cat(self.observed[b], 1))
+        return recent.sums
+
+    def restore_before(self, state, batch, n_kv, dim):
+        if self.trained is None and state:
+            check_tensors(state, of_queries(batch, n_kv, dim))
+            self._restore_queries(state, batch)
 
     def restore(self, state, middle):
         batch, n_kv, dim = len(middle.n_rows), middle.n_kv, middle.dim
@@ -272,19 +290,9 @@ class SaapSelector(Selector):
             "importance": ((maps, n_kv, coordinates), torch.float32),
         }
         if self.trained is None:
-            expected |= {
-                "query_products": ((batch, n_kv, dim, dim), torch.float32),
-                "query_sum": ((batch, n_kv, dim), torch.float32),
-                "n_queries": ((batch, n_kv), torch.float32),
-                "learned_from": ((batch,), torch.int32),
-            }
-        for name, (shape, dtype) in expected.items():
-            own = state.get(name)
-            if own is None or own.shape != shape or own.dtype != dtype:
-                found = None if own is None else (tuple(own.shape), own.dtype)
-                raise ValueError(f"{name} of the codes must be {shape}, {dtype}; got {found}")
-            if own.is_floating_point() and not own.isfinite().all():
-                raise ValueError(f"{name} of the codes must be finite; got NaN or inf")
+            expected |= of_queries(batch, n_kv, dim)
+            expected["learned_from"] = (batch,), torch.int32
+        check_tensors(state, expected)
         parts = ("of_keys", "of_queries", "mean", "importance")
         self.coordinates = Coordinates(**{name: state[name] for name in parts})
         if self.trained is None:
@@ -305,9 +313,13 @@ class SaapSelector(Selector):
                 least = float(counts[b].min())
                 raise ValueError(f"n_queries of the codes must be above 0; got {least}")
             self.learned[b], self.learned_from[b] = self.coordinates.of_sequence(b), rows
-            names = ("n_queries", "query_sum", "query_products")
-            sums = Sums(*(state[name][b].double() for name in names))
-            self.recent[b] = RecentQueries(middle.n_kv, sums)
+        self._restore_queries(state, len(middle.n_rows))
+
+    def _restore_queries(self, state: dict[str, Tensor], batch: int) -> None:
+        for b in range(batch):
+            sums = Sums(*(state[name][b] for name in ("n_queries", "query_sum", "query_products")))
+            if (sums.count > 0).all():
+                self.recent[b] = RecentQueries(len(sums.count), sums)
 
     def _reserve(self, middle: Middle) -> None:
         batch, n = len(middle.n_rows), max(middle.n_rows)
@@ -376,6 +388,26 @@ class SaapSelector(Selector):
         if self._choice is None or not self._choice.fits(q, codes, n_rows, **options):
             self._choice = PreparedChoice(q, codes, n_rows, **options)
         return self._choice(q, outside)
+
+
+def of_queries(batch: int, n_kv: int, dim: int) -> dict[str, tuple]:
+    """Shapes and dtypes of what is saved of queries."""
+    return {
+        "query_products": ((batch, n_kv, dim, dim), torch.float64),
+        "query_sum": ((batch, n_kv, dim), torch.float64),
+        "n_queries": ((batch, n_kv), torch.float64),
+    }
+
+
+def check_tensors(state: dict[str, Tensor], expected: dict[str, tuple]) -> None:
+    """ValueError for saved tensors that are not as expected."""
+    for name, (shape, dtype) in expected.items():
+        own = state.get(name)
+        if own is None or own.shape != shape or own.dtype != dtype:
+            found = None if own is None else (tuple(own.shape), own.dtype)
+            raise ValueError(f"{name} of the codes must be {shape}, {dtype}; got {found}")
+        if own.is_floating_point() and not own.isfinite().all():
+            raise ValueError(f"{name} of the codes must be finite; got NaN or inf")
 
 
 class Saap(Method):
