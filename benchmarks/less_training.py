@@ -3,11 +3,11 @@
     make models
     python -m benchmarks.less_training [--texts 12] [--context 8192]
 
-`saap train` on PostgreSQL's manual: with all texts and steps, and a quarter of both. `saap eval` over each index, on Python's manual at 5 % of the rows, sinks and
-window counted in. Each index is trained in a process of its own, whose time is told, the loading
-of the model and the reading of the corpus included. What a report holds already is not measured
-again. Figures go to `$OUT`, else to
-`benchmarks/results/<device>/less_training.json`, and then into `docs/training.md`.
+`saap train` on PostgreSQL's manual: with all texts and steps, and with a quarter of both. `saap
+eval` over each index, on Python's manual at 5 % of the rows, sinks and window counted in. Each
+index is trained in a process of its own, whose time is told, the loading of the model and the
+reading of the corpus included. What a report holds already is not measured again. Figures go to
+`$OUT`, else to `benchmarks/results/<device>/less_training.json`, and then into `docs/training.md`.
 """
 
 import argparse

@@ -385,3 +385,33 @@ def test_a_process_that_goes_elsewhere_finds_its_folder(
         again, held = attached.open_context("../here")
         assert torch.equal(held, long_tokens[0, 200:300])
         again.close()
+
+
+KILLED_SAVING = """
+import os, signal, sys, torch, saap
+from saap.index import atomic_files
+from tests.conftest import random_model
+from tests.test_context_folder import BUDGET, read
+atomic_files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+model = random_model("llama")
+tokens = torch.load(sys.argv[2])[:, :100]
+with saap.attached(model, budget=BUDGET) as attached:
+    cache = attached.cache(directory=sys.argv[1])
+    read(model, cache, tokens)
+    attached.save_context(cache, tokens[0], sys.argv[1])
+"""
+
+
+def test_a_folder_whose_first_save_was_killed_is_as_a_new_one(tiny_model, long_tokens, tmp_path):
+    path, given = tmp_path / "context", tmp_path / "tokens.pt"
+    torch.save(long_tokens, given)
+    command = [sys.executable, "-c", KILLED_SAVING, str(path), str(given)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert list(path.glob(".*.part"))
+    with saap.attached(tiny_model, budget=BUDGET) as attached:
+        cache = attached.cache(directory=path)
+        assert not list(path.glob(".*.part"))
+        read(tiny_model, cache, long_tokens[:, :100])
+        attached.save_context(cache, long_tokens[0, :100], path)
+        cache.close()
+        attached.open_context(path)[0].close()

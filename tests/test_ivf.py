@@ -105,6 +105,19 @@ def test_equal_scores_may_come_in_any_order_but_each_key_once(spill):
             assert torch.allclose(exact[visited].topk(10).values, scores[query, head], atol=1e-5)
 
 
+@pytest.mark.parametrize("base", [0, 2**40, 2**62 - 4000])
+def test_a_cut_bucket_keeps_the_rows_of_the_highest_positions(base):
+    """Also of positions that no float can tell apart."""
+    centroids = torch.nn.functional.normalize(torch.randn(1, 2, 8), dim=-1)
+    index = AsymmetricIVF.from_trained(centroids, spill=True, flush_every=1)
+    places = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    index.add(torch.randn(1, 60, 8), base + places)
+    starts, lengths = index.select(torch.randn(1, 1, 8), max_tokens=10)
+    ends = (starts + lengths)[0, 0].tolist()
+    rows = [row for a, b in zip(starts[0, 0].tolist(), ends, strict=True) for row in range(a, b)]
+    assert sorted((index.positions[0, rows] - base).tolist()) == list(range(50, 60))
+
+
 @pytest.mark.parametrize("spill", [False, True])
 @pytest.mark.parametrize("share", ["group", "head"])
 def test_selection_keeps_every_bound(spill, share):
