@@ -130,6 +130,24 @@ def test_queries_of_other_heads_are_refused_and_leave_nothing(method, n, before,
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("n", [1, 20])
+def test_scores_that_cannot_be_are_refused_and_leave_nothing(n):
+    tokens, store, plain = Tokens(), store_of("saap"), store_of("saap")
+    for own in (store, plain):
+        tokens.fed(own, 600)
+    k, v, kd, q, qd = tokens.part(600, 600 + n)
+    store.append(k, v, kd)
+    for wrong in ({"softcap": -1.0}, {"softcap": float("nan")}, {"sm_scale": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            store.attend(q, qd, **wrong)
+    with pytest.raises(ValueError, match="needs max_tokens, the most rows of a step"):
+        store.attend(q, qd, Budget(min_weight=0.1))
+    assert torch.equal(store.attend(q, qd)[0], plain.step(k, v, kd, q, qd)[0])
+    own, other = (tokens.fed(s, 1000, 1001)[0] for s in (store, plain))
+    assert torch.equal(own, other)
+
+
+@pytest.mark.bad_input
 def test_values_of_another_dtype_are_refused_at_once():
     k, v, kd, *_ = Tokens().part(0, 30)
     store = store_of("saap")

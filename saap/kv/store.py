@@ -17,6 +17,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.rows import BucketRows
 from saap.kernels.attention.int8_rows import head_dim, stored_as
+from saap.kernels.attention.validate import check_scalars
 from saap.kernels.rest import Moments, PreparedRest
 from saap.notebook import line, size, table
 from saap.prefill import PrefillBudget
@@ -311,6 +312,7 @@ class KVStore:
         n_kv, dim = (self.k.shape[1], head_dim(self.k)) if new else (0, 0)
         check_query(q_rope, q_derope, batch=self.batch, n_new=new, n_kv=n_kv, dim=dim)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+        check_scalars(sm_scale, softcap)  # nothing is learned from queries that are refused
         if self.selector is not None and not (self._resting and q_rope.shape[2] == 1):
             self.selector.observe(q_rope, self._new)
         if q_rope.shape[2] > 1:
