@@ -190,12 +190,15 @@ def missing_units(folder: Path) -> dict[str, tuple[int, int]]:
     """By task and context, `attention/8192`: units that are there, and how many were to be; only
     where some are missing."""
     planned = read_settings(folder / RUN).get("units", {})
-    lines = [r for r in read_lines(folder / RECORDS) if isinstance(r, dict) and "done" in r]
-    done = Counter(str(r["done"]).rpartition("/")[0] for r in lines)
+    done = Counter(str(r["done"]).rpartition("/")[0] for r in ends_of_units(folder))
     return {name: (done[name], n) for name, n in planned.items() if done[name] < n}
 
 
 def read_inputs(folder: Path) -> dict[str, str]:
     """The hash of what each finished unit judged, where it was written down."""
-    lines = (r for r in read_lines(folder / RECORDS) if "done" in r)
-    return {str(r["done"]): r["input"] for r in lines if r.get("input")}
+    return {str(r["done"]): r["input"] for r in ends_of_units(folder) if r.get("input")}
+
+
+def ends_of_units(folder: Path) -> list[dict]:
+    """What stands behind the records of each finished unit."""
+    return [r for r in read_lines(folder / RECORDS) if isinstance(r, dict) and "done" in r]

@@ -54,13 +54,18 @@ class Sums:
         for part in x.split(AT_ONCE, 1):
             # One sequence's NaN must not keep the others of its batch from being coded.
             part = part.double().nan_to_num(0.0, 0.0, 0.0)
-            count, weighed = part.new_full((n_kv,), part.shape[1]), part
-            if toward is not None:
-                weights = toward.weights(part)
-                count, weighed = weights.sum(1), part * weights[..., None]
-            own = count, weighed.sum(1), weighed.mT @ part
-            sums += cls(*own)
+            if toward is None:
+                count = part.new_full((n_kv,), part.shape[1])
+                sums += cls(count, part.sum(1), part.mT @ part)
+            else:
+                sums += cls.weighed(part, toward.weights(part))
         return sums
+
+    @classmethod
+    def weighed(cls, x: Float[Tensor, "Hkv n D"], weights: Float[Tensor, "Hkv n"]) -> "Sums":
+        """Of float64 vectors by their weights."""
+        counted = x * weights[..., None]
+        return cls(weights.sum(1), counted.sum(1), counted.mT @ x)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +227,10 @@ class RecentQueries:
         self._sums, self._waiting = self.sums, []
 
     def _of(self, q: Float[Tensor, "Hq n D"]) -> Sums:
-        return Sums.of(q.unflatten(0, (self.n_kv, -1)).flatten(1, 2))
+        return Sums.of(self._by_kv_head(q))
+
+    def _by_kv_head(self, q: Float[Tensor, "Hq n D"]) -> Float[Tensor, "Hkv m D"]:
+        return q.unflatten(0, (self.n_kv, -1)).flatten(1, 2)
 
     def _aged(self, tokens: int, own: Sums) -> Sums:
         """What was there so many tokens ago, and new ones."""
@@ -234,14 +242,11 @@ class RecentQueries:
         n = len(self._waiting)
         if not n:
             return self._sums
-        # Each by its age, as if it had come alone: a weight's root on either factor.
-        root = [KEPT ** ((n - 1 - i) / 2) for i in range(n)]
         waited = torch.cat(self._waiting, 1).double().nan_to_num(0.0, 0.0, 0.0)
-        weights = waited.new_tensor(root)[:, None]
-        own = self._of(waited * weights)
-        total = (waited * weights**2).unflatten(0, (self.n_kv, -1)).sum((1, 2))
-        count = own.count * float((weights**2).mean())
-        return self._aged(n, Sums(count, total, own.products))
+        # Each by its age, as if it had come alone.
+        ages = torch.arange(n - 1, -1, -1, dtype=waited.dtype, device=waited.device)
+        weights = (KEPT**ages).repeat(len(waited) // self.n_kv).expand(self.n_kv, -1)
+        return self._aged(n, Sums.weighed(self._by_kv_head(waited), weights))
 
 
 def regular(matrix: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:

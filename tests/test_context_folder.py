@@ -387,6 +387,22 @@ def test_a_process_that_goes_elsewhere_finds_its_folder(
         again.close()
 
 
+def test_what_is_wrong_with_a_folder_is_told_once_however_it_is_named(
+    tiny_model, long_tokens, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with saap.attached(tiny_model, budget=BUDGET) as attached:
+        cache = attached.cache(directory="here")
+        read(tiny_model, cache, long_tokens[:, :100])
+        attached.save_context(cache, long_tokens[0, :100], "here")
+        cache.close()
+        (tmp_path / "here" / "layer-0001.rows").unlink()
+        with pytest.raises(ValueError, match=r"layer-0001\.rows: cannot be opened") as refused:
+            attached.open_context("here")
+        assert str(refused.value).startswith(str(tmp_path / "here" / "layer-0001.rows"))
+        assert "altered" not in str(refused.value)
+
+
 KILLED_SAVING = """
 import os, signal, sys, torch, saap
 from saap.index import atomic_files

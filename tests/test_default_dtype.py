@@ -1,7 +1,6 @@
 """A caller's `torch.set_default_dtype`: the same numbers, whatever it is."""
 
 import ast
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from saap.selector import LayerInfo
 
 from .conftest import random_model
 from .test_generate import make, prompt, random_index
+from .torch_threads import torch_setting
 
 pytestmark = pytest.mark.many_steps
 
@@ -25,14 +25,8 @@ WITHOUT = [name for name, method in METHODS.items() if not method.needs_index]
 DIM, BUDGET = 32, Budget(max_tokens=40, n_sink=4, window=16)
 
 
-@contextmanager
 def default(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return torch_setting("default_dtype", dtype)
 
 
 def makes_of(path: Path):

@@ -142,6 +142,8 @@ def test_scores_that_cannot_be_are_refused_and_leave_nothing(n):
             store.attend(q, qd, **wrong)
     with pytest.raises(ValueError, match="needs max_tokens, the most rows of a step"):
         store.attend(q, qd, Budget(min_weight=0.1))
+    with pytest.raises(ValueError, match="needs max_tokens, the most rows of a step"):
+        store.select(q[:, :, -1], qd[:, :, -1], Budget(min_weight=0.1))
     assert torch.equal(store.attend(q, qd)[0], plain.step(k, v, kd, q, qd)[0])
     own, other = (tokens.fed(s, 1000, 1001)[0] for s in (store, plain))
     assert torch.equal(own, other)

@@ -1,4 +1,4 @@
-"""A number of threads for the length of a test."""
+"""Settings of torch for the length of a test: its number of threads, and others."""
 
 from contextlib import contextmanager
 
@@ -6,10 +6,16 @@ import torch
 
 
 @contextmanager
-def torch_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def torch_setting(name: str, value):
+    """`torch.get_<name>()` is this value."""
+    before = getattr(torch, f"get_{name}")()
+    change = getattr(torch, f"set_{name}")
+    change(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        change(before)
+
+
+def torch_threads(count: int):
+    return torch_setting("num_threads", count)

@@ -136,6 +136,7 @@ def _open_folder(
 ) -> tuple[SaapCache, Tensor]:
     """The cache of a folder as it was last saved, and its tokens `[N]`."""
     folder = CacheFolder(saap_model, path, fast_memory, new=False)
+    path = folder.path  # as its files are told of
     try:
         header, tensors = folder.folder.read()
         check_made_with(saap_model, path, header)

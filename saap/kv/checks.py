@@ -99,7 +99,7 @@ def numbers_of(given: int | Sequence[int] | Tensor, batch: int) -> list[int]:
         each = []
     if len(each) != batch:
         raise ValueError(
-            f"must be a whole number, or one for each of {batch} sequences; got {given}"
+            f"n_dropped must be a whole number, or one for each of {batch} sequences; got {given}"
         )
     return each
 

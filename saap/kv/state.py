@@ -7,7 +7,6 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.context_file import NO_ROWS, ONE_VECTOR
 from saap.index.rows import BucketRows
-from saap.kernels.attention.int8_rows import head_dim
 from saap.selector import Selector
 
 from .file_rows import FileRows
@@ -49,17 +48,12 @@ def holds_one_vector(store: KVStore) -> bool:
     return isinstance(store.rows, BucketRows) and bool(store.rows.same)
 
 
-def heads_of(store: KVStore) -> tuple[int, int]:
-    """KV heads, and dimensions of a head."""
-    return store.k.shape[1], head_dim(store.k)
-
-
 def of_selector(store: KVStore) -> dict[str, Tensor]:
     """What is saved of the selector of a settled store, and of its rest."""
     if store.selector is None:
         return {}
     if not any(store.middles):
-        own = store.selector.state_before(store.batch, *heads_of(store))
+        own = store.selector.state_before(store.batch, *store.heads)
         return {OF_SELECTOR + name: t for name, t in own.items()}
     rest = {} if isinstance(store, SharedStore) else store.rest.state(store.middles)
     parts = (OF_SELECTOR, store.selector.state()), (OF_REST, rest)

@@ -160,6 +160,11 @@ class KVStore:
         return self.rows.vectors["v"]
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """KV heads, and dimensions of a head; only after the first append."""
+        return self.k.shape[1], head_dim(self.k)
+
+    @property
     def in_time_order(self) -> bool:
         """Whether row i of a sequence is that of its token i, and stays so."""
         return self.selector is None or self.selector.keeps_order
@@ -307,9 +312,8 @@ class KVStore:
         ValueError when T is not the number of tokens appended last.
         """
         new = self._length_new if self._new else 0
-        if budget is not None and budget is not self.budget and self.selector is not None:
-            self.selector.check_budget(budget)
-        n_kv, dim = (self.k.shape[1], head_dim(self.k)) if new else (0, 0)
+        budget = self._allowed(budget)
+        n_kv, dim = self.heads if new else (0, 0)
         check_query(q_rope, q_derope, batch=self.batch, n_new=new, n_kv=n_kv, dim=dim)
         sm_scale = q_rope.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         check_scalars(sm_scale, softcap)  # nothing is learned from queries that are refused
@@ -323,7 +327,6 @@ class KVStore:
                 self.rows.unmap()
             return found
         self._flush(at_step=True)
-        budget = budget or self.budget
         out, lse, add = self._steps.attend(
             q_rope, q_derope, self.lengths, budget, sm_scale=sm_scale, softcap=softcap, impl=impl
         )
@@ -443,10 +446,19 @@ class KVStore:
         sequence, any number of queries, those of the tokens at `positions`. `H` is Hkv, or Hq
         for `share="head"`.
         """
+        budget = self._allowed(budget)
         self._flush(at_step=True)
         return self._steps.select(
-            q_rope, q_derope, self.lengths, budget or self.budget, positions=positions, impl=impl
+            q_rope, q_derope, self.lengths, budget, positions=positions, impl=impl
         )
+
+    def _allowed(self, budget: Budget | None) -> Budget:
+        """The store's own if none is given; ValueError for one that the selector cannot follow."""
+        if budget is None or budget is self.budget:
+            return self.budget
+        if self.selector is not None:
+            self.selector.check_budget(budget)
+        return budget
 
     def with_local(self, chosen: Ranges | None, dense_below: int, n_queries: int) -> AllRanges:
         """All that a step visits: the chosen ranges, sinks and tail; all rows if `chosen` is None.
@@ -517,7 +529,7 @@ class KVStore:
     def _restore_before(self, state: dict[str, Tensor]) -> None:
         """Where nothing was in the middle."""
         if self.selector is not None:
-            self.selector.restore_before(state, self.batch, self.k.shape[1], head_dim(self.k))
+            self.selector.restore_before(state, self.batch, *self.heads)
 
     @stateful
     def settle(self) -> None:
