@@ -130,12 +130,13 @@ def measure(context, layers: list, count: int) -> dict[int, list[float]]:
         for number, way in enumerate(WAYS):
             own = learned[way.weighed]
             x, coded = own.keys(k[None])[0], q @ own.of_queries[0, :, None].mT * info.sm_scale
+            outside = reuse.outside_of(q, k, own, info.sm_scale, middle)
             whole, coarse = (
                 (coded @ t[:, None].mT)[..., middle] for t in decoded(x, own.importance[0], way)
             )
             rows = coarse.topk(min(way.candidates, coarse.shape[-1]), -1).indices
             read = torch.zeros_like(coarse, dtype=torch.bool).scatter_(-1, rows, True).any(1)
-            weights = whole.masked_fill(~read[:, None], -torch.inf).softmax(-1).sum(1)
+            weights = reuse.weights_of(whole.masked_fill(~read[:, None], -torch.inf), outside)
             found = mass.gather(-1, weights.topk(count, -1).indices).sum(-1)
             new = (found, best, read.sum(-1), found < 0.9 * best, torch.ones_like(found))
             sums[number] = [a + float(b.sum()) for a, b in zip(sums[number], new, strict=True)]

@@ -74,14 +74,16 @@ class Choice:
         self._decoded = {}  # what was decoded last of each layer's codes
 
     def __call__(
-        self, selector, q, outside, codes, n_rows, *, max_tokens, query_map, first_row, out,
+        self, selector, q, beside, codes, n_rows, *, max_tokens, query_map, first_row, out,
         scored, **_,
     ):  # fmt: skip
         fine, coarse = self._decode(codes, *n_rows)
         starts, lengths = (t.zero_() for t in out)
+        outside = beside(q)[0].unflatten(0, (len(fine), -1))
         for h, heads in enumerate(query_map(q)[0].unflatten(0, (len(fine), -1))):
             candidates = self.choose(self.scores(selector, h, heads, fine[h], coarse[h]))
-            weights = (heads @ fine[h, candidates].T).softmax(-1).sum(0)
+            scores = torch.cat([heads @ fine[h, candidates].T, outside[h, :, None]], -1)
+            weights = scores.softmax(-1)[:, :-1].sum(0)
             rows = candidates[reference.best(weights, max_tokens)]
             begins, counts = reference.as_ranges(rows)
             starts[0, h, : len(begins)], lengths[0, h, : len(begins)] = begins + first_row, counts

@@ -45,6 +45,7 @@ class Layer:
     mass: Tensor  # true attention, added over a group's heads [Hkv, tokens, n]
     coarse: Tensor  # scores by coarse codes [Hkv, G, tokens, n]
     whole: Tensor  # by whole codes
+    outside: Tensor  # log-sum-exp of the scores with all other rows [Hkv, G, tokens]
 
     def best(self, t: int, count: int) -> Tensor:
         """Rows by true weights, bool `[Hkv, n]`."""
@@ -62,7 +63,7 @@ class Layer:
     def found(self, t: int, candidates: Tensor, count: int) -> tuple[float, float]:
         """Mass of the best of these rows by whole codes; how many whole codes are read."""
         scores = self.whole[:, :, t].masked_fill(~candidates[:, None], -torch.inf)
-        rows = scores.softmax(-1).sum(1).topk(count, -1).indices
+        rows = weights_of(scores, self.outside[:, :, t]).topk(count, -1).indices
         return float(self.mass[:, t].gather(-1, rows).sum()), float(candidates.sum(-1).sum())
 
 
@@ -91,7 +92,8 @@ def layer_of(context, info, own: Coordinates | None = None) -> Layer:
         (coded @ decode(codes)[0][:, None].mT)[..., middle]
         for decode in (layout.decode_coarse, layout.decode)
     )
-    return Layer(mass_of(q, k, info.sm_scale)[..., middle], coarse, whole)
+    outside = outside_of(q, k, own, info.sm_scale, middle)
+    return Layer(mass_of(q, k, info.sm_scale)[..., middle], coarse, whole, outside)
 
 
 def mass_of(q: Tensor, k: Tensor, sm_scale: float) -> Tensor:
@@ -101,6 +103,21 @@ def mass_of(q: Tensor, k: Tensor, sm_scale: float) -> Tensor:
     later = torch.arange(n) > torch.arange(n - tokens, n)[:, None]
     scores = (q @ k[:, None].mT * sm_scale).masked_fill(later, -torch.inf)
     return scores.softmax(-1).sum(1)
+
+
+def outside_of(q: Tensor, k: Tensor, own: Coordinates, sm_scale: float, middle: slice) -> Tensor:
+    """Log-sum-exp `[Hkv, G, tokens]` of the last tokens' scores with rows before and behind the
+    middle, without what the mean key adds to all scores, as codes count them."""
+    n, tokens = k.shape[1], q.shape[2]
+    later = torch.arange(n) > torch.arange(n - tokens, n)[:, None]
+    scores = (q @ k[:, None].mT * sm_scale).masked_fill(later, -torch.inf)
+    scores[..., middle] = -torch.inf
+    return scores.logsumexp(-1) - sm_scale * (q @ own.mean[0, :, None, :, None])[..., 0]
+
+
+def weights_of(scores: Tensor, outside: Tensor) -> Tensor:
+    """The heads' softmax of `scores [Hkv, G, ..., n]` beside what is outside, added up."""
+    return (scores - scores.logsumexp(-1).logaddexp(outside)[..., None]).exp().sum(1)
 
 
 def read(model, tokenizer, corpus: str, n_tokens: int):

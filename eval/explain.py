@@ -140,7 +140,9 @@ def tokens_visited(problem: LayerProblem, method, budget: Budget) -> Bool[Tensor
     """Tokens between sinks and window that a method visits for each query head."""
     store = problem.store_for(method, budget)
     positions = problem.n_context + torch.arange(1, device=problem.k_rope.device)
-    starts, lengths = store.select(problem.q_rope, problem.q_derope, budget, positions=positions)
+    starts, lengths = store.select(
+        problem.q_rope, problem.q_derope, budget, positions=positions, local_lse=problem.local[1]
+    )
     n_heads, n = problem.q_rope.shape[1], problem.k_rope.shape[2]
     mask = torch.zeros(n_heads, n, dtype=torch.bool)
     if starts.shape[-1] < LOCAL:  # nothing was chosen: everything is visited

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from saap.kernels.attention.api import PreparedRanges
 from saap.kernels.attention.int8_rows import dequantize_rows, head_dim
 
 from .budget import BOUNDS, Budget
@@ -23,7 +24,8 @@ class LayerInfo:
     `sm_scale`: factor of its scores. `number`: its place in the model, from 0. `softcap`: the
     bound of its scores, None for none. `inv_freq`: radians per token by which RoPE turns each pair
     of dimensions, None for a layer without RoPE. `interleaved`: whether dimension 2i pairs with
-    2i + 1 rather than i with i + D / 2. `device`: where the selector keeps its tensors.
+    2i + 1 rather than i with i + D / 2. `sinks`: learned logits that take their part of each query
+    head's softmax, as gpt-oss has them. `device`: where the selector keeps its tensors.
     """
 
     sm_scale: float
@@ -32,6 +34,14 @@ class LayerInfo:
     inv_freq: Float[Tensor, " pairs"] | None = None
     interleaved: bool = False
     device: torch.device | str = "cpu"
+    sinks: Float[Tensor, " Hq"] | None = None
+
+    def beside_middle(self, local_lse: Float[Tensor, "n Hq"]) -> Float[Tensor, "n Hq"]:
+        """Log-sum-exp of all that takes its part of the softmax beside the middle, of
+        `local_lse`, that of the scores with the first and the most recent tokens."""
+        if self.sinks is None:
+            return local_lse
+        return torch.logaddexp(local_lse, self.sinks.float())
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ class Query:
     There is one for each sequence of the store, or any number for a store of one sequence.
     `positions`: the position of each query's token, or one for all. `local_lse(sm_scale,
     softcap)`: the log-sum-exp `[n, Hq]`, float32, of the scores with sinks and tail; None if it
-    is not known.
+    is not known. `local(sm_scale, softcap)`: attention over these, where it is prepared for steps
+    like this.
     """
 
     q_rope: Float[Tensor, "n Hq D"]
@@ -97,6 +108,14 @@ class Query:
     positions: int | list[int] | Int[Tensor, " n"]
     impl: str | None = None
     local_lse: Callable[[float, float | None], Tensor] | None = None
+    local: Callable[[float, float | None], PreparedRanges | None] | None = None
+
+    def beside_middle(self, layer: LayerInfo) -> Float[Tensor, "n Hq"] | None:
+        """As that of the layer, which says how much of a head's attention is left for the middle;
+        None if it is not known."""
+        if self.local_lse is None:
+            return None
+        return layer.beside_middle(self.local_lse(layer.sm_scale, layer.softcap))
 
 
 @dataclass
@@ -234,13 +253,13 @@ class Selector(ABC):
         """Take note of what `state_before` gave. ValueError where it does not fit."""
 
     def again(
-        self, local_lse: Callable[[Tensor], Tensor] | None
+        self, local: PreparedRanges | None
     ) -> Callable[[Float[Tensor, "n Hq D"]], Ranges] | None:
         """A function that repeats the last `select` for new queries, RoPE left on.
 
         It writes to the same tensors, and is valid until rows join or leave the middle.
-        `local_lse`: gives the log-sum-exp with sinks and tail of queries; None for a budget that
-        does not need it. Returns None if only `select` can do it.
+        `local`: attention over sinks and tail, if `select` asked for it. Returns None if only
+        `select` can do it.
         """
         return None
 

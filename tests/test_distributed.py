@@ -183,7 +183,7 @@ def test_same_256_greedy_tokens(tmp_path):
 def test_traffic_is_as_computed_and_does_not_grow_with_the_context(two):
     heads, n_kv, dim = split_worker.HEADS, split_worker.N_KV, split_worker.DIM
     digits = sum(2**bits for _, bits in choice.DIGITS)
-    expected = 4 * ((heads + n_kv) * (digits + 1) + 2 * heads + heads * (dim + 1))
+    expected = 4 * ((heads + n_kv) * (digits + 1) + 3 * heads + heads * (dim + 1))
     for rank in two[2]:
         for name in ("even", "ragged", "long"):
             assert rank["stores"][name][-1]["sent"] == expected

@@ -9,7 +9,7 @@ from saap.methods.hnsw import HNSWSearch
 from saap.methods.kmeans_online import OnlineBuild, cluster_segments
 from saap.methods.lsh import LSHBuild
 from saap.methods.moments import MomentsBuild, PageMoments
-from saap.methods.snapshot import LayerKeys, middle_weights
+from saap.methods.snapshot import LayerKeys, middle_scores
 from saap.methods.tokens import rows_as_ranges
 from saap.selector import LayerInfo
 
@@ -28,18 +28,18 @@ def layer_keys(n_middle, seed=0, dim=DIM):
 
 
 def true_weights(keys, q):
-    return middle_weights(keys.layer, keys.k_rope, q)
+    return middle_scores(keys.layer, keys.k_rope, q).softmax(-1)
 
 
 def queries(n=3, seed=1, dim=DIM):
     return 2 * torch.randn(n, N_HEADS, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def select(name, keys, q, budget, **options):
+def select(name, keys, q, budget, outside=None, **options):
     method = find_method(name)(None, **options)
     method.check_budget(budget)
     chooser = method.build(keys)
-    return chooser, *chooser.select(q, budget)
+    return chooser, *chooser.select(q, budget, outside)
 
 
 def rows_of(starts, lengths):

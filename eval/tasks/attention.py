@@ -98,7 +98,9 @@ class LayerProblem:
         """`out` of a step, `lse` of all that it visits and of the chosen rows, and these: `starts,
         lengths [n, H, R]`."""
         positions = self.n_context + torch.arange(self.n_queries, device=self.k_rope.device)
-        starts, lengths = store.select(self.q_rope, self.q_derope, budget, positions=positions)
+        starts, lengths = store.select(
+            self.q_rope, self.q_derope, budget, positions=positions, local_lse=self.local[1]
+        )
         if starts.shape[-1] < LOCAL:  # nothing was chosen: everything is visited
             whole = self.first, self.stop - self.first
             self.rest_bytes = 0

@@ -98,6 +98,12 @@ class PreparedRanges(Preparation):
         if hasattr(backend, "Prepared"):
             self._attend = backend.Prepared(q, *self._tensors, **options)
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys that it reads, and of which rows: `k, starts, lengths`."""
+        k, _, starts, lengths = self._tensors
+        return k, starts, lengths
+
     def fits(self, q, k, v, starts, lengths, *, sm_scale=None, softcap=None, impl=None) -> bool:
         """Whether this was made for the very tensors, and for queries and options like these."""
         own = self._tensors

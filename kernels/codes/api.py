@@ -2,6 +2,7 @@
 explicit one."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Literal
 
@@ -154,6 +155,31 @@ class PreparedChoice(Preparation):
             return False
         self._n_rows = list(n_rows)
         return True
+
+    def beside(
+        self,
+        k: Float[Tensor, "B Hkv N D"],
+        starts: Int32[Tensor, "n Hkv R"],
+        lengths: Int32[Tensor, "n Hkv R"],
+        mean: Float[Tensor, "#B Hkv D"],
+        sm_scale: float,
+    ) -> Callable[[Float[Tensor, "n Hq D"]], Ranges] | None:
+        """This choice, for queries whose scores with rows of `k` are worked out with it.
+
+        They take the place of `outside`: the log-sum-exp of `sm_scale * q @ (k - mean)` over the
+        ranges, which may change from call to call; what of them is not in k is left out. Returns
+        None where the backend does not do it; only float32 on a CPU, now.
+        """
+        own = getattr(self._choose, "beside", None)
+        choose = None if own is None else own(k, starts, lengths, mean, sm_scale)
+        if choose is None:
+            return None
+
+        def of(q: Tensor) -> Ranges:
+            choose(q)
+            return self._out
+
+        return of
 
     def _holds(self, n_rows) -> bool:
         """Whether codes and `out` have room for so many rows, of as many sequences."""

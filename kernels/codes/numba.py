@@ -72,15 +72,14 @@ class Prepared:
         products = group * coordinates * dim
         self.steps = steps_of(plan.steps, plan.workers, tasks, plan.alone, products)
         worker_bytes = numba_job.worker_bytes(coordinates, most)
-        self.layout = Layout(
-            {
-                "counts": 8 * tasks,
-                **numba_job.common_bytes(
-                    tasks, group, coordinates, plan.workers, worker_bytes, query_map is not None
-                ),
-                **numba_job.kept_bytes(plan.slots, group, most, numba_job.CHUNK * listed_chunks),
-            }
-        )
+        self.buffers = {
+            "counts": 8 * tasks,
+            **numba_job.common_bytes(
+                tasks, group, coordinates, plan.workers, worker_bytes, query_map is not None
+            ),
+            **numba_job.kept_bytes(plan.slots, group, most, numba_job.CHUNK * listed_chunks),
+        }
+        self.layout = Layout(self.buffers)
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
         self.kept = codes, starts, lengths, scored, query_map  # addresses of theirs follow
@@ -106,9 +105,31 @@ class Prepared:
 
     def __call__(self, a: Tensor, outside: Tensor | None = None) -> int:
         """Writes ranges and counts where it was told; returns the most ranges of a selection."""
+        return self._run(self.layout, self.job, a, outside)
+
+    def beside(
+        self, k: Tensor, starts: Tensor, lengths: Tensor, mean: Tensor, sm_scale: float
+    ) -> Callable[[Tensor], int] | None:
+        """As `api.PreparedChoice.beside`."""
+        contiguous = starts.is_contiguous() and lengths.is_contiguous() and mean.is_contiguous()
+        alike = k.dtype == mean.dtype == torch.float32 and k.stride(-1) == 1
+        if not (contiguous and alike and self.job.map) or k.is_neg() or mean.is_neg():
+            return None
+        job = type(self.job).from_buffer_copy(self.job)
+        job.beside, job.mean = k.data_ptr(), mean.data_ptr()
+        job.beside_starts, job.beside_lengths = starts.data_ptr(), lengths.data_ptr()
+        job.beside_batch, job.beside_head, job.beside_row, _ = (4 * n for n in k.stride())
+        job.beside_rows, job.beside_ranges = k.shape[2], starts.shape[2]
+        job.sm_scale = sm_scale
+        job.mean_batch = 4 * mean.stride(0) if len(mean) > 1 else 0
+        kept = k, starts, lengths, mean  # their addresses are in the job
+        layout = Layout(self.buffers)  # which knows one job
+        return lambda a: self._run(layout, job, a, None, kept)
+
+    def _run(self, layout: Layout, job, a: Tensor, outside: Tensor | None, *_kept: object) -> int:
         a = a.resolve_neg().contiguous()
         # A job of this call alone, since several threads may use one preparation.
-        job, _held = self.layout.copy_of(self.job)  # held to the end of this call
+        job, _held = layout.copy_of(job)  # held to the end of this call
         job.q = a.data_ptr()
         if not job.map:
             job.mapped = job.q

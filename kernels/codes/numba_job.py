@@ -14,11 +14,12 @@ from .numba_simd import BLOCK, WIDEST
 FIELDS = (
     "q map map_scale mapped coarse fine scale rows weights factors scores maxima "  # addresses
     "totals starts lengths counts scored outside marks listed listed_scores listed_maxima "
-    "found finished "
+    "found finished beside beside_starts beside_lengths mean "
     "tasks heads kv_heads group coordinates dim chunks by_sequence whole "
     "alone first_slot heads_at_once "
     "map_bytes map_batch map_scale_batch coarse_batch coarse_head coarse_plane "  # bytes
     "fine_batch fine_head scale_batch scale_head "
+    "beside_batch beside_head beside_row beside_rows beside_ranges mean_batch "
     "out_batch out_head capacity first_row max_tokens least_weight candidates one_of "
     "listed_chunks "
     "score choose parallel steps n_steps used "
@@ -27,7 +28,7 @@ FIELDS = (
 NEXT_WORKER = offset_of(FIELDS, "next_worker")
 NEXT_UNIT = offset_of(FIELDS, "next_unit")
 
-Job, SIGNATURE = job_type(FIELDS, ("unused",))
+Job, SIGNATURE = job_type(FIELDS, ("sm_scale",))
 
 CHUNK = 512
 """Rows of a unit of work, whole blocks: their words and scores stay in the first-level cache."""

@@ -12,6 +12,7 @@ from numba import carray
 from saap.kernels.cpu.emitter import LANES
 from saap.kernels.cpu.memory import float32_pointer, int32_pointer, int64_pointer, uint8_pointer
 
+from .numba_beside import lse_beside
 from .numba_best import best, likely_below, mark_best
 from .numba_job import CHUNK, blocks_of, candidates_of, place_of, planes_bytes
 from .numba_scan import bring, score
@@ -189,9 +190,12 @@ def _best_of(job, weights, n, out, names):
 @_njit
 def _outside(job, task, g, largest):
     """What is visited in any case, beside a row of the largest score, whose weight is 1."""
-    if job.outside == 0:
+    if job.outside:
+        own = carray(float32_pointer(job.outside + 4 * (task * job.group + g)), 1)[0]
+    elif job.beside:
+        own = lse_beside(job, task, g)
+    else:
         return np.float32(0.0)
-    own = carray(float32_pointer(job.outside + 4 * (task * job.group + g)), 1)[0]
     weight = np.float32(math.exp(own - largest))
     return weight if weight >= 0 else np.float32(0.0)  # NaN
 

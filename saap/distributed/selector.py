@@ -64,12 +64,20 @@ class SplitSelector(SaapSelector):
         return Sums(*(own.view(shape) for own, shape in zip(each, shapes, strict=True)))
 
     def select_together(
-        self, q_rope: Tensor, middle: Middle | None, n: int, budget: Budget, impl: str | None
+        self,
+        q_rope: Tensor,
+        local_lse: Tensor | None,
+        middle: Middle | None,
+        n: int,
+        budget: Budget,
+        impl: str | None,
     ) -> Ranges | None:
         """`starts, lengths [1, H, R]` of this rank's rows of one query `[1, Hq, D]`.
 
-        They are those that `SaapSelector.select` would choose of all n rows, but for equal weights
-        within rounding. None where this rank has no rows. Every rank calls it at the same step.
+        `local_lse [1, Hq]`: of the scores with sinks and tail that this rank holds, if it has
+        any. They are those that `SaapSelector.select` would choose of all n rows, but for equal
+        weights within rounding. None where this rank has no rows. Every rank calls it at the same
+        step.
         """
         held = 0 if middle is None else middle.n_rows[0]
         q, mapped = q_rope[0].float(), self.query_map(q_rope)[0]
@@ -83,7 +91,8 @@ class SplitSelector(SaapSelector):
             )
             if candidates < n:
                 used = self._candidates(q, held, candidates, impl)
-            used = self._best(mapped, used, budget.max_tokens, impl)
+            outside = self._beside_middle(q_rope, local_lse).unflatten(0, (heads, -1))
+            used = self._best(mapped, outside, used, budget.max_tokens, impl)
         self.n_scanned = float(held)
         return None if middle is None else _as_ranges(used, middle.first_row)
 
@@ -96,8 +105,17 @@ class SplitSelector(SaapSelector):
         let_through = among_largest(scores.flatten(0, 1), None, k, self.group)
         return functools.reduce(torch.logical_or, let_through.view(heads, group, held).unbind(1))
 
-    def _best(self, q: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
-        """`[H, held]`: the k rows of those `used` with the largest weights by whole codes."""
+    def _beside_middle(self, q_rope: Tensor, local_lse: Tensor | None) -> Tensor:
+        """`[Hq]`: of this rank's sinks and tail. Learned sinks, which all have, count once."""
+        none = q_rope.new_full(q_rope.shape[:2], NOTHING, dtype=torch.float32)
+        own = none if local_lse is None else local_lse
+        if self.group.rank == 0:
+            own = self.layer.beside_middle(own)
+        return (own - self.layer.sm_scale * self.coordinates.left_out(q_rope))[0]
+
+    def _best(self, q: Tensor, outside: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
+        """`[H, held]`: the k rows of those `used` with the largest weights by whole codes, beside
+        what is `outside [H, G]` on this rank."""
         rows = [own.nonzero()[:, 0] for own in used]
         longest = max(len(own) for own in rows)
         counts = torch.tensor([len(own) for own in rows], device=q.device)
@@ -108,9 +126,11 @@ class SplitSelector(SaapSelector):
             weights, largest = weigh_rows(q, codes, longest, impl)
         largest = torch.where(counts[:, None] > 0, largest, NOTHING)
         weights = torch.where(real[:, None], weights, 0.0)
-        every = torch.stack(self.group.gather(torch.stack([largest, weights.sum(-1)])))
-        most = every[:, 0].amax(0)
-        total = (every[:, 1] * (every[:, 0] - most).exp()).sum(0)
+        outside = outside.nan_to_num(nan=NOTHING).clamp(min=NOTHING)
+        held = torch.stack([largest, weights.sum(-1), outside])
+        every = torch.stack(self.group.gather(held))
+        most = every[:, 0].amax(0).maximum(every[:, 2].amax(0))
+        total = (every[:, 1] * (every[:, 0] - most).exp() + (every[:, 2] - most).exp()).sum(0)
         share = (largest - most).exp() / total
         keys = (weights * share[..., None]).sum(1)
         best = among_largest(keys, real, k, self.group)

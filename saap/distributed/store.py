@@ -222,7 +222,10 @@ class SplitStore:
             # Triton's kernels are of attention alone.
             choosing = None if impl == "triton" else impl
             middle = self.own.middle if self.own_length else None
-            chosen = self.selector.select_together(q, middle, self.middles[0], budget, choosing)
+            local_lse = self.own.local_lse(q, sm_scale, softcap) if self.own_length else None
+            chosen = self.selector.select_together(
+                q, local_lse, middle, self.middles[0], budget, choosing
+            )
         if not self.own_length:
             return _nothing(q)
         starts, lengths = self.own.with_local(chosen, 0, 1)

@@ -117,8 +117,15 @@ def _attention_layer(
         inv_freq=inv_freq,
         interleaved=variant in INTERLEAVED,
         device=device_of(module),
+        sinks=_learned_sinks(module),
     )
     return ModelLayer(kind, options, options.get("sliding_window"), variant, info, shares)
+
+
+def _learned_sinks(module: nn.Module) -> torch.Tensor | None:
+    """Logits that take a part of each head's attention; None where they are offloaded weights."""
+    sinks = getattr(module, "sinks", None)
+    return None if sinks is None or sinks.is_meta else sinks.detach()
 
 
 def check_model(model: nn.Module) -> tuple[list[str], list[dict]]:

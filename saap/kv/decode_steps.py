@@ -109,28 +109,36 @@ class DecodeSteps:
         budget: Budget,
         *,
         positions: Int[Tensor, " n"] | None = None,
+        local_lse: Float[Tensor, "n Hq"] | None = None,
         impl: str | None = None,
     ) -> AllRanges:
         """As `KVStore.select`, of sequences of these lengths."""
         self._next = None  # it relies on ranges that are written over here
-        chosen = None
+        chosen, self._attention.latest_local = None, None
         if self.chooses(lengths, budget):
             # Triton's kernels are of attention alone.
             impl = None if impl == "triton" else impl
-            query = Query(
-                q_rope,
-                q_derope,
-                [n - 1 for n in lengths] if positions is None else positions,
-                impl,
-                functools.partial(
-                    self._attention.local_lse, self._rows, q_rope, lengths, self._lists.counts
-                ),
-            )
+            if positions is None:
+                positions = [n - 1 for n in lengths]
+            about = self._rows, q_rope, lengths, self._lists.counts
+            ways = self._attention.local_lse, self._attention.local
+            local = [functools.partial(way, *about) for way in ways]
+            if local_lse is not None:
+                local = [lambda *_: local_lse, None]
+            query = Query(q_rope, q_derope, positions, impl, *local)
             middle = self._lists.seen
             chosen = self._selector.select(query, middle, budget, self.ranges.room)
             if self._checks:
                 self.ranges.check(chosen, middle)
         return self.with_local(chosen, lengths, budget.dense_below, len(q_rope))
+
+    def local_lse(
+        self, q_rope: Tensor, lengths: list[int], sm_scale: float, softcap: float | None
+    ) -> Float[Tensor, "n Hq"]:
+        """As `KVStore.local_lse`, of sequences of these lengths."""
+        return self._attention.local_lse(
+            self._rows, q_rope, lengths, self._lists.counts, sm_scale, softcap
+        )
 
     def with_local(
         self, chosen: Ranges | None, lengths: list[int], dense_below: int, n_queries: int
@@ -219,10 +227,9 @@ class DecodeSteps:
             return
         if add is not None:
             attend = add.after(attend)
-        choose, local = None, False
+        choose = None
         if self.chooses(lengths, budget):
-            local = budget.min_weight is not None
-            choose = self._selector.again(self._attention.local if local else None)
+            choose = self._selector.again(self._attention.latest_local)
             least = max(budget.n_sink, budget.dense_below + 1)
             if choose is None or min(lengths) < least:
                 return
@@ -236,9 +243,10 @@ class DecodeSteps:
         if choose is None and self._selector is not None and any(middles):
             steps = min(steps, budget.dense_below - max(lengths))
         k, v = self._rows.vectors["k"], self._rows.vectors["v"]
+        growing = self.ranges.growing(local=self._attention.latest_local is not None)
         self._next = NextStep(
-            (k, v), self._as_stored, new_dtype, self.ranges.growing(local),
-            choose, attend, q_rope.shape, q_rope.dtype, terms, steps, writes=self._writes,
+            (k, v), self._as_stored, new_dtype, growing, choose, attend, q_rope.shape,
+            q_rope.dtype, terms, steps, writes=self._writes,
         )  # fmt: skip
 
     def _checked(self, choose: Callable[[Tensor], Ranges]) -> Callable[[Tensor], None]:

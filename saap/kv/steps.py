@@ -20,14 +20,12 @@ class StepAttention:
         self._starts: Tensor | None = None  # of the step before
         self._selected: PreparedRanges | None = None
         self._local: PreparedRanges | None = None
-
-    def local(self, q: Float[Tensor, "B Hq D"]) -> Float[Tensor, "B Hq"]:
-        """`local_lse` of the step before, once more."""
-        return self._local(q)[1]
+        self.latest_local: PreparedRanges | None = None
+        """What `local` gave, if it was asked for since this was set to None."""
 
     def forget(self) -> None:
         """Rows will lie elsewhere."""
-        self._starts = self._selected = self._local = self.latest = None
+        self._starts = self._selected = self._local = self.latest = self.latest_local = None
 
     def attend(
         self,
@@ -50,6 +48,28 @@ class StepAttention:
         self.latest = self._selected
         return self._selected(q)
 
+    def local(
+        self,
+        rows: BucketRows | FileRows,
+        q: Float[Tensor, "n Hq D"],
+        lengths: list[int],
+        middles: list[int],
+        sm_scale: float,
+        softcap: float | None,
+    ) -> PreparedRanges | None:
+        """Attention over what a step visits in any case, prepared for one query of each sequence;
+        None for other queries, and for rows in a file."""
+        k, v = rows.vectors["k"], rows.vectors["v"]
+        self.latest_local = None
+        if isinstance(rows, FileRows) or len(q) != len(k):
+            return None
+        given = q, k, v, *self._ranges.local(lengths, middles, len(q), k)
+        options = {"sm_scale": sm_scale, "softcap": softcap}
+        if self._local is None or not self._local.fits(*given, **options):
+            self._local = PreparedRanges(*given, **options)
+        self.latest_local = self._local
+        return self._local
+
     def local_lse(
         self,
         rows: BucketRows | FileRows,
@@ -61,15 +81,13 @@ class StepAttention:
     ) -> Float[Tensor, "n Hq"]:
         """Of the scores with what a step visits in any case, for one query of each sequence, or
         any number of one."""
+        local = self.local(rows, q, lengths, middles, sm_scale, softcap)
+        if local is not None:
+            return local(q)[1]
         k, v = rows.vectors["k"], rows.vectors["v"]
         ranges = self._ranges.local(lengths, middles, len(q), k)
         options = {"sm_scale": sm_scale, "softcap": softcap}
         if isinstance(rows, FileRows):
             return attend_ranges(q, *rows.in_memory(*ranges), **options)[1]
-        if len(q) != len(k):
-            k, v = (t.expand(len(q), *t.shape[1:]) for t in (k, v))
-            return attend_ranges(q, k, v, *ranges, **options)[1]
-        given = q, k, v, *ranges
-        if self._local is None or not self._local.fits(*given, **options):
-            self._local = PreparedRanges(*given, **options)
-        return self._local(q)[1]
+        k, v = (t.expand(len(q), *t.shape[1:]) for t in (k, v))
+        return attend_ranges(q, k, v, *ranges, **options)[1]

@@ -210,8 +210,8 @@ class KVStore:
         """Bytes that the last step read per sequence: rows, counted once for each head that reads
         them, and what was read to choose rows and to estimate the others.
 
-        With `min_weight` sinks and tail are read twice. They count once, because the second time
-        they come from the processor's cache.
+        A choice that weighs heads reads sinks and tail twice. They count once, because the second
+        time they come from the processor's cache.
         """
         return self._steps.bytes_read(self.lengths)
 
@@ -438,19 +438,22 @@ class KVStore:
         budget: Budget | None = None,
         *,
         positions: Int[Tensor, " n"] | None = None,
+        local_lse: Float[Tensor, "n Hq"] | None = None,
         impl: str | None = None,
     ) -> Ranges:
         """`starts, lengths` int32 `[n, H, R]` of all rows that a decode step visits.
 
         There is one query for each sequence, that of its newest token; or, for a store of one
         sequence, any number of queries, those of the tokens at `positions`. `H` is Hkv, or Hq
-        for `share="head"`.
+        for `share="head"`. `local_lse`: log-sum-exp of the scores with rows that attention visits
+        in any case, if these are not the store's sinks and tail.
         """
         budget = self._allowed(budget)
         self._flush(at_step=True)
         return self._steps.select(
-            q_rope, q_derope, self.lengths, budget, positions=positions, impl=impl
-        )
+            q_rope, q_derope, self.lengths, budget, positions=positions, local_lse=local_lse,
+            impl=impl,
+        )  # fmt: skip
 
     def _allowed(self, budget: Budget | None) -> Budget:
         """The store's own if none is given; ValueError for one that the selector cannot follow."""
@@ -466,6 +469,13 @@ class KVStore:
         Sequences of at most `dense_below` tokens are visited whole.
         """
         return self._steps.with_local(chosen, self.lengths, dense_below, n_queries)
+
+    def local_lse(
+        self, q_rope: Float[Tensor, "n Hq D"], sm_scale: float, softcap: float | None
+    ) -> Float[Tensor, "n Hq"]:
+        """Log-sum-exp, float32, of the scores with sinks and tail, which a step visits in any
+        case; queries are as those of `select`."""
+        return self._steps.local_lse(q_rope, self.lengths, sm_scale, softcap)
 
     @stateful
     def flush(self) -> None:

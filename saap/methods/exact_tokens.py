@@ -10,7 +10,7 @@ best.
 from saap.index.faiss_backend import flat_search
 
 from .search_results import merge_results
-from .snapshot import RowChooser, middle_weights
+from .snapshot import RowChooser, middle_scores
 from .tokens import TokenChooser, TokenMethod, no_ranges, rows_as_ranges
 
 
@@ -20,10 +20,7 @@ class OracleTokensChooser(TokenChooser):
         self.keys = keys
 
     def scores(self, q_rope):
-        return middle_weights(self.keys.layer, self.keys.k_rope, q_rope)
-
-    def combine(self, scores):
-        return scores.unflatten(1, (self.n_kv, -1)).sum(2)
+        return middle_scores(self.keys.layer, self.keys.k_rope, q_rope)
 
 
 class OracleTokens(TokenMethod):
@@ -38,7 +35,7 @@ class FlatChooser(RowChooser):
         self.keys = keys.k_rope
         self.nbytes = self.keys.numel() * self.keys.element_size()
 
-    def select(self, q_rope, budget):
+    def select(self, q_rope, budget, outside):
         n_kv, n_middle = self.keys.shape[:2]
         k = min(budget.max_tokens, n_middle)
         if k == 0:
@@ -50,6 +47,7 @@ class FlatChooser(RowChooser):
 
 class Flat(TokenMethod):
     name = "flat"
+    weighs_heads = False
 
     def build(self, keys):
         return FlatChooser(keys)

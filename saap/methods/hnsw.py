@@ -47,7 +47,7 @@ class HNSWChooser(RowChooser):
             for head in keys.k_rope
         ]
 
-    def select(self, q_rope, budget):
+    def select(self, q_rope, budget, outside):
         k = min(budget.max_tokens, self.n_middle)
         if k == 0:
             return no_ranges(q_rope, self.n_kv, budget.share)
@@ -68,6 +68,7 @@ class HNSWChooser(RowChooser):
 
 class HNSW(TokenMethod):
     name = "hnsw"
+    weighs_heads = False
     follows = False
 
     def __init__(

@@ -54,12 +54,13 @@ class LSHChooser(TokenChooser):
         recency /= 16 * self.n_middle
         return collisions.flatten(1, 2) + recency
 
-    def combine(self, scores):
+    def combine(self, scores, outside):
         return scores.unflatten(1, (self.n_kv, -1)).sum(2)
 
 
 class LSH(TokenMethod):
     name = "lsh"
+    weighs_heads = False
 
     def __init__(self, index=None, *, seed=0, build: LSHBuild | None = None):
         super().__init__(index, seed=seed)

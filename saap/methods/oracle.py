@@ -10,7 +10,7 @@ from saap.index.lists import group_sum
 
 from .base import Method
 from .lists import ListSelector
-from .snapshot import middle_weights
+from .snapshot import attention_weights, middle_scores
 
 
 class OracleSelector(ListSelector):
@@ -35,10 +35,12 @@ class OracleSelector(ListSelector):
     def scores(self, query, middle, budget):
         n_queries, n_heads = query.q_rope.shape[:2]
         mass = query.q_rope.new_zeros(n_queries, n_heads, self.n_lists)
+        outside = query.beside_middle(self.layer)
         for b, lists in enumerate(self.list_of_row):
             own = slice(None) if len(self.list_of_row) == 1 else slice(b, b + 1)
             if middle.n_rows[b]:
-                weights = middle_weights(self.layer, middle.keys_of(b), query.q_rope[own])
+                scores = middle_scores(self.layer, middle.keys_of(b), query.q_rope[own])
+                weights = attention_weights(scores, None if outside is None else outside[own])
                 member = lists.repeat_interleave(n_heads // middle.n_kv, 0)
                 mass[own].scatter_add_(-1, member.expand_as(weights), weights)
         sizes = self.sizes.float().clamp(min=1)

@@ -1,8 +1,8 @@
 """Product quantization: the rows with the largest asymmetric inner products with coded keys.
 
 Source: PQCache (Zhang et al., arXiv 2407.12820), over FAISS's `ProductQuantizer` (Jegou et al.,
-TPAMI 2011). All codes are read in each step. A KV group adds its heads' softmax of the approximate
-scores.
+TPAMI 2011). All codes are read in each step. A KV group adds its heads' attention weights by the
+approximate scores.
 """
 
 import math

@@ -5,7 +5,7 @@ a coarse code of every key, a fine one of the candidates (`saap.kernels.codes`),
 that keys and queries share (`saap.index.coordinates`), with a scale for each key that makes its
 inner product right in the mean, as in RaBitQ (Gao and Long, arXiv 2405.12497). ParisKV (arXiv
 2602.07721) codes without learning, PQCache (arXiv 2407.12820) with codebooks of the prompt's keys.
-A KV group adds its heads' softmax over the candidates.
+A KV group adds its heads' attention weights: their softmax over the candidates, sinks and tail.
 """
 
 import functools
@@ -28,6 +28,7 @@ from saap.kernels.codes import (
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
 from .base import Method
+from .beside import Beside
 
 GROWTH = 1.5
 """Coordinates are learned again when the rows are so many times those that they came from."""
@@ -102,6 +103,7 @@ class SaapSelector(Selector):
         self.n_coded: list[int] = []
         self.scored: Tensor | None = None  # whole codes that the latest step read
         self._choice: PreparedChoice | None = None
+        self._asked = False  # whether it took into account what sinks and tail hold
         self._mapped: tuple[Coordinates, QueryMap] | None = None
         self.n_scanned = 0.0  # rows whose coarse codes it read, for each sequence and KV head
         if coordinates is not None:
@@ -341,13 +343,16 @@ class SaapSelector(Selector):
         most = min(budget.max_tokens, n)
         if self.scored is None or self.scored.shape != (len(q), heads):
             self.scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
-        outside = None
-        if budget.min_weight is not None:
-            outside = query.local_lse(self.layer.sm_scale, self.layer.softcap)
-            outside = outside - self.layer.sm_scale * self.coordinates.left_out(query.q_rope)
+        layer, beside = self.layer, None
+        asks = heads < q.shape[1] or budget.min_weight is not None
+        if asks and query.local_lse is not None:
+            local = None if query.local is None else query.local(layer.sm_scale, layer.softcap)
+            lse = functools.partial(query.local_lse, layer.sm_scale, layer.softcap)
+            beside = Beside(layer, self.coordinates, lambda _: lse(), local)
+        self._asked = beside is not None
         ranges = self.choose_rows(
             q,
-            outside,
+            beside,
             self.codes,
             middle.n_rows,
             max_tokens=budget.max_tokens,
@@ -365,12 +370,12 @@ class SaapSelector(Selector):
         self.n_scanned = 0.0 if every else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
 
-    def again(self, local_lse):
+    def again(self, local):
         choice = self._choice
-        if local_lse is None:
+        if not self._asked:
             return lambda q: choice(q.float())
-        scale, own = self.layer.sm_scale, self.coordinates
-        return lambda q: choice(q.float(), local_lse(q) - scale * own.left_out(q))
+        beside = Beside(self.layer, self.coordinates, lambda q: local(q)[1], local)
+        return beside.with_choice(choice)
 
     @property
     def query_map(self) -> QueryMap:
@@ -382,12 +387,18 @@ class SaapSelector(Selector):
         return self._mapped[1]
 
     def choose_rows(
-        self, q: Tensor, outside: Tensor | None, codes: Codes, n_rows: list[int], **options
+        self,
+        q: Tensor,
+        beside: Beside | None,
+        codes: Codes,
+        n_rows: list[int],
+        **options,
     ) -> Ranges:
         """`select_rows`, whose arguments but for the first two are those of the step before."""
         if self._choice is None or not self._choice.fits(q, codes, n_rows, **options):
             self._choice = PreparedChoice(q, codes, n_rows, **options)
-        return self._choice(q, outside)
+        choose = self._choice if beside is None else beside.with_choice(self._choice)
+        return choose(q)
 
 
 def of_queries(batch: int, n_kv: int, dim: int) -> dict[str, tuple]:

@@ -49,8 +49,17 @@ class RowChooser(ABC):
     """Bytes that choosing reads in one step."""
 
     @abstractmethod
-    def select(self, q_rope: Float[Tensor, "n Hq D"], budget: Budget) -> Ranges:
-        """`starts, lengths` int32 `[n, H, R]`, rows counted from the first of the middle."""
+    def select(
+        self,
+        q_rope: Float[Tensor, "n Hq D"],
+        budget: Budget,
+        outside: Float[Tensor, "n Hq"] | None,
+    ) -> Ranges:
+        """`starts, lengths` int32 `[n, H, R]`, rows counted from the first of the middle.
+
+        `outside`: of the scores with sinks and tail, if the method `weighs_heads` and it is
+        known.
+        """
 
 
 class SnapshotMethod(Method):
@@ -59,6 +68,9 @@ class SnapshotMethod(Method):
     needs_index = False
     follows: ClassVar[bool] = True
     visits_best: ClassVar[bool] = False
+    weighs_heads: ClassVar[bool] = False
+    """Whether choosers ask what sinks and tail hold of a head's attention."""
+
     keeps_order: ClassVar[bool] = True
     """Whether the choosers that it builds leave rows in time order."""
 
@@ -109,11 +121,17 @@ class Snapshot(Selector):
         ]
 
     def select(self, query: Query, middle: Middle, budget: Budget, room: RangeBuffer) -> Ranges:
+        asks = self.method.weighs_heads and budget.share == "group"
+        outside = query.beside_middle(self.layer) if asks else None
         if len(self.choosers) == 1:
-            starts, lengths = self.choosers[0].select(query.q_rope, budget)
+            starts, lengths = self.choosers[0].select(query.q_rope, budget, outside)
             return starts + middle.first_row, lengths
         found = [
-            None if chooser is None else chooser.select(query.q_rope[b : b + 1], budget)
+            None
+            if chooser is None
+            else chooser.select(
+                query.q_rope[b : b + 1], budget, None if outside is None else outside[b : b + 1]
+            )
             for b, chooser in enumerate(self.choosers)
         ]
         heads = middle.n_kv if budget.share == "group" else query.q_rope.shape[1]
@@ -144,19 +162,31 @@ class BucketChooser(RowChooser):
     def scores(self, q_rope: Tensor, budget: Budget) -> Float[Tensor, "n H nlist"]:
         """Higher is visited first. `H` is Hkv for `budget.share="group"`, else Hq."""
 
-    def select(self, q_rope, budget):
+    def select(self, q_rope, budget, outside):
         bounds = {name: getattr(budget, name) for name in ("nprobe", "max_tokens", "top_p")}
         if bounds["nprobe"] is not None:
             bounds["nprobe"] = min(bounds["nprobe"], self.lists.nlist)
         return select_lists(self.scores(q_rope, budget), self.lists.offsets, **bounds)
 
 
-def middle_weights(
+def middle_scores(
     layer: LayerInfo, k_rope: Float[Tensor, "Hkv M D"], q_rope: Float[Tensor, "n Hq D"]
 ) -> Float[Tensor, "n Hq M"]:
-    """Softmax over the middle alone: for oracles, which may look at everything."""
+    """Attention's scores, soft cap included: for oracles, which may look at everything."""
     q = q_rope.float().unflatten(1, (k_rope.shape[0], -1))
     scores = torch.einsum("nhgd,hmd->nhgm", q, k_rope.float()) * layer.sm_scale
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
-    return scores.softmax(-1).flatten(1, 2)
+    return scores.flatten(1, 2)
+
+
+def attention_weights(
+    scores: Float[Tensor, "n Hq M"], outside: Float[Tensor, "n Hq"] | None
+) -> Float[Tensor, "n Hq M"]:
+    """Softmax of scores with the middle, beside the rows that a step visits in any case.
+
+    `outside`: log-sum-exp of the scores with these. None: as if there were none.
+    """
+    if outside is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, outside[..., None]], -1).softmax(-1)[..., :-1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saap.selector import Ranges
 
-from .snapshot import LayerKeys, RowChooser, SnapshotMethod
+from .snapshot import LayerKeys, RowChooser, SnapshotMethod, attention_weights
 
 
 def rows_as_ranges(rows: Int[Tensor, "n H k"]) -> Ranges:
@@ -33,9 +33,14 @@ def no_ranges(q_rope: Float[Tensor, "n Hq D"], n_kv: int, share: str) -> Ranges:
     return empty, empty
 
 
-def combine_heads(scores: Float[Tensor, "n Hq M"], n_kv: int) -> Float[Tensor, "n Hkv M"]:
-    """One ranking for a KV group: the sum over its query heads of the softmax of their scores."""
-    return scores.softmax(-1).unflatten(1, (n_kv, -1)).sum(2)
+def combine_heads(
+    scores: Float[Tensor, "n Hq M"], n_kv: int, outside: Float[Tensor, "n Hq"] | None = None
+) -> Float[Tensor, "n Hkv M"]:
+    """One ranking for a KV group: the sum over its query heads of the softmax of their scores.
+
+    `outside`: as for `attention_weights`.
+    """
+    return attention_weights(scores, outside).unflatten(1, (n_kv, -1)).sum(2)
 
 
 def key_scores(
@@ -50,7 +55,8 @@ class TokenChooser(RowChooser):
     """Ranks every row of the middle; subclasses say how a row is scored.
 
     `scores` are logits of attention as the method knows them. A KV group ranks rows by the sum
-    over its query heads of the softmax of their scores (`combine_heads`).
+    over its query heads of the attention weights that follow from them (`combine_heads`): a head
+    that looks at the sinks has little to say.
     """
 
     def __init__(self, keys: LayerKeys):
@@ -59,13 +65,15 @@ class TokenChooser(RowChooser):
     @abstractmethod
     def scores(self, q_rope: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq M"]: ...
 
-    def combine(self, scores: Float[Tensor, "n Hq M"]) -> Float[Tensor, "n Hkv M"]:
-        return combine_heads(scores, self.n_kv)
+    def combine(
+        self, scores: Float[Tensor, "n Hq M"], outside: Float[Tensor, "n Hq"] | None
+    ) -> Float[Tensor, "n Hkv M"]:
+        return combine_heads(scores, self.n_kv, outside)
 
-    def select(self, q_rope, budget):
+    def select(self, q_rope, budget, outside):
         scores = self.scores(q_rope)
         if budget.share == "group":
-            scores = self.combine(scores)
+            scores = self.combine(scores, outside)
         k = min(budget.max_tokens, self.n_middle)
         return rows_as_ranges(scores.topk(k, dim=-1).indices)
 
@@ -75,3 +83,4 @@ class TokenMethod(SnapshotMethod):
 
     bounds = ("max_tokens",)
     visits_best = True
+    weighs_heads = True

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saap.kernels.attention import PreparedRanges, attend_ranges
-from saap.kernels.codes import PreparedChoice, encode, select_rows
+from saap.kernels.codes import PreparedChoice, QueryMap, encode, select_rows
 
 N = 300
 
@@ -188,3 +188,99 @@ def test_threads_may_use_one_preparation():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def beside_case(batch, maps, n_rows, dim=64, group=2):
+    """A choice for queries that a map makes coordinates of, and rows beside those it is from."""
+    codes = encode(random(batch, 2, N, 64), torch.ones(batch, 2, 64))
+    query_map = QueryMap.of(random(maps, 2, 64, dim, seed=1) / dim)
+    room = torch.zeros(2, batch, 2, 20, dtype=torch.int32)
+    q = random(batch, 2 * group, dim, seed=2)
+    prepared = PreparedChoice(
+        q, codes, n_rows, max_tokens=20, n_candidates=50, share="group", first_row=4,
+        query_map=query_map, out=tuple(room), scored=torch.zeros(batch, 2, dtype=torch.int64),
+        impl="numba",
+    )  # fmt: skip
+    k = random(batch, 2, 200, dim, seed=3)
+    starts = torch.tensor([0, 50]).int().expand(batch, 2, 2).contiguous()
+    lengths = torch.tensor([7, 23]).int().expand(batch, 2, 2).contiguous()
+    lengths[-1, :, 1] = 31
+    return prepared, q, (k, starts, lengths, random(maps, 2, dim, seed=4), 0.3)
+
+
+def outside_of(q, k, starts, lengths, mean, sm_scale):
+    """Against float64: the log-sum-exp of the scores with keys less their mean."""
+    out = torch.empty(q.shape[:2])
+    for b, heads in enumerate(q.double().unflatten(1, (2, -1))):
+        for h, own in enumerate(heads):
+            ranges = zip(starts[b, h].tolist(), lengths[b, h].tolist(), strict=True)
+            rows = torch.cat([k[b, h, s : s + n] for s, n in ranges]).double()
+            rows = rows - mean[b if len(mean) > 1 else 0, h].double()
+            group = len(own)
+            out[b, h * group : (h + 1) * group] = (sm_scale * own @ rows.T).logsumexp(-1).float()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("batch", "maps", "n_rows"), [(1, 1, [N]), (1, 1, [40]), (3, 1, [N, 90, 45]), (3, 3, [N] * 3)]
+)
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (2, 64), (2, 128), (4, 80)])
+def test_rows_beside_those_of_a_choice_count_as_their_log_sum_exp(batch, maps, n_rows, group, dim):
+    prepared, q, rows = beside_case(batch, maps, n_rows, dim, group)
+    scales = torch.tensor([1.0, 3.0]).repeat(group)[: 2 * group, None]  # some look at few rows
+    choose, wrong, different = prepared.beside(*rows), 0, 0
+    for seed in range(40):
+        q = scales * random(*q.shape, seed=seed)
+        expected = visited(prepared(q, outside_of(q, *rows)))
+        wrong += int((visited(choose(q)) != expected).sum())
+        different += int((visited(prepared(q)) != expected).sum())
+        rows[2][:, :, 1] += 1  # as a tail grows
+    # Where a group has one head, nothing depends on it. Else a row here and there is as good as
+    # another within rounding.
+    assert wrong == 0 if group == 1 else wrong <= 0.02 * different
+    assert different == 0 if group == 1 else different > 100
+
+
+def visited(ranges):
+    """Which rows are in the ranges of each query and head."""
+    row = torch.arange(N + 4)
+    starts, lengths = (t[..., None] for t in ranges)
+    return ((row >= starts) & (row < starts + lengths)).any(2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_beside_those_of_a_choice_that_are_not_finite(value):
+    prepared, q, rows = beside_case(1, 1, [N])
+    before = [t.clone() for t in prepared(q)]
+    k, _, lengths, *_ = rows
+    lengths.zero_()
+    assert all(map(torch.equal, prepared.beside(*rows)(q), before))  # none at all
+    lengths[..., 0] = 7
+    k[0, :, 3] = value
+    for choose in (prepared.beside(*rows), lambda q: prepared(q, outside_of(q, *rows))):
+        found = [t.clone() for t in choose(q)]
+        assert int(found[1].sum()) == 2 * 20
+        if value is torch.nan:
+            assert all(map(torch.equal, found, before))
+
+
+def test_rows_beside_those_of_a_choice_are_within_their_tensor():
+    prepared, q, rows = beside_case(1, 1, [N])
+    _, starts, lengths, *_ = rows
+    starts[..., 0], lengths[..., 0], lengths[..., 1] = 150, 50, 0
+    before = visited(prepared.beside(*rows)(q))
+    lengths[..., 0], starts[..., 1], lengths[..., 1] = 2**31 - 1, -(2**31), 2**31 - 1
+    assert torch.equal(visited(prepared.beside(*rows)(q)), before)
+    starts[..., 1], lengths[..., 1] = -5, 28  # rows 0 to 22
+    after = visited(prepared.beside(*rows)(q))
+    starts[..., 1], lengths[..., 1] = 0, 23
+    assert torch.equal(visited(prepared.beside(*rows)(q)), after)
+
+
+def test_what_is_beside_a_choice_is_left_to_others_where_it_must_be():
+    prepared, q, (k, *rest) = beside_case(1, 1, [N])
+    assert prepared.beside(k.bfloat16(), *rest) is None
+    assert prepared.beside(k.mT.contiguous().mT, *rest) is None
+    codes = coded()
+    assert choice(codes, q)[0].beside(k, *rest) is None  # no map: queries are coordinates
+    assert choice(codes, q, "reference")[0].beside(k, *rest) is None
