@@ -374,6 +374,8 @@ class SaapSelector(Selector):
         choice = self._choice
         if not self._asked:
             return lambda q: choice(q.float())
+        if local is None:
+            return None
         beside = Beside(self.layer, self.coordinates, lambda q: local(q)[1], local)
         return beside.with_choice(choice)
 

@@ -57,8 +57,8 @@ class RowChooser(ABC):
     ) -> Ranges:
         """`starts, lengths` int32 `[n, H, R]`, rows counted from the first of the middle.
 
-        `outside`: of the scores with sinks and tail, if the method `weighs_heads` and it is
-        known.
+        `outside`: log-sum-exp of all that takes its part of the softmax beside the middle, if the
+        method `weighs_heads` and it is known.
         """
 
 
