@@ -26,6 +26,7 @@ from saap.kernels.codes.layout import GROUPS
 from saap.methods import find_method
 from saap.methods import saap as saap_module
 
+from . import reuse
 from .cpu import cpu_name, environment
 from .reports import ROOT, put_table, report_path, write
 
@@ -82,8 +83,8 @@ class Choice:
         outside = beside(q)[0].unflatten(0, (len(fine), -1))
         for h, heads in enumerate(query_map(q)[0].unflatten(0, (len(fine), -1))):
             candidates = self.choose(self.scores(selector, h, heads, fine[h], coarse[h]))
-            scores = torch.cat([heads @ fine[h, candidates].T, outside[h, :, None]], -1)
-            weights = scores.softmax(-1)[:, :-1].sum(0)
+            scores = heads @ fine[h, candidates].T
+            weights = reuse.weights_of(scores[None], outside[None, h])[0]
             rows = candidates[reference.best(weights, max_tokens)]
             begins, counts = reference.as_ranges(rows)
             starts[0, h, : len(begins)], lengths[0, h, : len(begins)] = begins + first_row, counts

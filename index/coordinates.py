@@ -39,10 +39,16 @@ class Coordinates:
     def keys(self, k: Float[Tensor, "B Hkv n D"]) -> Float[Tensor, "B Hkv n P"]:
         return (k.float() - self.mean[:, :, None]) @ self.of_keys.mT
 
-    def left_out(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
-        """What the mean adds to a query's inner product with every key."""
-        own = q.float().unflatten(1, (self.mean.shape[1], -1))
-        return (own @ self.mean[..., None]).flatten(1)
+    def less_mean(
+        self, scores: Float[Tensor, "n Hq"], q: Float[Tensor, "n Hq D"], sm_scale: float
+    ) -> Float[Tensor, "n Hq"]:
+        """Scores of queries without what the mean adds to those with every key."""
+        n_kv, dim = self.mean.shape[1:]
+        queries = q.float().reshape(len(q) * n_kv, -1, dim)
+        mean = self.mean.expand(len(q), -1, -1).reshape(-1, dim, 1)
+        own = scores.reshape(*queries.shape[:2], 1)
+        # One kernel on a GPU, at each step of each layer.
+        return torch.baddbmm(own, queries, mean, alpha=-sm_scale).view_as(scores)
 
     def moments_of_queries(self) -> Float[Tensor, "B Hkv D D"]:
         """Second moments of the queries that they came from; coordinates hardly correlate."""

@@ -368,14 +368,20 @@ def test_a_folder_that_went_elsewhere_keeps_what_it_was_saved_as(
         again.close()
 
 
+def saved_here(attached, model, tokens):
+    """A cache whose context is saved in the folder that it keeps its rows in."""
+    cache = attached.cache(directory="here")
+    read(model, cache, tokens[:, :100])
+    attached.save_context(cache, tokens[0, :100], "here")
+    return cache
+
+
 def test_a_process_that_goes_elsewhere_finds_its_folder(
     tiny_model, long_tokens, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     with saap.attached(tiny_model, budget=BUDGET) as attached:
-        cache = attached.cache(directory="here")
-        read(tiny_model, cache, long_tokens[:, :100])
-        attached.save_context(cache, long_tokens[0, :100], "here")
+        cache = saved_here(attached, tiny_model, long_tokens)
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         cache.reset()
@@ -392,9 +398,7 @@ def test_what_is_wrong_with_a_folder_is_told_once_however_it_is_named(
 ):
     monkeypatch.chdir(tmp_path)
     with saap.attached(tiny_model, budget=BUDGET) as attached:
-        cache = attached.cache(directory="here")
-        read(tiny_model, cache, long_tokens[:, :100])
-        attached.save_context(cache, long_tokens[0, :100], "here")
+        cache = saved_here(attached, tiny_model, long_tokens)
         cache.close()
         (tmp_path / "here" / "layer-0001.rows").unlink()
         with pytest.raises(ValueError, match=r"layer-0001\.rows: cannot be opened") as refused:

@@ -43,9 +43,9 @@ def store_of(name, layer, budget, k, seen):
     return store
 
 
-def visited(store, q, budget=None):
+def visited(store, q, **options):
     """Rows of the middle that a step visits, of each sequence and selection."""
-    starts, lengths = (t[..., 2:, None] for t in store.select(q[:, :, 0], q[:, :, 0], budget))
+    starts, lengths = (t[..., 2:, None] for t in store.select(q[:, :, 0], q[:, :, 0], **options))
     row = torch.arange(store.length)
     return [
         own.nonzero()[:, 0]
@@ -107,8 +107,4 @@ def test_what_is_beside_the_middle_can_be_given():
     k[:, :, :N_SINK, 0] = 0
     store = store_of("saap", LAYER, BUDGET, k, seen)
     given = torch.tensor([[16.0, -16.0]])
-    starts, lengths = store.select(q[:, :, 0], q[:, :, 0], local_lse=given)
-    row = torch.arange(N)
-    starts, lengths = starts[0, 0, 2:, None], lengths[0, 0, 2:, None]
-    own = ((row >= starts) & (row < starts + lengths)).any(0).nonzero()[:, 0]
-    assert torch.equal(own, best)
+    assert torch.equal(visited(store, q, local_lse=given)[0], best)

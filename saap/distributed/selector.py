@@ -111,7 +111,7 @@ class SplitSelector(SaapSelector):
         own = none if local_lse is None else local_lse
         if self.group.rank == 0:
             own = self.layer.beside_middle(own)
-        return (own - self.layer.sm_scale * self.coordinates.left_out(q_rope))[0]
+        return self.coordinates.less_mean(own, q_rope, self.layer.sm_scale)[0]
 
     def _best(self, q: Tensor, outside: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
         """`[H, held]`: the k rows of those `used` with the largest weights by whole codes, beside

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,25 +25,18 @@ class Beside:
         lse: Callable[[Tensor], Tensor],
         local: PreparedRanges | None,
     ):
-        self.layer, self.mean, self.lse, self.local = layer, coordinates.mean, lse, local
+        self.layer, self.coordinates, self.lse, self.local = layer, coordinates, lse, local
 
     def __call__(self, q: Float[Tensor, "n Hq D"]) -> Float[Tensor, "n Hq"]:
         """`select_rows`'s `outside`: codes leave out what the mean key adds to all scores."""
         lse = self.layer.beside_middle(self.lse(q))
-        n_kv, dim = self.mean.shape[1:]
-        queries = q.float().reshape(len(q) * n_kv, -1, dim)
-        mean = self.mean.expand(len(q), -1, -1).reshape(-1, dim, 1)
-        shape = (len(queries), queries.shape[1], 1)
-        # One kernel on a GPU, at each step of each layer.
-        return torch.baddbmm(
-            lse.reshape(shape), queries, mean, alpha=-self.layer.sm_scale
-        ).view_as(lse)
+        return self.coordinates.less_mean(lse, q, self.layer.sm_scale)
 
     def with_choice(self, choice: PreparedChoice) -> Callable[[Tensor], Ranges]:
         """The choice among rows that are beside this, at once where the backend does it."""
         layer = self.layer
         if self.local is not None and layer.sinks is None and layer.softcap is None:
-            rows = *self.local.rows, self.mean
+            rows = *self.local.rows, self.coordinates.mean
             own = choice.beside(*rows, layer.sm_scale)
             if own is not None:
                 return lambda q: own(q.float())

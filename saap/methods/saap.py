@@ -346,9 +346,9 @@ class SaapSelector(Selector):
         layer, beside = self.layer, None
         asks = heads < q.shape[1] or budget.min_weight is not None
         if asks and query.local_lse is not None:
-            local = None if query.local is None else query.local(layer.sm_scale, layer.softcap)
-            lse = functools.partial(query.local_lse, layer.sm_scale, layer.softcap)
-            beside = Beside(layer, self.coordinates, lambda _: lse(), local)
+            about = layer.sm_scale, layer.softcap
+            local = None if query.local is None else query.local(*about)
+            beside = Beside(layer, self.coordinates, lambda _: query.local_lse(*about), local)
         self._asked = beside is not None
         ranges = self.choose_rows(
             q,
