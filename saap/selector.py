@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saap.kernels.attention.api import PreparedRanges
 from saap.kernels.attention.int8_rows import dequantize_rows, head_dim
+from saap.kernels.rest import Scored
 
 from .budget import BOUNDS, Budget
 
@@ -177,6 +178,10 @@ class Selector(ABC):
     reads_derope: bool = True
     """Whether it looks at keys or queries with RoPE taken off. Where it does not, it may be given
     them as they are."""
+
+    left_out: Scored | None = None
+    """What the latest `select` found out of rows that it scored and did not choose, where it
+    `visits_best` and the rest is to be estimated; None if nothing is known."""
 
     n_kv: int | None = None
     """KV heads that it was made for; None for any number."""

@@ -35,12 +35,12 @@ def test_in_a_process_of_its_own():
     assert " passed, 1 skipped" in done.stdout, done.stdout
 
 
-def on_fake_gpu(ask):
+def on_fake_gpu(ask, peaked=1.0):
     """What `ask(model, device)` gives on the CPU and there."""
     from .fake_gpu import DEVICE, OnGpu, fake_gpu
 
-    expected = ask(cases.tiny_model(), torch.device("cpu"))
-    model = cases.tiny_model()
+    expected = ask(cases.tiny_model(peaked), torch.device("cpu"))
+    model = cases.tiny_model(peaked)
     with fake_gpu():
         for module in model.modules():
             for held in (module._parameters, module._buffers):
@@ -72,7 +72,10 @@ def test_every_method_gives_the_same_there(method, monkeypatch):
 @inside
 @pytest.mark.parametrize("variant", cases.VARIANTS)
 def test_generates_the_same_there(variant):
-    expected, found = on_fake_gpu(lambda model, device: cases.generated(model, variant, device))
+    # Rows of nearly equal weight change places by rounding, and with them nearly equal beams.
+    expected, found = on_fake_gpu(
+        lambda model, device: cases.generated(model, variant, device), peaked=2.0
+    )
     assert torch.equal(found, expected)
 
 

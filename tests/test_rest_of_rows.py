@@ -15,6 +15,8 @@ from saap.kv import KVStore
 from saap.kv.rest import RestOfRows, clustered, counted, sample_step
 from saap.kv.row_sums import N_CLUSTERS, Clusters, RowSums, membership
 from saap.methods import find_method
+from saap.methods.saap import SaapSelector
+from saap.methods.snapshot import Snapshot
 from saap.selector import LayerInfo
 from tests.conftest import random_model
 
@@ -98,6 +100,27 @@ def test_the_estimate_brings_attention_nearer(method):
     true = exact(tensors, 1200)[1]
     far = [float((found[b][1][:, :, 0] - true).abs().max()) for b in (BUDGET, WITHOUT)]
     assert far[0] < 0.5 * far[1]
+
+
+@pytest.mark.parametrize(("method", "most"), [("saap", 0.03), ("oracle-tokens", 1e-5)])
+@pytest.mark.parametrize("share", ["group", "head"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_that_were_scored_count_as_they_are(method, most, share, batch, monkeypatch):
+    """Keys are not normal here: a few of them are much like the query. Codes are of all rows, so
+    that what the rest holds is known but for their errors, step for step."""
+    budget = dataclasses.replace(BUDGET, share=share)
+    tensors = k, v, q = drawn(900, batch)
+    k[:, :, ::7] += 2.0 * q[:, ::2, -1:]
+
+    def far(cuts):
+        found = read(store_of(method, budget), tensors, cuts)
+        return float((found[1][:, :, 0] - exact(tensors, 900)[1]).abs().max())
+
+    for cuts in ([899, 900], [700, *range(880, 901)]):
+        assert far(cuts) < most
+    for selector in (SaapSelector, Snapshot):
+        monkeypatch.setattr(selector, "_left_out", lambda *_: None)
+    assert far([899, 900]) > 0.1
 
 
 def test_nearly_all_rows_are_counted_and_seldom_others():
@@ -377,7 +400,8 @@ def test_bytes_are_told():
     moments = HKV * (2 * 2 * DIM * (DIM + clusters) + 4 * (2 * DIM + 2 * clusters))
     assert store.bytes_read - without.bytes_read == moments
     sums = 8 * (DIM * 2 * DIM + clusters * (2 * DIM + 2)) + 4 * (2 * DIM + clusters * DIM + 1)
-    assert store.nbytes - without.nbytes == moments + 4 + HKV * sums
+    left_out = 4 * HQ  # what the choice tells of other rows
+    assert store.nbytes - without.nbytes == moments + 4 + HKV * sums + left_out
 
 
 def test_a_copy_goes_its_own_way():

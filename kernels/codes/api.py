@@ -36,6 +36,7 @@ def select_rows(
     first_row: int = 0,
     out: Ranges | None = None,
     scored: Int64[Tensor, "n H"] | None = None,
+    left_out: Float[Tensor, "n Hq"] | None = None,
     impl: Impl | None = None,
 ) -> Ranges:
     """The rows with the largest attention weights that their codes predict, as ranges.
@@ -66,6 +67,8 @@ def select_rows(
         out: int32 `starts, lengths [n, H, capacity]` to write to, with room for `max_tokens`
             ranges; what is not used is set to 0.
         scored: int64 `[n, H]` to write to how many rows were scored by all of their code.
+        left_out: float32 `[n, Hq]` to write to what of these rows is not chosen: the log-sum-exp
+            of a head's scores with them, -inf where there are none.
         impl: `"reference"`, `"numba"` (CPU), `"triton"` (GPU, or its interpreter), or None, the
             best that can do it.
 
@@ -88,14 +91,18 @@ def select_rows(
     if scored is None:
         scored = torch.empty(n, heads, dtype=torch.int64, device=q.device)
     _check_scored(scored, (n, heads))
+    _check_left_out(left_out, q)
     if capacity == 0 or n == 0:
         scored.zero_()
+        if left_out is not None:
+            left_out.fill_(-math.inf)
         return tuple(t.zero_()[..., :0] for t in out)
     backend = _backend(impl, q, codes, out)
     return backend.select_rows(
         q.unflatten(1, (heads, -1)), codes, n_rows, max_tokens=max_tokens,
         n_candidates=max(n_candidates, max_tokens), one_of=one_of, query_map=query_map,
         min_weight=min_weight, outside=outside, first_row=first_row, out=out, scored=scored,
+        left_out=left_out,
     )  # fmt: skip
 
 
@@ -110,9 +117,11 @@ class PreparedChoice(Preparation):
     Args and Raises: as `select_rows`; `out` and `scored` are given.
     """
 
-    __slots__ = ("_about", "_choose", "_codes", "_n_rows", "_options", "_out", "_scored")
+    __slots__ = (
+        "_about", "_choose", "_codes", "_left_out", "_n_rows", "_options", "_out", "_scored",
+    )  # fmt: skip
 
-    def __init__(self, q, codes, n_rows, *, out, scored, impl=None, **options):
+    def __init__(self, q, codes, n_rows, *, out, scored, left_out=None, impl=None, **options):
         n, n_heads, _ = _check(
             q, codes, n_rows, *(options[name] for name in ("max_tokens", "n_candidates")),
             options.get("one_of"), options["share"], options.get("query_map"),
@@ -122,8 +131,9 @@ class PreparedChoice(Preparation):
         capacity = min(options["max_tokens"], max(n_rows, default=0))
         _check_out(out, (n, heads), capacity)
         _check_scored(scored, (n, heads))
+        _check_left_out(left_out, q)
         backend = _backend(impl, q, codes, out)
-        self._codes, self._out, self._scored = codes, out, scored
+        self._codes, self._out, self._scored, self._left_out = codes, out, scored, left_out
         self._options = {"impl": impl, **options}
         self._about = q.shape, q.device, torch.get_num_threads()
         self._n_rows = list(n_rows)
@@ -135,17 +145,17 @@ class PreparedChoice(Preparation):
                 n_candidates=max(options["n_candidates"], options["max_tokens"]),
                 one_of=options.get("one_of"),
                 query_map=options.get("query_map"), min_weight=options.get("min_weight"),
-                first_row=options.get("first_row", 0), out=out, scored=scored,
+                first_row=options.get("first_row", 0), out=out, scored=scored, left_out=left_out,
             )  # fmt: skip
 
-    def fits(self, q, codes, n_rows, *, out, scored, **options) -> bool:
+    def fits(self, q, codes, n_rows, *, out, scored, left_out=None, **options) -> bool:
         """Whether this serves these very tensors, queries and options like these, so many rows.
 
         It does from then on.
         """
         same = (
-            codes is self._codes and scored is self._scored and options == self._options
-            and out[0] is self._out[0] and out[1] is self._out[1]
+            codes is self._codes and scored is self._scored and left_out is self._left_out
+            and out[0] is self._out[0] and out[1] is self._out[1] and options == self._options
             and self._about == (q.shape, q.device, torch.get_num_threads())
         )  # fmt: skip
         if not same or n_rows == self._n_rows:
@@ -202,7 +212,7 @@ class PreparedChoice(Preparation):
             n_rows = self._n_rows
             select_rows(
                 q, self._codes, n_rows, outside=outside, out=self._out, scored=self._scored,
-                **self._options,
+                left_out=self._left_out, **self._options,
             )  # fmt: skip
         return self._out
 
@@ -280,6 +290,18 @@ def _check_scored(scored, shape) -> None:
         raise ValueError(
             f"scored must be int64 {list(shape)}, contiguous; got {scored.dtype} "
             f"{list(scored.shape)} with strides {list(scored.stride())}"
+        )
+
+
+def _check_left_out(left_out, q) -> None:
+    if left_out is None:
+        return
+    fits = left_out.shape == q.shape[:2] and left_out.dtype == torch.float32
+    if not (fits and left_out.is_contiguous() and left_out.device == q.device):
+        raise ValueError(
+            f"left_out must be float32 {list(q.shape[:2])} on {q.device}, contiguous; got "
+            f"{left_out.dtype} {list(left_out.shape)} on {left_out.device} with strides "
+            f"{list(left_out.stride())}"
         )
 
 

@@ -37,12 +37,14 @@ def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
     one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
     outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
     prepared = Prepared(
         a.shape, codes, n_rows, max_tokens=max_tokens, n_candidates=n_candidates, one_of=one_of,
         query_map=query_map, min_weight=min_weight, first_row=first_row, out=out, scored=scored,
+        left_out=left_out,
     )  # fmt: skip
     used = prepared(a, outside)
     starts, lengths = out
@@ -59,6 +61,7 @@ class Prepared:
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
         n_candidates: int, one_of: int | None, query_map: QueryMap | None,
         min_weight: float | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+        left_out: Tensor | None,
     ):  # fmt: skip
         n, heads, group, dim = shape
         coordinates = codes.coordinates
@@ -82,10 +85,11 @@ class Prepared:
         self.layout = Layout(self.buffers)
         starts, lengths = out
         self.rows = (ctypes.c_int64 * len(n_rows))(*n_rows)
-        self.kept = codes, starts, lengths, scored, query_map  # addresses of theirs follow
+        self.kept = codes, starts, lengths, scored, left_out, query_map  # addresses follow
         self.job = numba_job.Job(
             rows=ctypes.addressof(self.rows), scored=scored.data_ptr(),
             starts=starts.data_ptr(), lengths=lengths.data_ptr(),
+            left_out=0 if left_out is None else left_out.data_ptr(),
             tasks=tasks, heads=heads, group=group, dim=dim, chunks=chunks,
             by_sequence=len(n_rows) > 1, whole=whole,
             alone=plan.alone, first_slot=plan.first_slot, heads_at_once=plan.heads_at_once,

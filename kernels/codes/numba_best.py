@@ -34,6 +34,9 @@ def best(weights, n, k, out, names):
     """The k largest of n weights, float32 not below 0, by their numbers, ascending; of equal ones
     the first. 0 < k <= n.
 
+    Returns the bits of what all of them reach, and how many like it are among them, if others like
+    it are not; else n.
+
     weights: followed by such as are not above any of them, up to a whole block. out: int32, room
     for whole chunks and `LANES` more. names: int32 to call them by; 0: their numbers.
     """
@@ -41,7 +44,7 @@ def best(weights, n, k, out, names):
     least, count, above = _threshold(weights, n, k, np.int64(0), np.int64(0), out)
     if count == k and names:
         values_from(weights, names, vectors, least, out)
-        return
+        return least, n
     found = places_from(weights, vectors, least, out)
     rows = carray(int32_pointer(out), found)
     if count != k:
@@ -50,6 +53,7 @@ def best(weights, n, k, out, names):
         own = carray(int32_pointer(names), n)
         for i in range(k):
             rows[i] = own[rows[i]]
+    return least, n if count == k else k - above
 
 
 @_njit

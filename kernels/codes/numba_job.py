@@ -14,7 +14,7 @@ from .numba_simd import BLOCK, WIDEST
 FIELDS = (
     "q map map_scale mapped coarse fine scale rows weights factors scores maxima "  # addresses
     "totals starts lengths counts scored outside marks listed listed_scores listed_maxima "
-    "found finished beside beside_starts beside_lengths mean "
+    "found finished left_out sums beside beside_starts beside_lengths mean "
     "tasks heads kv_heads group coordinates dim chunks by_sequence whole "
     "alone first_slot heads_at_once "
     "map_bytes map_batch map_scale_batch coarse_batch coarse_head coarse_plane "  # bytes
@@ -106,6 +106,7 @@ def kept_bytes(slots: int, group: int, most: int, candidates: int) -> dict[str, 
         "listed_scores": 4 * slots * group * listed,
         "listed_maxima": 4 * slots * group * listed_chunks,
         "found": 8 * slots,
+        "sums": 4 * slots * (listed or room),
     }
 
 

@@ -23,6 +23,7 @@ from .numba_vectors import (
     exponentials,
     places_from,
     places_of_marks,
+    sum_below,
     values_from,
 )
 
@@ -107,6 +108,8 @@ def choose(job, task, slot, space):
     if takes_all(job, n):
         kept = n
         _list_all(n, space)
+        if job.left_out:
+            _left_out_of(job, task)[:] = -np.inf
     elif job.whole:
         kept, scored = _best_of_all(job, task, slot, n, space), n
     else:
@@ -137,14 +140,19 @@ def _best_of_all(job, task, slot, n, space):
         total += _outside(job, task, g, largest)
         for chunk in range(n_chunks):
             maxima[g, chunk] /= np.float32(total)
+        if job.left_out:
+            _left_out_of(job, task)[g] = largest + np.float32(math.log(total))
     room = job.chunks * CHUNK
-    weights = job.scores + 4 * slot * job.group * room
+    weights, sums = job.scores + 4 * slot * job.group * room, job.sums + 4 * slot * room
     for chunk in range(n_chunks):
         vectors = blocks_of(min(CHUNK, n - chunk * CHUNK)) * _PER_BLOCK
-        own = weights + 4 * chunk * CHUNK
-        add_weighed(own, 4 * room, job.group, job.maxima + place + 4 * chunk, 4 * job.chunks,
-                    vectors, own)  # fmt: skip
-    return _best_of(job, weights, n, space, 0)
+        first = 4 * chunk * CHUNK
+        add_weighed(weights + first, 4 * room, job.group, job.maxima + place + 4 * chunk,
+                    4 * job.chunks, vectors, sums + first)  # fmt: skip
+    kept, least, equal = _best_of(job, sums, n, space, 0)
+    if job.left_out:
+        _leave_out(job, task, weights, room, maxima, n_chunks, sums, n, least, equal)
+    return kept
 
 
 @_njit
@@ -163,28 +171,65 @@ def _best_of_candidates(job, task, slot, found, space):
         total = exponentials(scores + 4 * g * room, vectors, largest)
         total += _outside(job, task, g, largest)
         maxima[g, 0] = np.float32(1.0) / total
-    add_weighed(scores, 4 * room, job.group, place, 4 * job.listed_chunks, vectors, scores)
-    return _best_of(job, scores, found, space, _listed_at(job, slot))
+        if job.left_out:
+            _left_out_of(job, task)[g] = largest + np.float32(math.log(total))
+    sums = job.sums + 4 * slot * room
+    add_weighed(scores, 4 * room, job.group, place, 4 * job.listed_chunks, vectors, sums)
+    kept, least, equal = _best_of(job, sums, found, space, _listed_at(job, slot))
+    if job.left_out:
+        _leave_out(job, task, scores, room, maxima, 1, sums, found, least, equal)
+    return kept
 
 
 @_njit
 def _best_of(job, weights, n, out, names):
-    """The rows that weigh most, as many as are asked for and weigh enough; returns how many.
+    """The rows that weigh most, as many as are asked for and weigh enough; returns how many, and
+    what `best` returns.
 
     names: what to call them, int32; 0: by their numbers.
     """
     kept = min(job.max_tokens, n)
-    if job.least_weight == 0:
-        best(weights, n, kept, out, names)
-        return kept
     vectors = blocks_of(n) * _PER_BLOCK
-    enough = count_from(weights, vectors, job.least_weight)
-    if enough > kept:
-        best(weights, n, kept, out, names)
-        return kept
+    if job.least_weight == 0 or count_from(weights, vectors, job.least_weight) > kept:
+        least, equal = best(weights, n, kept, out, names)
+        return kept, least, equal
     if names:
-        return values_from(weights, names, vectors, job.least_weight, out)
-    return places_from(weights, vectors, job.least_weight, out)
+        kept = values_from(weights, names, vectors, job.least_weight, out)
+    else:
+        kept = places_from(weights, vectors, job.least_weight, out)
+    return kept, job.least_weight, n
+
+
+@_njit
+def _leave_out(job, task, weights, room, factors, n_chunks, sums, n, least, equal):
+    """Tell of each head the log-sum-exp of its scores with the rows that were not chosen.
+
+    That of all is there already, and what is visited in any case with it. weights: in so many
+    chunks, or all in one, shares of that sum but for `factors`. Chosen are those of n rows whose
+    `sums` are above `least`, and the first so many that are `equal`.
+    """
+    left_out, bits = _left_out_of(job, task), carray(int32_pointer(sums), n)
+    size = n if n_chunks == 1 else CHUNK
+    for g in range(job.group):
+        share = np.float32(0.0)
+        for chunk in range(n_chunks):
+            first = chunk * size
+            vectors = blocks_of(min(size, n - first)) * _PER_BLOCK
+            own = weights + 4 * (g * room + first)
+            share += factors[g, chunk] * sum_below(own, sums + 4 * first, vectors, least)
+        if equal < n:
+            own, before = carray(float32_pointer(weights + 4 * g * room), n), np.int64(0)
+            for i in range(n):
+                if bits[i] == least:
+                    if before >= equal:
+                        share += factors[g, i // size] * own[i]
+                    before += 1
+        left_out[g] += np.float32(math.log(share)) if share > 0 else np.float32(-np.inf)
+
+
+@_njit
+def _left_out_of(job, task):
+    return carray(float32_pointer(job.left_out + 4 * task * job.group), job.group)
 
 
 @_njit

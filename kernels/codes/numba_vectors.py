@@ -44,7 +44,7 @@ def exponentials(typing_context, scores, vectors, maximum):
 
 @intrinsic
 def add_weighed(typing_context, weights, row_bytes, heads, factors, factor_bytes, vectors, out):
-    """`out = sum over heads of factors[head] * weights[head]`; out may be `weights[0]`."""
+    """`out = sum over heads of factors[head] * weights[head]`."""
 
     def codegen(context, builder, signature, args):
         weights, row_bytes, heads, factors, factor_bytes, vectors, out = args
@@ -63,6 +63,25 @@ def add_weighed(typing_context, weights, row_bytes, heads, factors, factor_bytes
         return context.get_dummy_value()
 
     return types.void(*[_i64] * 7), codegen
+
+
+@intrinsic
+def sum_below(typing_context, weights, numbers, vectors, bound):
+    """Sum of the float32 `weights` whose int32 number is below the bound."""
+
+    def codegen(context, builder, signature, args):
+        weights, numbers, vectors, bound = args
+        emit = Emitter(builder)
+        zero = emit.same(0.0)
+        total, below = emit.register(zero), _compared(emit, "<", bound)
+        with cgutils.for_range(builder, vectors) as loop:
+            offset = builder.mul(loop.index, I64(_VECTOR_BYTES))
+            inside = below(emit.load(emit.at(numbers, offset), VECTOR_I32))
+            own = builder.select(inside, emit.load(emit.at(weights, offset), VECTOR), zero)
+            builder.store(builder.fadd(builder.load(total), own), total)
+        return emit.total(builder.load(total))
+
+    return _f32(*[_i64] * 4), codegen
 
 
 @intrinsic

@@ -24,6 +24,7 @@ def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
     one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
     outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
@@ -36,16 +37,19 @@ def select_rows(
     if outside is None:
         outside = a.new_full(a.shape[:3], -torch.inf)
     outside = outside.reshape(a.shape[:3]).nan_to_num(nan=-torch.inf)
+    of_heads = None if left_out is None else left_out.view(a.shape[:3])
     most = 0
     for i, own in enumerate(a):
         b = min(i, len(n_rows) - 1) if len(n_rows) > 1 else 0
         n = n_rows[b]
         for h, heads in enumerate(own):
             kv = h * fine.shape[1] // len(own)
-            rows, scored[i, h] = chosen(
+            rows, scored[i, h], rest = chosen(
                 heads.float(), fine[b, kv, :n], coarse[b, kv, :n], max_tokens,
                 candidates_of(n, n_candidates, one_of), min_weight, outside[i, h],
             )  # fmt: skip
+            if of_heads is not None:
+                of_heads[i, h] = rest
             begins, counts = as_ranges(rows)
             starts[i, h, : len(begins)] = begins + first_row
             lengths[i, h, : len(begins)] = counts
@@ -55,11 +59,12 @@ def select_rows(
 
 def chosen(
     q, fine, coarse, max_tokens: int, n_candidates: int, min_weight: float | None, outside: Tensor
-) -> tuple[Tensor, int]:
-    """The rows, ascending, of equal ones the oldest; how many were scored by all of their code."""
+) -> tuple[Tensor, int, Tensor]:
+    """The rows, ascending, of equal ones the oldest; how many were scored by all of their code; of
+    these that were not chosen the log-sum-exp of each head's scores."""
     n = len(fine)
     if max_tokens >= n and min_weight is None:
-        return torch.arange(n, device=q.device), 0
+        return torch.arange(n, device=q.device), 0, q.new_full(q.shape[:1], -torch.inf)
     candidates = torch.arange(n, device=q.device)
     if n_candidates < n:
         scores = rounded(q, whole=False) @ coarse.T
@@ -69,7 +74,8 @@ def chosen(
     found = best(weight, max_tokens)
     if min_weight is not None:
         found = found[weight[found] >= min_weight]
-    return candidates[found], len(candidates)
+    others = scores.index_fill(1, found, -torch.inf)
+    return candidates[found], len(candidates), others.logsumexp(-1)
 
 
 def rounded(q: Tensor, *, whole: bool) -> Tensor:

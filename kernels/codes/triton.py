@@ -65,6 +65,7 @@ class Prepared:
         self, shape: tuple[int, ...], codes: Codes, n_rows: list[int], *, max_tokens: int,
         n_candidates: int, one_of: int | None, query_map: QueryMap | None,
         min_weight: float | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+        left_out: Tensor | None,
     ):  # fmt: skip
         self.a = torch.empty(shape, device=scored.device, dtype=torch.float32)
         self.outside: Tensor | None = None
@@ -74,7 +75,8 @@ class Prepared:
             "max_tokens": max_tokens, "n_candidates": candidates_of(codes.n, *self.wanted),
             "query_map": query_map,
             "min_weight": min_weight, "first_row": first_row, "out": out, "scored": scored,
-            "most": codes.n, "counts": self.counts, "every": sampled(n_candidates),
+            "left_out": left_out, "most": codes.n, "counts": self.counts,
+            "every": sampled(n_candidates),
         }  # fmt: skip
         self.codes = codes
         self.run = None
@@ -107,6 +109,7 @@ def select_rows(
     a: Tensor, codes: Codes, n_rows: list[int], *, max_tokens: int, n_candidates: int,
     one_of: int | None, query_map: QueryMap | None, min_weight: float | None,
     outside: Tensor | None, first_row: int, out: tuple[Tensor, Tensor], scored: Tensor,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`a [n, H, G, P]`, or with a map `[n, H, G, D]`: queries of the G heads that share each of
     the H selections."""
@@ -114,8 +117,8 @@ def select_rows(
     _choose(
         a, codes, max_tokens=max_tokens, n_candidates=candidates_of(most, n_candidates, one_of),
         query_map=query_map, min_weight=min_weight, outside=outside, first_row=first_row, out=out,
-        scored=scored, most=most, counts=_counts_of(n_rows, a, n_candidates, one_of),
-        every=sampled(n_candidates),
+        scored=scored, left_out=left_out, most=most,
+        counts=_counts_of(n_rows, a, n_candidates, one_of), every=sampled(n_candidates),
     )  # fmt: skip
     k = min(max_tokens, most)
     return out[0][..., :k], out[1][..., :k]
@@ -128,7 +131,7 @@ def _choose(a: Tensor, codes: Codes, **options: Any) -> None:
 def launches(
     a: Tensor, codes: Codes, *, max_tokens: int, n_candidates: int, query_map: QueryMap | None,
     min_weight: float | None, outside: Tensor | None, first_row: int,
-    out: tuple[Tensor, Tensor], scored: Tensor, most: int,
+    out: tuple[Tensor, Tensor], scored: Tensor, left_out: Tensor | None, most: int,
     counts: tuple[Tensor, Tensor, Tensor], every: int = 1,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels of a choice with all their arguments, on memory that is made here.
@@ -202,7 +205,8 @@ def launches(
     rows, n_chosen = ints(tasks, k), ints(tasks)
     yield from heaviest(
         weights, n_listed, digits[of_candidates:], rows, n_chosen, k=k,
-        least=0.0 if min_weight is None else float(min_weight), listed=listed,
+        least=0.0 if min_weight is None else float(min_weight), listed=listed, scores=found,
+        left_out=left_out,
     )  # fmt: skip
     yield as_ranges(rows, n_chosen, out, scored, n_listed, first_row)
 

@@ -227,6 +227,32 @@ def list_chosen(
 
 
 @triton.jit
+def leave_out(
+    scores, weights, kth, in_use, left_out, least, room, group, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`left_out[head]`: the log-sum-exp of a head's scores with the rows that are not chosen."""
+    head, n_tasks = tl.program_id(0).to(tl.int64), tl.num_programs(0) // group
+    task = head // group
+    held = tl.load(in_use + task)
+    largest = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    before = tl.full([], 0, tl.int32)
+    for first in range(0, held, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        above, equal, left = _chosen(weights, kth, task, n_tasks, least, room, i, held)
+        rank = before + tl.cumsum(equal, 0) - equal
+        taken = above | (equal & (rank < left).to(tl.int32))
+        others = (i < held) & (taken == 0)
+        score = tl.load(scores + head * room + i, others, other=-float("inf"))
+        new = tl.maximum(largest, tl.max(score, 0))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift), 0)
+        largest = new
+        before += tl.sum(equal, 0)
+    tl.store(left_out + head, tl.where(total > 0, largest + tl.log(total), -float("inf")))
+
+
+@triton.jit
 def as_ranges(
     rows, n_rows, begins, starts, lengths, scored, in_use, first_row, k, capacity, heads,
     starts_batch, starts_head, lengths_batch, lengths_head, BLOCK: tl.constexpr,

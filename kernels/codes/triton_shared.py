@@ -82,13 +82,15 @@ def add_weights(
 def heaviest(
     weights: Tensor, in_use: Tensor, digits: Tensor, rows: Tensor, n_rows: Tensor, *,
     k: int | Tensor, least: float = 0.0, listed: Tensor | None = None,
+    scores: Tensor | None = None, left_out: Tensor | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """Writes `rows [tasks, most]`, of each task those with the k largest of its `weights`, which
     are not below `least`; `n_rows [tasks]`: how many.
 
     k: a number, or int32 `[tasks]`; none is above `most`. digits: int32, so many as
     `digits_of_weights` says, all 0. listed: int32 `[tasks, room]`, the rows that the weights are
-    of; None: row i is the i-th.
+    of; None: row i is the i-th. left_out: float32 `[tasks * group]` to write to, if given, the
+    log-sum-exp of a head's `scores [tasks * group, room]` with the other rows.
     """
     tasks, room = weights.shape
     blocks = triton.cdiv(room, COUNTED)
@@ -105,6 +107,14 @@ def heaviest(
         "k": rows.shape[1], "LISTED": listed is not None, "BLOCKS": padded(blocks),
     }  # fmt: skip
     yield Launch(choice.list_chosen, (blocks, tasks), chosen | places, {"num_warps": 8})
+    if left_out is not None:
+        n_heads = len(scores)
+        others = {
+            "scores": scores, "weights": weights, "kth": kth, "in_use": in_use,
+            "left_out": left_out, "least": least, "room": room, "group": n_heads // tasks,
+            "BLOCK": COUNTED,
+        }  # fmt: skip
+        yield Launch(choice.leave_out, (n_heads,), others, {"num_warps": 8})
 
 
 def as_ranges(

@@ -20,6 +20,11 @@ distribution and density, `z_c = (t - m) / sqrt(v)` and `x = z_c - sqrt(v)`:
 
 The rest as a whole is the clusters' parts, weighed by their sums.
 
+Who chose the rows may have scored others (`Scored`): of those not chosen the log-sum-exp is known
+then, if with the errors of these scores. They hold most of what the rest does, so the log-sum-exp
+of the rest is theirs and that of the rows which were not scored, which follows as above, with the
+number of each head's best rows among those scored for k. Its mean value is as without scores.
+
 Scatterbrain (Chen et al., arXiv 2110.15343) adds a sparse and a low-rank part of attention, too;
 RetroInfer (arXiv 2505.02922) estimates far clusters from their means.
 """
@@ -34,6 +39,8 @@ from torch import Tensor
 
 from saap.kernels import backends
 from saap.kernels.backends.prepared import Preparation
+
+from .scored import Scored
 
 Impl = Literal["reference", "numba", "triton"]
 BACKENDS = ("reference", "numba", "triton")
@@ -87,6 +94,7 @@ def add_rest(
     sm_scale: float,
     max_tokens: int | None = None,
     min_weight: float | None = None,
+    scored: Scored | None = None,
     impl: Impl | None = None,
 ) -> tuple[Float[Tensor, "B Hq D"], Float[Tensor, "B Hq"]]:
     """Add the estimated rest to attention over what was visited.
@@ -100,6 +108,7 @@ def add_rest(
         max_tokens, min_weight: where fewer than `max_tokens` rows were visited, no other row has
             so large a share of the attention as `min_weight`, added over the heads that chose
             together. Either may be None.
+        scored: what is known of rows that were not visited, for these queries; None: nothing.
         impl: `"reference"`, `"numba"` (CPU), `"triton"` (CUDA), or None, the best that can do it.
 
     Returns:
@@ -110,27 +119,31 @@ def add_rest(
         ValueError: shapes, dtypes or devices that do not fit, and an `impl` that cannot do it.
     """
     _check(out, lse, q, moments, lengths)
+    if scored is not None:
+        scored.check(q, moments.spread.shape[1])
     best = "triton" if q.is_cuda else "numba"
     backend = backends.chosen(__package__, BACKENDS, impl, best, lambda m: m.refusal(out, q))
     bounds = _bounds(max_tokens, min_weight)
-    return backend.add_rest(out, lse, q, moments, lengths, sm_scale, *bounds)
+    return backend.add_rest(out, lse, q, moments, lengths, scored, sm_scale, *bounds)
 
 
 class PreparedRest(Preparation):
     """`add_rest`, whose arguments but for the first three are the same from call to call.
 
-    What `moments` and `lengths` hold may change. Raises what `add_rest` raises.
+    What `moments`, `lengths` and `scored` hold may change. Raises what `add_rest` raises.
     """
 
-    def __init__(self, moments: Moments, lengths: Tensor, **options):
-        self._given, self._options = (moments, lengths), options
+    def __init__(self, moments: Moments, lengths: Tensor, scored: Scored | None = None, **options):
+        self._given, self._scored, self._options = (moments, lengths), scored, options
         self._prepared = None
 
-    def fits(self, moments: Moments, lengths: Tensor, **options) -> bool:
+    def fits(
+        self, moments: Moments, lengths: Tensor, scored: Scored | None = None, **options
+    ) -> bool:
         """Whether this was made for these very tensors, and options like these."""
         own, held = self._given
         return (
-            moments is own and options == self._options
+            moments is own and scored is self._scored and options == self._options
             and lengths.data_ptr() == held.data_ptr() and lengths.shape == held.shape
             and lengths.stride() == held.stride() and lengths.device == held.device
         )  # fmt: skip
@@ -140,14 +153,14 @@ class PreparedRest(Preparation):
         prepared = self._prepared
         if prepared is not None and prepared.fits(out, lse, q):
             return prepared(out, lse, q)
-        found = add_rest(out, lse, q, *self._given, **self._options)
+        found = add_rest(out, lse, q, *self._given, scored=self._scored, **self._options)
         options = self._options
         if options.get("impl") in (None, "numba") and backends.installed("numba"):
             from .numba import Prepared, refusal
 
             if refusal(out, q) is None:
                 self._prepared = Prepared(
-                    q, *self._given, options["sm_scale"], *_bounds(**options)
+                    q, *self._given, self._scored, options["sm_scale"], *_bounds(**options)
                 )
         return found
 

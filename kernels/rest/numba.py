@@ -19,6 +19,7 @@ from saap.kernels.cpu.memory import (
     fetch_increment,
     float32_pointer,
     int32_pointer,
+    int64_pointer,
     uint16_pointer,
 )
 
@@ -26,9 +27,10 @@ from . import normal
 
 _FIELDS = (
     "out lse q spread means keys values sizes n_rows lengths "  # addresses
+    "scored_lse scored_mean n_scored "
     "max_tokens tasks n_kv group dim clusters heads ranges "
     "length_batch length_head spread_batch means_batch keys_batch values_batch sizes_batch "
-    "rows_batch next_task"
+    "rows_batch scored_mean_batch scored_heads n_best one_of next_task"
 ).split()
 _NEXT_TASK = offset_of(_FIELDS, "next_task")
 _Job, _SIGNATURE = job_type(_FIELDS, ("sm_scale", "min_weight"))
@@ -52,21 +54,21 @@ def refusal(out: Tensor, q: Tensor) -> str | None:
 
 
 def add_rest(
-    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+    out, lse, q, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
     out, lse, q = (t.resolve_neg().contiguous() for t in (out, lse, q))
-    return Prepared(q, moments, lengths, sm_scale, max_tokens, min_weight)(out, lse, q)
+    return Prepared(q, moments, lengths, scored, sm_scale, max_tokens, min_weight)(out, lse, q)
 
 
 class Prepared(Preparation):
     """`add_rest` for queries like `like`, again and again over the same tensors."""
 
     def __init__(
-        self, like, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+        self, like, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float
     ):
         self._like = like.shape
         self._job, self._threads, self._held = _job_of(
-            like, moments, lengths, sm_scale, max_tokens, min_weight
+            like, moments, lengths, scored, sm_scale, max_tokens, min_weight
         )
 
     def fits(self, out: Tensor, lse: Tensor, q: Tensor) -> bool:
@@ -83,7 +85,7 @@ class Prepared(Preparation):
         return out, lse
 
 
-def _job_of(q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float):
+def _job_of(q, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float):
     """A job without its outputs and queries, threads that are worth it, and what it points to."""
     batch, heads, dim = q.shape
     n_kv, clusters = moments.keys.shape[1], moments.keys.shape[3]
@@ -100,9 +102,24 @@ def _job_of(q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: f
         rows_batch=4 * moments.n_rows.stride(0),
         max_tokens=max_tokens, sm_scale=sm_scale, min_weight=min_weight, **places, **strides,
     )  # fmt: skip
+    known = _known(job, scored)
     products = 2 * dim * (dim + clusters) * heads * batch
     threads = min(batch * n_kv, 1 + products // _PER_THREAD)
-    return job, threads, (parts, moments.n_rows, lengths)
+    return job, threads, (parts, moments.n_rows, lengths, known)
+
+
+def _known(job, scored) -> tuple[Tensor, ...]:
+    """Tell the job what is known of rows that were scored; the tensors that it points to."""
+    if scored is None:
+        return ()
+    parts = scored.lse, scored.mean, scored.n_scored
+    held = tuple(t.resolve_neg().contiguous() for t in parts)
+    job.scored_lse, job.scored_mean, job.n_scored = (t.data_ptr() for t in held)
+    _, mean, n_scored = held
+    job.scored_mean_batch = 4 * mean.stride(0) if len(mean) > 1 else 0
+    job.scored_heads, job.n_best = n_scored.shape[1], scored.n_best
+    job.one_of = scored.one_of or 0
+    return held
 
 
 def _entry(stamp):
@@ -123,6 +140,7 @@ def _work(jobs):
     even, odd = np.empty(dim, np.float32), np.empty(dim, np.float32)
     both, scores = np.empty(2 * dim, np.float32), np.empty(clusters, np.float32)
     weights, tilts = np.empty(clusters, np.float32), np.empty(clusters, np.float32)
+    behind = np.empty(clusters, np.float32)
     value = np.empty(dim, np.float32)
     while True:
         task = fetch_increment(counters + _NEXT_TASK)
@@ -154,7 +172,7 @@ def _work(jobs):
                 _turn(job, query, spread, even, odd, both)
                 _score(job, query, keys, scores)
                 log_rest, tilt = _estimate(
-                    job, query, n, visited, means, sizes, both, scores, weights, tilts
+                    job, query, n, visited, means, sizes, both, scores, weights, tilts, behind
                 )
                 _average(weights, values, means, tilt, both, value)
                 _add(job, query, log_rest, tilt, value)
@@ -208,11 +226,11 @@ def _widened(bits):
 
 
 @_njit
-def _estimate(job, query, n, visited, means, sizes, both, scores, weights, tilts):
+def _estimate(job, query, n, visited, means, sizes, both, scores, weights, tilts, behind):
     """Log-sum-exp of the rest of a query head, and the factor of `Cov(v, k) q` in its mean value.
 
     scores: of the clusters; they are written over. weights: becomes the clusters' parts in the
-    rest. tilts: room for as many numbers.
+    rest. tilts, behind: room for as many numbers.
     """
     dim, clusters = job.dim, job.clusters
     q = carray(float32_pointer(job.q + 4 * query * dim), dim)
@@ -230,22 +248,76 @@ def _estimate(job, query, n, visited, means, sizes, both, scores, weights, tilts
     most = (job.n_kv * job.group // job.heads) / counted
     if job.min_weight > 0 and visited < job.max_tokens:
         most = job.min_weight
-    most_score = _quantile(counted / n) * math.sqrt(max(of_all, _TINY))
-    if lse > -np.inf:
-        most_score = min(most_score, lse + math.log(most) - mean)
+    deviation = math.sqrt(max(of_all, _TINY))
+    bound = lse + math.log(most) - mean if lse > -np.inf else np.inf
+    log_of_all = math.log(n) + mean
+    log_rest = -np.inf
+    if job.scored_lse:
+        seen, best, log_scored = _scored(job, query, n, q)
+        log_rest = log_scored
+        if seen < n:
+            behind[:] = scores
+            most_score = min(_quantile(max(best, _LEAST) / n) * deviation, bound)
+            _weigh_below(
+                np.float32(most_score), np.float32(variance), sizes, behind, weights, tilts
+            )
+            unseen = _log_sum(sizes, behind, weights) + math.log((n - seen) / (n - best))
+            log_rest = _log_of_both(log_rest, log_of_all + unseen)
+    most_score = min(_quantile(counted / n) * deviation, bound)
     _weigh_below(np.float32(most_score), np.float32(variance), sizes, scores, weights, tilts)
-    top = np.float32(-np.inf)
-    for c in range(clusters):
-        top = max(top, scores[c] if sizes[0, c] > 0 else np.float32(-np.inf))
+    log_sum = _log_sum(sizes, scores, weights)
     total, tilt = 0.0, 0.0
-    for c in range(clusters):
-        weights[c] *= _exp(min(scores[c] - top, np.float32(0.0)))
     for c in range(clusters):
         total += weights[c]
         tilt += weights[c] * tilts[c] if weights[c] > 0 else np.float32(0.0)
     for c in range(clusters):
         weights[c] /= np.float32(total)
-    return math.log(n) + mean + top + math.log(total), tilt / total
+    if not job.scored_lse:
+        log_rest = log_of_all + log_sum
+    return log_rest, tilt / total
+
+
+@_njit
+def _scored(job, query, n, q):
+    """How many of n rows were scored, how many of them are the best ones of a query head, and the
+    log-sum-exp of its scores with those of them that were not chosen."""
+    heads, dim = job.n_kv * job.group, job.dim
+    b, head = query // heads, query % heads
+    place = job.n_scored + 8 * (b * job.scored_heads + head * job.scored_heads // heads)
+    seen = np.float64(carray(int64_pointer(place), 1)[0])
+    best = np.float64(job.n_best)
+    if job.one_of:
+        best = max(best, np.float64((n + job.one_of - 1) // job.one_of))
+    place = job.scored_mean + b * job.scored_mean_batch + 4 * dim * (head // job.group)
+    mean = carray(float32_pointer(place), dim)
+    shared = 0.0
+    for i in range(dim):
+        shared += np.float32(job.sm_scale) * q[i] * mean[i]
+    lse = np.float64(carray(float32_pointer(job.scored_lse + 4 * query), 1)[0])
+    return seen, min(best, seen), lse + shared
+
+
+@_njit
+def _log_sum(sizes, scores, weights):
+    """Log of the sum of the clusters' parts, `weights[c] exp(scores[c])`; weights become these,
+    over the largest."""
+    top = np.float32(-np.inf)
+    for c in range(len(scores)):
+        top = max(top, scores[c] if sizes[0, c] > 0 else np.float32(-np.inf))
+    for c in range(len(scores)):
+        weights[c] *= _exp(min(scores[c] - top, np.float32(0.0)))
+    total = 0.0
+    for c in range(len(scores)):
+        total += weights[c]
+    return top + math.log(total)
+
+
+@_njit
+def _log_of_both(a, b):
+    top = max(a, b)
+    if top == -np.inf:
+        return top
+    return top + math.log(math.exp(a - top) + math.exp(b - top))
 
 
 @_njit

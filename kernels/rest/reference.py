@@ -7,7 +7,7 @@ from . import normal
 
 
 def add_rest(
-    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+    out, lse, q, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, dim = q.shape
     n_kv = moments.means.shape[1]
@@ -30,13 +30,26 @@ def add_rest(
         most = torch.where(visited < max_tokens, min_weight, most)
     bound = torch.where(lse == -torch.inf, torch.inf, lse.to(dtype) + most.log())
     of_all = (variance + (share * off**2).sum(-1)).clamp(min=normal.TINY)
-    z = quantile(visited.clamp(min=normal.LEAST_VISITED) / n)
-    most_score = torch.minimum(mean + z * of_all.sqrt(), bound)
-    log_rest, shift = below(most_score[..., None] - mean[..., None] - off,
-                            (variance[..., None] * factor).clamp(min=normal.TINY))  # fmt: skip
-    log_rest = log_rest + (n.log() + mean)[..., None] + off + share.log()
+
+    def behind(k):
+        """Log-sum-exp of each cluster's rows behind the k best of all, and h."""
+        z = quantile(k.clamp(min=normal.LEAST_VISITED) / n)
+        most_score = torch.minimum(mean + z * of_all.sqrt(), bound)
+        log_sum, h = below(most_score[..., None] - mean[..., None] - off,
+                           (variance[..., None] * factor).clamp(min=normal.TINY))  # fmt: skip
+        return log_sum + (n.log() + mean)[..., None] + off + share.log(), h
+
+    log_rest, shift = behind(visited)
     weights = log_rest.softmax(-1)
     log_rest = log_rest.logsumexp(-1)
+    if scored is not None:
+        seen = scored.n_scored.to(dtype).repeat_interleave(heads // scored.n_scored.shape[1], 1)
+        best = (n / scored.one_of).ceil() if scored.one_of else torch.zeros_like(n)
+        best = best.clamp(min=scored.n_best).minimum(seen)
+        unseen = behind(best)[0].logsumexp(-1) + ((n - seen) / (n - best)).log()
+        unseen = torch.where(seen < n, unseen, -torch.inf)
+        shared = (scaled @ scored.mean.to(dtype)[..., None]).flatten(1)
+        log_rest = torch.logaddexp(scored.lse.to(dtype) + shared, unseen)
     shift = (weights * shift * factor).sum(-1)
     own = (weights.unflatten(1, (n_kv, -1)) @ moments.values.to(dtype)).flatten(1, 2)
     value = means[..., dim:].repeat_interleave(group, 1) + own + shift[..., None] * tilt

@@ -24,15 +24,16 @@ def refusal(out: Tensor, q: Tensor) -> str | None:
 
 
 def add_rest(
-    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+    out, lse, q, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float
 ) -> tuple[Tensor, Tensor]:
     out, lse, q = (t if t.is_contiguous() else t.contiguous() for t in (out, lse, q))
-    launch_all([launch(out, lse, q, moments, lengths, sm_scale, max_tokens, min_weight)], q)
+    about = scored, sm_scale, max_tokens, min_weight
+    launch_all([launch(out, lse, q, moments, lengths, *about)], q)
     return out, lse
 
 
 def launch(
-    out, lse, q, moments, lengths, sm_scale: float, max_tokens: int, min_weight: float
+    out, lse, q, moments, lengths, scored, sm_scale: float, max_tokens: int, min_weight: float
 ) -> Launch:
     batch, heads, dim = q.shape
     parts = moments.parts()
@@ -45,10 +46,30 @@ def launch(
         "length_head": lengths.stride(1), "length_range": lengths.stride(2), "heads": heads,
         "group": heads // n_kv, "heads_of_a_list": heads // own, "ranges": ranges,
         "sm_scale": sm_scale, "max_tokens": max_tokens, "min_weight": min_weight,
+        **_known(scored, lse, parts["means"], moments.n_rows, heads),
         "CLUSTERS": clusters, "CLUSTERS_BLOCK": triton.next_power_of_2(clusters), "DIM": dim,
         "DIM_BLOCK": triton.next_power_of_2(dim), "ROWS": 16, "RANGES_BLOCK": 256,
     }  # fmt: skip
     return Launch(_add, (batch * heads,), arguments, {"num_warps": 4})
+
+
+def _known(scored, lse: Tensor, means: Tensor, counts: Tensor, heads: int) -> dict[str, object]:
+    """Arguments of what is known of rows that were scored; others stand in where nothing is."""
+    if scored is None:
+        tensors, numbers = (lse, means, counts), (0, 1, 0, 0)
+    else:
+        tensors = tuple(t.contiguous() for t in (scored.lse, scored.mean, scored.n_scored))
+        mean, n_scored = tensors[1:]
+        numbers = (
+            mean.stride(0) if len(mean) > 1 else 0, heads // n_scored.shape[1],
+            min(scored.n_best, 2**31 - 1), min(scored.one_of or 0, 2**31 - 1),
+        )  # fmt: skip
+    names = "scored_lse", "scored_mean", "n_scored"
+    own = "scored_mean_batch", "heads_of_a_count", "n_best", "one_of"
+    return {
+        **dict(zip(names, tensors, strict=True)), **dict(zip(own, numbers, strict=True)),
+        "SCORED": scored is not None,
+    }  # fmt: skip
 
 
 @triton.jit(
@@ -63,6 +84,9 @@ def launch(
         "values_batch",
         "sizes_batch",
         "rows_batch",
+        "scored_mean_batch",
+        "n_best",
+        "one_of",
     ]
 )
 def _add(
@@ -92,6 +116,14 @@ def _add(
     sm_scale,
     max_tokens,
     min_weight,
+    scored_lse,
+    scored_mean,
+    n_scored,
+    scored_mean_batch,
+    heads_of_a_count,
+    n_best,
+    one_of,
+    SCORED: tl.constexpr,
     CLUSTERS: tl.constexpr,
     CLUSTERS_BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -147,19 +179,13 @@ def _add(
         factors = tl.load(own_sizes + CLUSTERS, mask=there, other=0.0)
         of_all = tl.maximum(variance + tl.sum(share * off * off, 0), TINY)
         counted = tl.maximum(visited.to(tl.float32), LEAST_VISITED)
-        above = counted / n
-        small = tl.maximum(tl.minimum(above, 1 - above), 1e-30)
-        s = tl.sqrt(-2 * tl.log(small))
-        z = s - (A0 + s * (A1 + s * A2)) / (1 + s * (B0 + s * (B1 + s * B2)))
-        z = tl.where(above > 0.5, -z, z)
         most = heads_of_a_list / counted
         most = tl.where((min_weight > 0) & (visited < max_tokens), min_weight, most)
         before_lse = tl.load(lse + query)
-        most_score = z * tl.sqrt(of_all)
+        deviation = tl.sqrt(of_all)
         bound = before_lse + tl.log(most) - mean
-        most_score = tl.where(
-            before_lse > float("-inf"), tl.minimum(most_score, bound), most_score
-        )
+        bound = tl.where(before_lse > float("-inf"), bound, float("inf"))
+        most_score = tl.minimum(_quantile(counted / n) * deviation, bound)
         own_variance = tl.maximum(variance * factors, TINY)
         log_part, shift = _below(most_score - off, own_variance)
         log_part = tl.where(share > 0, log_part + off + tl.log(share), float("-inf"))
@@ -167,7 +193,27 @@ def _add(
         weight = tl.exp(log_part - largest)
         whole = tl.sum(weight, 0)
         share_of_tilt = tl.sum(tl.where(weight > 0, weight * factors * shift, 0.0), 0) / whole
-        log_rest = tl.log(n.to(tl.float32)) + mean + largest + tl.log(whole)
+        log_of_all = tl.log(n.to(tl.float32)) + mean
+        log_rest = log_of_all + largest + tl.log(whole)
+        if SCORED:
+            seen = tl.load(n_scored + query // heads_of_a_count).to(tl.float32)
+            best = tl.full([], 0, tl.int32) + n_best
+            if one_of > 0:
+                best = tl.maximum(best, (n + one_of - 1) // one_of)
+            best = tl.minimum(best.to(tl.float32), seen)
+            reach = _quantile(tl.maximum(best, LEAST_VISITED) / n) * deviation
+            log_part, _ = _below(tl.minimum(reach, bound) - off, own_variance)
+            log_part = tl.where(share > 0, log_part + off + tl.log(share), float("-inf"))
+            largest = tl.max(log_part, 0)
+            unseen = log_of_all + largest + tl.log(tl.sum(tl.exp(log_part - largest), 0))
+            left = tl.maximum(n - seen, 0.0)
+            unseen = tl.where(left > 0, unseen + tl.log(left / (n - best)), float("-inf"))
+            place = scored_mean + b.to(tl.int64) * scored_mean_batch + kv_head * DIM + dims
+            shared = tl.sum(scaled * tl.load(place, mask=used, other=0.0), 0)
+            own = tl.load(scored_lse + query) + shared
+            top = tl.maximum(own, unseen)
+            sum_ = tl.exp(own - top) + tl.exp(unseen - top)
+            log_rest = tl.where(top > float("-inf"), top + tl.log(sum_), top)
         value = tl.load(own_means + DIM, mask=used, other=0.0) + share_of_tilt * tilt
         values += b.to(tl.int64) * values_batch + kv_head * (DIM * CLUSTERS)
         place = values + cluster[:, None] * DIM + dims[None, :]
@@ -184,6 +230,15 @@ def _add(
             found = (known + added * value) / total
             tl.store(out + dims, found.to(out.dtype.element_ty), mask=used)
             tl.store(lse + query, top + tl.log(total))
+
+
+@triton.jit
+def _quantile(above):
+    """As `quantile` of the reference."""
+    small = tl.maximum(tl.minimum(above, 1 - above), 1e-30)
+    s = tl.sqrt(-2 * tl.log(small))
+    z = s - (A0 + s * (A1 + s * A2)) / (1 + s * (B0 + s * (B1 + s * B2)))
+    return tl.where(above > 0.5, -z, z)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saap.budget import Budget
-from saap.kernels.rest import Moments, add_rest
+from saap.kernels.rest import Moments, Scored, add_rest
 from saap.kv.rest import RestOfRows, clustered, counted, empty_moments, sample_step
 from saap.kv.row_sums import Clusters, RowSums
 from saap.kv.store import KVStore
@@ -31,12 +31,14 @@ class SplitRest:
 
     def add(
         self, out: Tensor, lse: Tensor, q: Tensor, own: KVStore, n: int, n_kv: int,
-        budget: Budget, *, before: int, sm_scale: float, impl: str | None,
+        budget: Budget, scored: Scored | None, *, before: int, sm_scale: float,
+        impl: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """To the attention of all ranks together over the rows that were chosen of n.
 
         `own` holds this rank's part of them, behind those of other ranks, which are `before`.
-        Every rank calls it at the same step.
+        `scored`: what all know of rows that were scored and not chosen. Every rank calls it at the
+        same step.
         """
         moments = self._moments_of(own, n, before, n_kv, q)
         visited = torch.full(
@@ -45,7 +47,7 @@ class SplitRest:
         )  # fmt: skip
         return add_rest(
             out, lse, q, moments, visited,
-            sm_scale=sm_scale, max_tokens=budget.max_tokens, impl=impl,
+            sm_scale=sm_scale, max_tokens=budget.max_tokens, scored=scored, impl=impl,
         )  # fmt: skip
 
     def _moments_of(self, own: KVStore, n: int, before: int, n_kv: int, q: Tensor) -> Moments:

@@ -12,6 +12,7 @@ from torch import Tensor
 from saap.budget import Budget
 from saap.index.moments import Sums, Toward
 from saap.kernels.codes import coarse_scores, codes_of_rows, weigh_rows
+from saap.kernels.rest import Scored
 from saap.methods.saap import GROWTH, SaapSelector
 from saap.selector import Middle, Ranges
 
@@ -85,6 +86,7 @@ class SplitSelector(SaapSelector):
         heads = n_kv if budget.share == "group" else len(q)
         q, mapped = (t.unflatten(0, (heads, -1)) for t in (q, mapped))
         used = torch.ones(heads, held, dtype=torch.bool, device=q.device)
+        self.left_out = None
         if budget.max_tokens < n:
             candidates = max(
                 budget.max_tokens, self.method.search_options.candidates(budget.max_tokens, n)
@@ -92,7 +94,7 @@ class SplitSelector(SaapSelector):
             if candidates < n:
                 used = self._candidates(q, held, candidates, impl)
             outside = self._beside_middle(q_rope, local_lse).unflatten(0, (heads, -1))
-            used = self._best(mapped, outside, used, budget.max_tokens, impl)
+            used = self._best(mapped, outside, used, budget, impl)
         self.n_scanned = float(held)
         return None if middle is None else _as_ranges(used, middle.first_row)
 
@@ -113,8 +115,10 @@ class SplitSelector(SaapSelector):
             own = self.layer.beside_middle(own)
         return self.coordinates.less_mean(own, q_rope, self.layer.sm_scale)[0]
 
-    def _best(self, q: Tensor, outside: Tensor, used: Tensor, k: int, impl: str | None) -> Tensor:
-        """`[H, held]`: the k rows of those `used` with the largest weights by whole codes, beside
+    def _best(
+        self, q: Tensor, outside: Tensor, used: Tensor, budget: Budget, impl: str | None
+    ) -> Tensor:
+        """`[H, held]`: the rows of those `used` with the largest weights by whole codes, beside
         what is `outside [H, G]` on this rank."""
         rows = [own.nonzero()[:, 0] for own in used]
         longest = max(len(own) for own in rows)
@@ -133,12 +137,27 @@ class SplitSelector(SaapSelector):
         total = (every[:, 1] * (every[:, 0] - most).exp() + (every[:, 2] - most).exp()).sum(0)
         share = (largest - most).exp() / total
         keys = (weights * share[..., None]).sum(1)
-        best = among_largest(keys, real, k, self.group)
+        best = among_largest(keys, real, budget.max_tokens, self.group)
         self.scored = counts[None]
+        if budget.estimate_rest:
+            top = every[:, 0].amax(0)
+            others = torch.where((real & ~best)[:, None], weights, 0.0).sum(-1)
+            self.left_out = self._of_all_ranks(others * (largest - top).exp(), top, counts, budget)
         chosen = torch.zeros_like(used)
         for head, own in enumerate(rows):
             chosen[head, own[best[head, : len(own)]]] = True
         return chosen
+
+    def _of_all_ranks(self, others: Tensor, top: Tensor, counts: Tensor, budget: Budget) -> Scored:
+        """`others [H, G]`: the weight, over that of `top`, of this rank's rows that were scored
+        and not chosen. `counts [H]`: how many it has scored."""
+        own = torch.cat([others.flatten().double(), counts.double()])
+        others, counts = self.group.add(own).split([others.numel(), len(counts)])
+        lse = (top.flatten() + others.log()).float()
+        search = self.method.search_options
+        n_best = max(budget.max_tokens, search.of_any_context(budget.max_tokens))
+        mean = self.coordinates.mean
+        return Scored(lse[None], mean, counts.round().long()[None], n_best, search.one_of)
 
 
 def _as_ranges(used: Tensor, first_row: int) -> Ranges:

@@ -209,6 +209,7 @@ class SplitStore:
                 self.middles[0],
                 self._n_kv,
                 budget,
+                self.selector.left_out,
                 before=max(0, self._tokens[0] - self.budget.n_sink),
                 sm_scale=sm_scale,
                 impl=impl,

@@ -192,6 +192,7 @@ class DecodeSteps:
         options = {
             "sm_scale": sm_scale, "max_tokens": budget.max_tokens,
             "min_weight": budget.least_weight(self._selector.layer.number),
+            "scored": self._selector.left_out,
         }  # fmt: skip
         if self._adds is None or not self._adds.fits(moments, counts, **options):
             self._adds = PreparedRest(moments, counts, **options)

@@ -15,6 +15,8 @@ from .tokens import TokenChooser, TokenMethod, no_ranges, rows_as_ranges
 
 
 class OracleTokensChooser(TokenChooser):
+    is_exact = True
+
     def __init__(self, keys):
         super().__init__(keys)
         self.keys = keys

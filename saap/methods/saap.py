@@ -25,6 +25,7 @@ from saap.kernels.codes import (
     coordinates_for,
     encode_rows,
 )
+from saap.kernels.rest import Scored
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
 from .base import Method
@@ -343,6 +344,7 @@ class SaapSelector(Selector):
         most = min(budget.max_tokens, n)
         if self.scored is None or self.scored.shape != (len(q), heads):
             self.scored = torch.empty(len(q), heads, dtype=torch.int64, device=q.device)
+        self.left_out = self._left_out(q, budget)
         layer, beside = self.layer, None
         asks = heads < q.shape[1] or budget.min_weight is not None
         if asks and query.local_lse is not None:
@@ -364,11 +366,26 @@ class SaapSelector(Selector):
             first_row=middle.first_row,
             out=room.take(len(q), heads, most, q.device),
             scored=self.scored,
+            left_out=None if self.left_out is None else self.left_out.lse,
             impl=query.impl,
         )
         every = most == n and budget.min_weight is None
         self.n_scanned = 0.0 if every else sum(middle.n_rows) / len(middle.n_rows)
         return ranges
+
+    def _left_out(self, q: Tensor, budget) -> Scored | None:
+        """What the choice will write to, the same objects from step to step."""
+        if not budget.estimate_rest:
+            return None
+        mean, search, held = self.coordinates.mean, self.method.search_options, self.left_out
+        n_best = max(budget.max_tokens, search.of_any_context(budget.max_tokens))
+        if (
+            held is not None and held.lse.shape == q.shape[:2] and held.mean is mean
+            and held.n_scored is self.scored and held.n_best == n_best
+        ):  # fmt: skip
+            return held
+        lse = torch.empty(q.shape[:2], device=q.device, dtype=torch.float32)
+        return Scored(lse, mean, self.scored, n_best, search.one_of)
 
     def again(self, local):
         choice = self._choice

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saap.budget import Budget
 from saap.index.lists import InvertedLists
+from saap.kernels.rest import Scored
 from saap.kernels.routing import select_lists
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
@@ -47,6 +48,10 @@ class RowChooser(ABC):
 
     nbytes: int = 0
     """Bytes that choosing reads in one step."""
+
+    left_out: Float[Tensor, "n Hq"] | None = None
+    """The log-sum-exp of each head's scores with all rows that the latest `select` did not choose;
+    None if it does not know them."""
 
     @abstractmethod
     def select(
@@ -125,6 +130,7 @@ class Snapshot(Selector):
         outside = query.beside_middle(self.layer) if asks else None
         if len(self.choosers) == 1:
             starts, lengths = self.choosers[0].select(query.q_rope, budget, outside)
+            self.left_out = self._left_out(query.q_rope, middle, budget)
             return starts + middle.first_row, lengths
         found = [
             None
@@ -142,7 +148,21 @@ class Snapshot(Selector):
             if pair is not None:
                 starts[b, :, : pair[0].shape[-1]] = pair[0][0] + middle.first_row
                 lengths[b, :, : pair[1].shape[-1]] = pair[1][0]
+        self.left_out = self._left_out(query.q_rope, middle, budget)
         return starts, lengths
+
+    def _left_out(self, q: Tensor, middle: Middle, budget: Budget) -> Scored | None:
+        known = [None if c is None else c.left_out for c in self.choosers]
+        if not (self.visits_best and budget.estimate_rest) or all(own is None for own in known):
+            return None
+        floats = {"dtype": torch.float32, "device": q.device}
+        lse = torch.full(q.shape[:2], -torch.inf, **floats)
+        for b, own in enumerate(known):
+            if own is not None:
+                lse[slice(None) if len(known) == 1 else slice(b, b + 1)] = own
+        n_rows = torch.tensor(middle.n_rows, device=q.device)[:, None].expand(len(q), middle.n_kv)
+        mean = torch.zeros(1, middle.n_kv, middle.dim, **floats)
+        return Scored(lse, mean, n_rows, n_best=max(middle.n_rows))
 
 
 def _finite(keys: Float[Tensor, "Hkv M D"]) -> Float[Tensor, "Hkv M D"]:

@@ -1,6 +1,7 @@
 """What methods that rank single tokens share: the best `max_tokens` rows, as ranges."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +60,10 @@ class TokenChooser(RowChooser):
     that looks at the sinks has little to say.
     """
 
+    is_exact: ClassVar[bool] = False
+    """Whether scores are attention's own. What others add up to over thousands of rows is not
+    told: powers of e of scores that err are too large in the mean."""
+
     def __init__(self, keys: LayerKeys):
         self.n_kv, self.n_middle = keys.n_kv, keys.n_rows
 
@@ -71,11 +76,15 @@ class TokenChooser(RowChooser):
         return combine_heads(scores, self.n_kv, outside)
 
     def select(self, q_rope, budget, outside):
-        scores = self.scores(q_rope)
+        combined = scores = self.scores(q_rope)
         if budget.share == "group":
-            scores = self.combine(scores, outside)
+            combined = self.combine(scores, outside)
         k = min(budget.max_tokens, self.n_middle)
-        return rows_as_ranges(scores.topk(k, dim=-1).indices)
+        rows = combined.topk(k, dim=-1).indices
+        if self.is_exact and budget.estimate_rest:
+            own = rows.repeat_interleave(scores.shape[1] // rows.shape[1], 1)
+            self.left_out = scores.scatter(-1, own, -torch.inf).logsumexp(-1)
+        return rows_as_ranges(rows)
 
 
 class TokenMethod(SnapshotMethod):

@@ -9,7 +9,7 @@ import torch
 import saap
 from saap.budget import Budget
 from saap.kernels.attention import dequantize_rows, quantize_rows
-from saap.kernels.rest import Moments
+from saap.kernels.rest import Moments, Scored
 from saap.kernels.rest.reference import add_rest
 from saap.kv import KVStore, attend_chunk, state
 from saap.kv.ranges import LOCAL
@@ -24,6 +24,15 @@ from .hostile import canaries, cases, torch_seed
 pytestmark = pytest.mark.bad_input
 HKV, HQ, DIM = 2, 4, 16
 METHODS = ("blend", "quest", "kmeans", "moments-pages", "saap", "oracle-tokens", None)
+
+
+def scored_of(scored: Scored | None, b: int) -> Scored | None:
+    """That of one sequence."""
+    if scored is None:
+        return None
+    mean = scored.mean if len(scored.mean) == 1 else scored.mean[b : b + 1]
+    parts = scored.lse[b : b + 1], mean, scored.n_scored[b : b + 1]
+    return replace(scored, **dict(zip(("lse", "mean", "n_scored"), parts, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +145,8 @@ class Twin:
             moments = Moments(**parts, n_rows=torch.tensor([n]))
             true = add_rest(
                 *(t[b : b + 1].double() for t in (*visited, q)), moments,
-                lengths[b : b + 1, :, LOCAL:], DIM**-0.5, small.max_tokens, 0.0,
+                lengths[b : b + 1, :, LOCAL:], scored_of(store.selector.left_out, b), DIM**-0.5,
+                small.max_tokens, 0.0,
             )  # fmt: skip
             for got, exact in zip(found, true, strict=True):
                 # Covariances and the clusters' means are kept with 8 bits.

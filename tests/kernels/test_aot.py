@@ -26,7 +26,7 @@ from saap.kernels.codes import triton as codes_backend  # noqa: E402
 from saap.kernels.codes.triton_coding import encoding  # noqa: E402
 from saap.kernels.pages import PageCodes  # noqa: E402
 from saap.kernels.pages import triton as pages_backend  # noqa: E402
-from saap.kernels.rest import Moments  # noqa: E402
+from saap.kernels.rest import Moments, Scored  # noqa: E402
 from saap.kernels.rest import triton as rest_backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -234,6 +234,7 @@ def test_the_choice_by_codes_fits_the_chip(capability, dim, group, candidates, t
         min_weight=None,
         outside=meta(1, 8 * group, dtype=torch.float32), first_row=16,
         out=(meta(1, 8, 4096), meta(1, 8, 4096)), scored=meta(1, 8, dtype=torch.int64),
+        left_out=meta(1, 8 * group, dtype=torch.float32),
     )  # fmt: skip
     coding = encoding(
         meta(8, 64, coordinates, dtype=torch.float32), meta(8, coordinates, dtype=torch.float32),
@@ -268,7 +269,8 @@ def test_the_choice_of_a_paged_cache_fits_the_chip(capability, dim, group, rows,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_estimate_of_the_rest(capability, dim, dtype, tmp_path):
+@pytest.mark.parametrize("knows", [False, True])
+def test_the_estimate_of_the_rest(knows, capability, dim, dtype, tmp_path):
     q = meta(4, 32, dim, dtype=dtype)
     bfloats, floats = {"dtype": torch.bfloat16}, {"dtype": torch.float32}
     moments = Moments(
@@ -276,9 +278,12 @@ def test_the_estimate_of_the_rest(capability, dim, dtype, tmp_path):
         meta(4, 8, dim, 32, **bfloats), meta(4, 8, 32, dim, **bfloats),
         meta(4, 8, 2, 32, **floats), meta(4),
     )  # fmt: skip
+    scored = Scored(
+        meta(4, 32, **floats), meta(4, 8, dim, **floats), meta(4, 8, dtype=torch.int64), 1024, 8
+    )
     launch = rest_backend.launch(
         meta(4, 32, dim, dtype=dtype), meta(4, 32, dtype=torch.float32), q, moments,
-        meta(4, 8, 1024), dim**-0.5, 1024, 0.0,
+        meta(4, 8, 1024), scored if knows else None, dim**-0.5, 1024, 0.0,
     )  # fmt: skip
     usage = usage_of(launch, capability, tmp_path)
     assert usage.stack == 0, usage

@@ -131,12 +131,15 @@ def test_numba_chooses_as_the_reference(
     memory = torch.full((2, 2, heads, room + 8), CANARY, dtype=torch.int32)
     out = tuple(memory[..., 4 : 4 + room])
     scored = torch.full((2, 2, heads), CANARY)
+    left_out = torch.full((2, 2, 2 * group), torch.nan)
     with torch_threads(threads):
         found = select_rows(
-            q, codes, n_rows, **options, first_row=3, out=out, scored=scored[0], impl="numba"
-        )
-    options["scored"] = scored[1]
+            q, codes, n_rows, **options, first_row=3, out=out, scored=scored[0],
+            left_out=left_out[0], impl="numba",
+        )  # fmt: skip
+    options |= {"scored": scored[1], "left_out": left_out[1]}
     true = select_rows(q, codes, n_rows, **options, first_row=3, impl="reference")
+    of_heads = left_out.unflatten(2, (heads, -1))
     assert ((scored[0] - scored[1]).abs() <= 2 + scored[1] // 50).all()
     assert (memory[..., :4] == CANARY).all()
     assert (memory[..., 4 + room :] == CANARY).all()
@@ -150,6 +153,8 @@ def test_numba_chooses_as_the_reference(
             assert all(3 <= row < 3 + n_rows[i] for row in own)
             # Sums in another order put a row here and there on the other side of an edge.
             assert len(set(own) ^ set(other)) <= 2 + 2 * (len(own) // 50)
+            if own == other and scored[0, i, h] == scored[1, i, h]:
+                torch.testing.assert_close(*of_heads[:, i, h], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("impl", ["reference", "numba"])
@@ -180,10 +185,11 @@ def test_the_choice_does_not_depend_on_threads(n_candidates, min_weight, group):
     for second in (4000, 250, 0):
         found = []
         for threads in (1, 2, 4, 5, 16):
-            scored = torch.zeros(2, 3, dtype=torch.int64)
+            scored, left_out = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3 * group)
+            written = {"scored": scored, "left_out": left_out}
             with torch_threads(threads):
-                chosen = select_rows(q, codes, [5000, second], **options, scored=scored)
-            found.append((*chosen, scored))
+                chosen = select_rows(q, codes, [5000, second], **options, **written)
+            found.append((*chosen, *written.values()))
         assert all(all(map(torch.equal, found[0], own)) for own in found)
 
 

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from saap.kernels.rest import Moments, PreparedRest, add_rest
+from saap.kernels.rest import Moments, PreparedRest, Scored, add_rest
 from saap.kernels.rest.reference import below, quantile
 
 SCALE = 0.3
@@ -25,6 +25,7 @@ class Case:
     moments: Moments
     lengths: torch.Tensor
     bounds: dict = dataclasses.field(default_factory=dict)
+    scored: Scored | None = None
 
     def run(self, impl, dtype=None, **changed):
         own = dataclasses.replace(self, **changed)
@@ -34,7 +35,13 @@ class Case:
         moments = Moments(*(t.to(device) for t in vars(own.moments).values()))
         if len(moments.means) == 1 < len(q):
             moments = moments.expand(len(q))
-        found = add_rest(out, lse, q, moments, lengths, sm_scale=SCALE, impl=impl, **own.bounds)
+        scored = own.scored
+        if scored is not None:
+            parts = (t.to(device) for t in (scored.lse, scored.mean, scored.n_scored))
+            scored = Scored(*parts, scored.n_best, scored.one_of)
+        found = add_rest(
+            out, lse, q, moments, lengths, sm_scale=SCALE, impl=impl, scored=scored, **own.bounds
+        )
         return tuple(t.cpu() for t in found)
 
 
@@ -174,6 +181,95 @@ def test_bounds_of_what_is_left_out(impl, heads, max_tokens):
     assert (free[1] >= exact[1] - 1e-3).all()
     if max_tokens != 5:
         assert (free[1] > exact[1] + 1e-3).any()
+
+
+def scored_of(own, maps=2, heads=2, n_scored=300, n_best=150, one_of=None):
+    """Of some rows, by chance."""
+    rng = torch.Generator().manual_seed(7)
+    batch, n_heads, dim = own.q.shape
+    lse = own.lse - torch.rand(batch, n_heads, generator=rng) * 3
+    lse[0, 0] = -torch.inf
+    mean = torch.randn(maps, n_heads // 3, dim, generator=rng)
+    return Scored(lse, mean, torch.full((batch, heads), n_scored), n_best, one_of)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize(
+    ("maps", "heads", "n_scored", "n_best", "one_of"),
+    [
+        (2, 2, 300, 150, None), (1, 6, 300, 10, 3), (2, 2, 300, 400, 8), (1, 2, 500, 500, None),
+        (2, 6, 800, 2**40, 1), (2, 2, 0, 100, 8),
+    ],
+)  # fmt: skip
+def test_implementations_agree_on_rows_that_were_scored(
+    impl, maps, heads, n_scored, n_best, one_of
+):
+    own = case()
+    own.scored = scored_of(own, maps, heads, n_scored, n_best, one_of)
+    exact = own.run("reference", torch.float64)
+    close(own.run(impl), exact)
+    without = own.run("reference", torch.float64, scored=None)
+    assert not torch.allclose(exact[1], without[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("n_best", [200, 800, 4000])
+def test_rows_that_were_scored_are_counted_as_they_are(impl, n_best):
+    """Keys are normal here. Heads choose together, so that what one of them leaves out are not its
+    lowest scores alone: without scores the rest is thought to weigh less."""
+    own = case(batch=1, n_kv=1)
+    rng = torch.Generator().manual_seed(3)
+    n, chosen, dim = 4000, 200, own.q.shape[2]
+    k = torch.randn(1, 1, n, dim, generator=rng)
+    own.moments, mean = moments_of(k, torch.randn(k.shape, generator=rng)), 0.1 * k[:, :, 0]
+    own.q = own.q * torch.tensor([1.0, 1.5, 2.0])[:, None]
+    scores = SCALE * (own.q @ k[0, 0].mT)[0]
+    order = scores.argsort(1, descending=True)
+    visited = torch.zeros(3, n, dtype=torch.bool)
+    visited[:, scores.softmax(1).sum(0).topk(chosen).indices] = True
+    own.lengths = torch.full((1, 1, 1), chosen, dtype=torch.int32)
+    own.lse = scores.masked_fill(~visited, -torch.inf).logsumexp(1)[None]
+    seen = torch.zeros(3, n, dtype=torch.bool)
+    seen[:, order[:, :n_best].unique()] = True
+    left = scores.masked_fill(visited | ~seen, -torch.inf).logsumexp(1)
+    shared = SCALE * (own.q @ mean[0, 0])[0]
+    own.scored = Scored((left - shared)[None], mean, seen[0].sum().view(1, 1), n_best)
+    true = scores.logsumexp(1)
+    error = (own.run(impl)[1][0] - true).abs()
+    assert (error < (1e-4 if n_best == n else 0.05)).all()
+    assert (own.run(impl, scored=None)[1][0] - true).abs().max() > 0.1
+
+
+def test_what_was_scored_is_checked():
+    own = case()
+    fine = scored_of(own)
+    for name, wrong in (
+        ("lse", fine.lse[:, :3]), ("mean", fine.mean.double()), ("n_scored", fine.n_scored.int()),
+        ("n_scored", fine.n_scored[:1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} of scored rows must be"):
+            own.run(None, scored=dataclasses.replace(fine, **{name: wrong}))
+    for name, wrong in (("n_best", -1), ("one_of", -2), ("n_best", 2**63)):
+        with pytest.raises(ValueError, match=f"{name} must be in .*; got {wrong}"):
+            own.run(None, scored=dataclasses.replace(fine, **{name: wrong}))
+
+
+@pytest.mark.parametrize("heads", [None, 6])
+def test_what_was_scored_changes_between_calls(heads):
+    own = case(heads=heads)
+    scored = scored_of(own)
+    prepared = PreparedRest(own.moments, own.lengths, scored, sm_scale=SCALE, max_tokens=9)
+    assert prepared.fits(own.moments, own.lengths, scored, sm_scale=SCALE, max_tokens=9)
+    assert not prepared.fits(own.moments, own.lengths, None, sm_scale=SCALE, max_tokens=9)
+    own.bounds = {"max_tokens": 9}
+    for seed in range(3):
+        other = dataclasses.replace(case(seed=seed), lengths=own.lengths, moments=own.moments)
+        scored.lse.copy_(other.lse - 1)
+        scored.mean.mul_(1.1)
+        scored.n_scored.add_(seed)
+        found = prepared(other.out.clone(), other.lse.clone(), other.q)
+        expected = dataclasses.replace(other, scored=scored, bounds=own.bounds).run(None)
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("heads", [None, 6])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = "triton", "triton_contract", "codes_triton", "page_rows", "rest"
+NAMES = "triton", "triton_contract", "codes_triton", "page_rows", "rest", "left_out"
 FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 
 
