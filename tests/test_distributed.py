@@ -187,6 +187,8 @@ def test_traffic_is_as_computed_and_does_not_grow_with_the_context(two):
     for rank in two[2]:
         for name in ("even", "ragged", "long"):
             assert rank["stores"][name][-1]["sent"] == expected
+        estimated = [step["sent"] for step in rank["stores"]["rest"] if "sent" in step]
+        assert min(estimated) == expected + 8 * (heads + n_kv)  # where no rows join the sums
         assert rank["stores"]["dense"][-1]["sent"] == 4 * heads * (dim + 1)
 
 

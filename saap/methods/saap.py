@@ -28,7 +28,7 @@ from saap.kernels.codes import (
 from saap.kernels.rest import Scored
 from saap.selector import LayerInfo, Middle, Query, RangeBuffer, Ranges, Selector
 
-from .base import Method
+from .base import Method, check_within
 from .beside import Beside
 
 GROWTH = 1.5
@@ -64,12 +64,8 @@ class SaapSearch:
     def __post_init__(self):
         if self.width is not None and not 1 <= self.width <= 1e6:
             raise ValueError(f"width must be None or in 1..1e6; got {self.width}")
-        if not 0 <= self.least <= 2**31:
-            raise ValueError(f"least must be in 0..2**31; got {self.least}")
-        if not 0 <= self.margin <= 2**31:
-            raise ValueError(f"margin must be in 0..2**31; got {self.margin}")
-        if not 1 <= self.one_of <= 2**31:
-            raise ValueError(f"one_of must be in 1..2**31; got {self.one_of}")
+        most = 2**31
+        check_within(self, least=(0, most), margin=(0, most), one_of=(1, most))
 
     def of_any_context(self, max_tokens: int) -> int:
         """Rows that a head lets through, however many there are."""
