@@ -6,6 +6,8 @@ from torch import Tensor
 from .kmeans import check_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_POSITION = 2**62
+"""Of what files hold, so of what an index takes."""
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -16,6 +18,13 @@ def at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+
+
+def within(least: int, most: int, **values: int) -> None:
+    for name, value in values.items():
+        at_least(least, **{name: value})
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}; got {value}")
 
 
 def vectors(name: str, x: Tensor, n_kv: int, d: int, dtype: torch.dtype | None = None) -> None:
@@ -75,6 +84,8 @@ def new_positions(positions: Tensor, count: int, known: Tensor, first_free: int)
         )
     if int(positions.min()) < 0:
         raise ValueError(f"positions must be at least 0; got {int(positions.min())}")
+    if int(positions.max()) > MOST_POSITION:
+        raise ValueError(f"positions must be at most 2**62; got {int(positions.max())}")
     values, counts = positions.unique(return_counts=True)
     repeated = values[counts > 1]
     if len(repeated) == 0 and int(values[0]) < first_free:

@@ -41,14 +41,14 @@ def as_array(x: Float[Tensor, "n D"]) -> np.ndarray:
 def cluster(
     x: Float[Tensor, "n D"], nlist: int, *, n_iter: int, seed: int, use_gpu: bool = False
 ) -> Float[Tensor, "nlist D"]:
-    """Spherical k-means of unit vectors."""
+    """Spherical k-means of unit vectors. Of a seed 31 bits count: FAISS begins with the time otherwise."""
     faiss = load_faiss()
     kmeans = faiss.Kmeans(
         x.shape[1],
         nlist,
         niter=n_iter,
         spherical=True,
-        seed=seed,
+        seed=seed % 2**31,
         gpu=use_gpu,
         min_points_per_centroid=1,
         max_points_per_centroid=1 << 30,
@@ -170,7 +170,7 @@ def read_inverted_file(
         index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
     except RuntimeError as error:
         raise ValueError(f"not a FAISS index file ({str(error).splitlines()[0]})") from error
-    if not isinstance(index, faiss.IndexIVFFlat):
+    if type(index) is not faiss.IndexIVFFlat:  # others lay their vectors out otherwise
         raise ValueError(f"a FAISS index must be an IndexIVFFlat; got {type(index).__name__}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"metric_type must be METRIC_INNER_PRODUCT; got {index.metric_type}")

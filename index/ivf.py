@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import checks, kmeans
 from .faiss_backend import check_gpu_limits
+from .file_fields import MOST, MOST_LISTS
 from .ivf_search import BucketSearch
 from .ivf_training import train_parts
 from .lists import BucketStatistics, bucket_ranges, check_bounds, expand_heads, sizes_of
@@ -42,7 +43,8 @@ class AsymmetricIVF:
         device: str | torch.device = "cpu",
     ):
         """`spill` puts each key into its two best buckets. Raises ValueError for bad options."""
-        checks.at_least(1, d=d, n_kv=n_kv, nlist=nlist, flush_every=flush_every)
+        checks.at_least(1, d=d, n_kv=n_kv, nlist=nlist)
+        checks.within(1, MOST, flush_every=flush_every)
         if dtype not in checks.DTYPES:
             raise ValueError(f"dtype must be {checks.listed(checks.DTYPES)}; got {dtype}")
         if spill and nlist < 2:
@@ -74,13 +76,14 @@ class AsymmetricIVF:
             raise ValueError(f"centroids must be [Hkv, nlist, D]; got {tuple(centroids.shape)}")
         kmeans.check_finite(centroids, "centroids")
         n_kv, nlist, d = centroids.shape
+        checks.within(1, MOST_LISTS, nlist=nlist)
         if router is not None and router.nlist != nlist:
             raise ValueError(f"nlist of the router must be {nlist}; got {router.nlist}")
         index = cls(
             d, n_kv, nlist, spill=spill, flush_every=flush_every, dtype=dtype,
             device=centroids.device,
         )  # fmt: skip
-        index.centroids = centroids.float()
+        index.centroids = centroids.detach().resolve_neg().float()
         index.router = CentroidRouter(index.centroids) if router is None else router
         return index
 
@@ -149,6 +152,7 @@ class AsymmetricIVF:
         """
         if self.ntotal:
             raise ValueError(f"train must come before keys are added; got ntotal={self.ntotal}")
+        checks.within(1, MOST_LISTS, nlist=self.nlist)
         checks.vectors("xt", xt, self.n_kv, self.d)
         self.centroids, self.router = train_parts(
             xt.to(self.device), xq_train, self.nlist, router=router, xt_score=xt_score,
@@ -193,8 +197,8 @@ class AsymmetricIVF:
             positions = torch.arange(first, first + xb.shape[1])
         else:
             checks.new_positions(positions, xb.shape[1], self.positions[0], first)
-        self._rows.append(xb.to(self.device), positions)
-        self._pending_routes.append(route_by.to(self.device, torch.float32).clone())
+        self._rows.append(xb.detach().to(self.device), positions)
+        self._pending_routes.append(route_by.detach().to(self.device, torch.float32).clone())
         if self.n_pending >= self.flush_every:
             self.flush()
 
@@ -266,7 +270,7 @@ class AsymmetricIVF:
         else:
             starts, lengths = bucket_ranges(scores, self.offsets[None], **bounds)
         if self.n_pending:
-            last = torch.full_like(starts[..., :1], self._rows.n_sorted)
+            last = starts.new_full((*starts.shape[:-1], 1), self._rows.n_sorted)
             starts = torch.cat([starts, last], -1)
             lengths = torch.cat([lengths, torch.full_like(last, self.n_pending)], -1)
         return starts, lengths
@@ -289,7 +293,7 @@ class AsymmetricIVF:
         """
         checks.at_least(1, k=k)
         check_bounds(self.nlist, nprobe, None, None)
-        checks.queries("xq", xq, self.n_kv, self.d, xq.shape[1])
+        checks.queries("xq", xq, self.n_kv, self.d)
         route_by = xq if route_by is None else route_by
         checks.same_shape("route_by", route_by, "xq", xq)
         wanted = 2 * k if self.spill else k

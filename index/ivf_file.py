@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import tensor_files
+from . import checks, tensor_files
 from .checks import DTYPES as FLOATS
 from .faiss_backend import InvertedFile, read_inverted_file
 from .file_fields import (
@@ -30,7 +30,6 @@ from .tensor_files import write_atomically
 
 FORMAT = tensor_files.Format("saap.AsymmetricIVF", 2, "AsymmetricIVF.save")
 DTYPES = {str(t).removeprefix("torch."): t for t in FLOATS}
-MOST_POSITION = 2**62
 
 
 def save(index: AsymmetricIVF, path: str | Path) -> None:
@@ -137,7 +136,7 @@ def open_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(
             f"{path}: its bucket offsets must ascend from 0 to {n}; got others: it was altered"
         )
-    check_range(path, "positions", tensors["positions"], 0, MOST_POSITION)
+    check_range(path, "positions", tensors["positions"], 0, checks.MOST_POSITION)
     if header["spill"]:
         check_range(path, "second", tensors["second"], 0, nlist - 1)
     return header, tensors
@@ -149,6 +148,8 @@ def to_faiss(index: AsymmetricIVF, path: str | Path, head: int) -> None:
     FAISS visits the buckets of the nearest centroids unless it is given others: use
     `search_preassigned` with the buckets of `route`. A spilled key is written in its best bucket.
     """
+    if not index.is_trained:
+        raise ValueError("an index must be trained to be written for FAISS; got one that is not")
     if not 0 <= head < index.n_kv:
         raise ValueError(f"head must be in 0..{index.n_kv - 1}; got {head}")
     index.flush()
@@ -173,7 +174,10 @@ def from_faiss(
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"{path}: must be a FAISS IndexIVFFlat file; got no such file")
-        heads.append(read_inverted_file(Path(path).read_bytes()))
+        try:
+            heads.append(read_inverted_file(Path(path).read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if not heads:
         raise ValueError("paths must hold one file per KV head; got none")
     first = heads[0]

@@ -8,6 +8,9 @@ from . import checks, fitting, kmeans
 from .routers import TRAINABLE, CentroidRouter, Router
 from .targets import query_masses
 
+COUNTS = ("hidden", "steps", "batch")
+"""Options of a fit that are whole numbers from 1."""
+
 
 def train_parts(
     xt: Float[Tensor, "Hkv n D"],
@@ -43,6 +46,11 @@ def train_parts(
         checks.same_shape("xq_score", asked, "xq_train", xq_train)
         checks.vectors("xt_score", scored, n_kv, d)
         checks.queries("xq_score", asked.transpose(0, 1), n_kv, d)
+        if xq_train.shape[1] < 2:
+            raise ValueError(
+                f"xq_train must hold at least 2 queries to fit a router; got {xq_train.shape[1]}"
+            )
+        checks.at_least(1, **{n: v for n, v in fit_options.items() if n in COUNTS})
     centroids = kmeans.train_centroids(xt, nlist, n_iter=n_iter, seed=seed)
     if xq_train is None:
         return centroids, CentroidRouter(centroids)

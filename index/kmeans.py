@@ -46,7 +46,7 @@ def train_centroids(
         return lloyd(points, nlist, n_iter=n_iter, seed=seed)
     centroids = [
         faiss_backend.cluster(
-            torch.nn.functional.normalize(head.float(), dim=-1),
+            directions_of(head),
             nlist,
             n_iter=n_iter,
             seed=seed,
@@ -55,6 +55,15 @@ def train_centroids(
         for head in points
     ]
     return torch.stack(centroids).to(points.device)
+
+
+def directions_of(points: Float[Tensor, "*heads n D"]) -> Float[Tensor, "*heads n D"]:
+    """Unit vectors, also of points whose squares float32 cannot hold."""
+    points = points.float()
+    largest = points.abs().amax(-1, keepdim=True)
+    if float(largest.max()) > 1e18 or float(largest.min()) < 1e-10:
+        points = points / largest
+    return torch.nn.functional.normalize(points, dim=-1)
 
 
 def lloyd(
@@ -66,7 +75,7 @@ def lloyd(
     points of the largest ones, as FAISS splits them; with fewer distinct points than buckets, some
     stay empty.
     """
-    directions = torch.nn.functional.normalize(points.float(), dim=-1)
+    directions = directions_of(points)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(points.shape[1], generator=generator)[:nlist].to(points.device)
     centroids = directions[:, first].clone()
@@ -133,7 +142,7 @@ def refine_centroids(
     may be fewer points than buckets.
     """
     check_points(points, 1)
-    directions = torch.nn.functional.normalize(points.float(), dim=-1)
+    directions = directions_of(points)
     centroids = centroids.float().clone()
     for _ in range(n_iter):
         buckets = assign(directions, centroids).long()[..., None].expand_as(directions)

@@ -1,6 +1,7 @@
 """Inverted lists as CSR tensors, and the step from scored buckets to ranges of rows."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,12 +88,15 @@ def check_bounds(
     min_score: float | None = None,
 ) -> None:
     """Raise ValueError when nothing bounds a selection, or a bound is out of range."""
+    for name, value in (("nprobe", nprobe), ("max_tokens", max_tokens)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a whole number; got {value!r}")
     if nprobe is not None and not 1 <= nprobe <= nlist:
         raise ValueError(f"nprobe must be in 1..{nlist}; got {nprobe}")
     if max_tokens is not None and max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0; got {max_tokens}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be above 0 and at most 1; got {top_p}")
+    if top_p is not None and not (isinstance(top_p, Real) and 0.0 < top_p <= 1.0):
+        raise ValueError(f"top_p must be above 0 and at most 1; got {top_p!r}")
     if nprobe is None and max_tokens is None and top_p is None and min_score is None:
         raise ValueError("one of nprobe, max_tokens and top_p must be set; got none of them")
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from saap.budget import Budget
+from saap.index import ivf_file
 from saap.index.routers import CentroidRouter
 from saap.kv import KVStore
 from saap.methods.learned import RoutedSelector
+from saap.methods.random import RandomSelector
 from saap.routing import LayerRouting
 
 HKV, HQ, DIM, NLIST = 2, 4, 16, 8
@@ -111,5 +113,36 @@ def test_what_has_no_lists_has_no_index():
     store = KVStore(None, Budget(nprobe=1))
     with pytest.raises(ValueError, match=r"must keep its rows in lists.*got no selector"):
         store.as_index()
-    with pytest.raises(ValueError, match=r"sequence must be in 0\.\.0; got 1"):
-        filled().as_index(1)
+    for wrong in (1, -1):
+        with pytest.raises(ValueError, match=rf"sequence must be in 0\.\.0; got {wrong}"):
+            filled().as_index(wrong)
+    with pytest.raises(ValueError, match=r"a store must hold tokens .* got none"):
+        KVStore(RoutedSelector(routing()), Budget(nprobe=1)).as_index()
+
+
+def test_rows_that_moved_are_not_shown_by_an_older_view(tmp_path):
+    store = filled()
+    index = store.as_index()
+    store.append(*random(3, 1, HKV, 20, DIM, seed=2))
+    store.as_index()
+    for ask in (
+        lambda: index.vectors, lambda: index.positions, lambda: index.offsets, index.statistics,
+        lambda: ivf_file.to_faiss(index, tmp_path / "x.faiss", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="call as_index again"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_view_of_a_random_choice_does_not_change_the_stores():
+    found = []
+    for looks in (False, True):
+        selector = RandomSelector(routing().centroids, 0)
+        store = KVStore(selector, Budget(nprobe=2, n_sink=4, window=8, flush_every=8))
+        store.append(*random(3, 1, HKV, 200, DIM, seed=1))
+        if looks:
+            q = random(2, 1, HQ, DIM, seed=5)
+            store.as_index().search(q[0], 3, 2, route_by=q[1])
+        q = random(1, HQ, DIM, seed=6)
+        found.append(store.select(q, q))
+    assert all(map(torch.equal, *found))

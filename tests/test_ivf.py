@@ -305,3 +305,49 @@ def test_refinement_fits_the_context_and_keeps_bucket_numbers():
     assert torch.equal(
         kmeans.refine_centroids(before[:, :3], before, n_iter=1)[:, 3:], before[:, 3:]
     )
+
+
+def test_pending_rows_are_visited_beside_any_budget():
+    index = AsymmetricIVF(8, 1, 4, flush_every=100)
+    index.train(random(1, 60, 8, seed=1))
+    index.add(random(1, 50, 8, seed=2))
+    index.flush()
+    index.add(random(1, 6, 8, seed=3))
+    for max_tokens in (0, 1, 20):
+        starts, lengths = index.select(random(3, 2, 8, seed=4), max_tokens=max_tokens)
+        assert (lengths.sum(-1) == max_tokens + 6).all()
+        assert (starts[..., -1] == 50).all()
+
+
+def test_vectors_that_are_part_of_a_graph_are_added_as_they_are():
+    """Rows were moved half, as an operator that writes to a tensor refuses those of a graph."""
+    index = AsymmetricIVF(8, 1, 4, flush_every=10)
+    index.train(random(1, 60, 8, seed=1))
+    x = random(1, 50, 8, seed=2)
+    index.add(x)
+    index.add(torch.nn.Linear(8, 8)(random(1, 10, 8, seed=3)))
+    assert not index.vectors.requires_grad
+    order = index.positions[0].argsort()[:50]
+    assert torch.equal(index.vectors[0, order], x[0])
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e30])
+def test_points_whose_squares_float32_cannot_hold(size):
+    x = random(1, 60, 8, seed=1)
+    found = []
+    for own in (x, x * size):
+        index = AsymmetricIVF(8, 1, 4)
+        index.train(own)
+        found.append(index.centroids)
+    assert torch.allclose(*found, atol=1e-4)
+    assert torch.allclose(found[1].norm(dim=-1), torch.ones(1, 4))
+
+
+def test_a_seed_may_be_as_large_as_one_likes():
+    found = []
+    for seed in (5, 5 + 2**31, 2**32 - 1, 2**32 - 1):
+        index = AsymmetricIVF(8, 1, 4)
+        index.train(random(1, 60, 8, seed=1), seed=seed)
+        found.append(index.centroids)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[3], found[4])

@@ -51,8 +51,20 @@ BAD_POSITIONS = [
     (torch.arange(4) + 200, r"positions must be integers \[5\]; got shape \(4,\) and"),
     (torch.rand(5), "positions must be integers .* and dtype torch.float32"),
     (torch.arange(5) - 1, "positions must be at least 0; got -1"),
+    (torch.arange(5) + 2**62, r"positions must be at most 2\*\*62; got 4611686018427387908"),
 ]
 BAD_CALLS = [
+    (
+        lambda i: i.select(random(1, N_HEADS, DIM), max_tokens=float("nan")),
+        "must be a whole .* nan",
+    ),
+    (
+        lambda i: i.select(random(1, N_HEADS, DIM), nprobe=2.5),
+        "nprobe must be a whole number; got 2.5",
+    ),
+    (lambda i: i.select(random(1, N_HEADS, DIM), nprobe=True), "nprobe must be .*; got True"),
+    (lambda i: i.select(random(1, N_HEADS, DIM), top_p="1"), "top_p must be above 0 .*; got '1'"),
+    (lambda i: i.search(random(DIM), 1, 1), r"xq must be \[n, a multiple of 2, 16\]; got \(16,\)"),
     *[(lambda i, xb=xb: i.add(xb), message) for xb, message in BAD_KEYS],
     *[(lambda i, p=p: i.add(random(N_KV, 5, DIM), p), message) for p, message in BAD_POSITIONS],
     (
@@ -259,3 +271,25 @@ def test_gpu_limits_are_named():
     with pytest.raises(ValueError, match="k must be at most 2048 for FAISS on a GPU; got 2049"):
         check_gpu_limits(torch.device("cuda"), k=2049)
     check_gpu_limits(torch.device("cpu"), k=10**6)
+
+
+def test_what_could_not_be_opened_again_is_not_made():
+    with pytest.raises(ValueError, match="nlist must be at most 65536; got 65537"):
+        AsymmetricIVF.from_trained(torch.zeros(1, 65537, 2))
+    with pytest.raises(ValueError, match="flush_every must be at most 1099511627776; got"):
+        AsymmetricIVF(DIM, 1, 4, flush_every=2**63 - 1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "options", "message"),
+    [
+        (1, {}, "xq_train must hold at least 2 queries to fit a router; got 1"),
+        (20, {"hidden": 0}, "hidden must be an integer of at least 1; got 0"),
+        (20, {"steps": 0}, "steps must be an integer of at least 1; got 0"),
+    ],
+)
+def test_routers_that_nothing_is_learned_by(queries, options, message):
+    index = AsymmetricIVF(DIM, N_KV, NLIST)
+    with pytest.raises(ValueError, match=message):
+        index.train(random(N_KV, 200, DIM), random(N_HEADS, queries, DIM), **options)
+    assert not index.is_trained

@@ -109,7 +109,7 @@ def test_rows_that_were_scored_count_as_they_are(method, most, share, batch, mon
     """Keys are not normal here: a few of them are much like the query. Codes are of all rows, so
     that what the rest holds is known but for their errors, step for step."""
     budget = dataclasses.replace(BUDGET, share=share)
-    tensors = k, v, q = drawn(900, batch)
+    tensors = k, _, q = drawn(900, batch)
     k[:, :, ::7] += 2.0 * q[:, ::2, -1:]
 
     def far(cuts):
@@ -121,6 +121,21 @@ def test_rows_that_were_scored_count_as_they_are(method, most, share, batch, mon
     for selector in (SaapSelector, Snapshot):
         monkeypatch.setattr(selector, "_left_out", lambda *_: None)
     assert far([899, 900]) > 0.1
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_scores_of_another_scale_say_nothing(one_by_one, monkeypatch):
+    tensors, found = drawn(900), []
+    for _ in range(2):
+        store = store_of()
+        k, v, q = tensors
+        for part in (slice(0, 890), *(slice(i, i + 1) for i in range(890, 900))):
+            store.append(k[:, :, part], v[:, :, part], k[:, :, part])
+            scale = 0.7 * LAYER.sm_scale if one_by_one or part.stop == 900 else None
+            last = store.attend(q[:, :, part], q[:, :, part], sm_scale=scale)
+        found.append(last)
+        monkeypatch.setattr(SaapSelector, "_left_out", lambda *_: None)
+    assert all(map(torch.equal, *found))
 
 
 def test_nearly_all_rows_are_counted_and_seldom_others():

@@ -14,5 +14,8 @@ LOG_ROOT_2_PI = 0.9189385332046727
 LOG_2 = 0.6931471805599453
 LEAST_VISITED = 0.5
 """Rows: the largest of n scores lies at about the quantile of `1 - 0.5 / n`."""
+REACH = 10.0
+"""Standard deviations: of a cluster, no more and no less is to be found beyond."""
+
 TINY = 1e-12
 """Variances below count as none."""

@@ -44,7 +44,8 @@ _B0, _B1, _B2 = normal.QUANTILE_BOTTOM
     np.float32(c) for c in normal.ERFC
 )
 _PER_ROOT_2_PI = np.float32(math.exp(-normal.LOG_ROOT_2_PI))
-_LEAST, _TINY = normal.LEAST_VISITED, normal.TINY
+_LEAST, _TINY, _REACH = normal.LEAST_VISITED, normal.TINY, normal.REACH
+_STEPS, _NEAR = 40, 1e-5  # of a search for a threshold: at most so many, until it is so near
 
 
 def refusal(out: Tensor, q: Tensor) -> str | None:
@@ -246,35 +247,73 @@ def _estimate(job, query, n, visited, means, sizes, both, scores, weights, tilts
         of_all += sizes[0, c] * scores[c] ** 2
     counted = max(np.float64(visited), _LEAST)
     most = (job.n_kv * job.group // job.heads) / counted
-    if job.min_weight > 0 and visited < job.max_tokens:
+    by_weight = job.min_weight > 0 and visited < job.max_tokens
+    if by_weight:
         most = job.min_weight
     deviation = math.sqrt(max(of_all, _TINY))
-    bound = lse + math.log(most) - mean if lse > -np.inf else np.inf
     log_of_all = math.log(n) + mean
-    log_rest = -np.inf
-    if job.scored_lse:
-        seen, best, log_scored = _scored(job, query, n, q)
-        log_rest = log_scored
+    if not job.scored_lse:
+        bound = np.float64(lse) + math.log(most) - mean if lse > -np.inf else np.inf
+        most_score = min(_quantile(counted / n) * deviation, bound)
+        _weigh_below(np.float32(most_score), np.float32(variance), sizes, scores, weights, tilts)
+        log_rest = log_of_all + _log_sum(sizes, scores, weights)
+    else:
+        seen, best, log_rest = _scored(job, query, n, q)
+        known = np.float64(lse)
+        if lse > -np.inf:  # not more than as many rows can have of which none has more than `most`
+            others = max(seen - visited, 0.0) * most
+            if by_weight:
+                others = others / (1 - others) if others < 1 else np.inf
+            log_rest = min(log_rest, known + math.log(others) if others > 0 else -np.inf)
+        known = _log_of_both(known, log_rest)
+        bound = known + math.log(most) - mean if known > -np.inf else np.inf
+        most_score = min(_quantile(max(best, _LEAST) / n) * deviation, bound)
         if seen < n:
             behind[:] = scores
-            most_score = min(_quantile(max(best, _LEAST) / n) * deviation, bound)
             _weigh_below(
                 np.float32(most_score), np.float32(variance), sizes, behind, weights, tilts
             )
             unseen = _log_sum(sizes, behind, weights) + math.log((n - seen) / (n - best))
             log_rest = _log_of_both(log_rest, log_of_all + unseen)
-    most_score = min(_quantile(counted / n) * deviation, bound)
-    _weigh_below(np.float32(most_score), np.float32(variance), sizes, scores, weights, tilts)
-    log_sum = _log_sum(sizes, scores, weights)
+        _weigh_as_much(
+            log_rest - log_of_all, most_score, variance, sizes, scores, behind, weights, tilts
+        )
     total, tilt = 0.0, 0.0
     for c in range(clusters):
         total += weights[c]
         tilt += weights[c] * tilts[c] if weights[c] > 0 else np.float32(0.0)
     for c in range(clusters):
         weights[c] /= np.float32(total)
-    if not job.scored_lse:
-        log_rest = log_of_all + log_sum
     return log_rest, tilt / total
+
+
+@_njit
+def _weigh_as_much(log_sum, score, variance, sizes, scores, behind, weights, tilts):
+    """As `_weigh_below` and `_log_sum`, below the score at which this is the log of the sum.
+
+    `score`: where to begin. Newton's steps, and halving where these lead astray.
+    """
+    low, high = np.inf, -np.inf
+    for c in range(len(scores)):
+        own = max(variance * sizes[1, c], _TINY)
+        reach = _REACH * math.sqrt(own)
+        low, high = min(low, scores[c] - reach), max(high, scores[c] + own + reach)
+    score = min(max(score, low), high)
+    for _ in range(_STEPS):
+        behind[:] = scores
+        _weigh_below(np.float32(score), np.float32(variance), sizes, behind, weights, tilts)
+        over = _log_sum(sizes, behind, weights) - log_sum
+        if abs(over) < _NEAR:
+            break
+        low, high = (low, score) if over > 0 else (score, high)
+        total, slope = 0.0, 0.0
+        for c in range(len(scores)):
+            total += weights[c]
+            if weights[c] > 0 and sizes[1, c] > 0:
+                slope += weights[c] * (1 - tilts[c] / sizes[1, c])
+        score = score - over * total / slope if slope > 0 else low
+        if not low < score < high:
+            score = (low + high) / 2
 
 
 @_njit

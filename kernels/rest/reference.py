@@ -25,31 +25,52 @@ def add_rest(
     visited = lengths.sum(-1).to(dtype)
     together = heads // visited.shape[1]
     visited = visited.repeat_interleave(together, 1)
+    by_weight = (visited < max_tokens) & (min_weight > 0)
     most = together / visited.clamp(min=normal.LEAST_VISITED)
-    if min_weight > 0:
-        most = torch.where(visited < max_tokens, min_weight, most)
-    bound = torch.where(lse == -torch.inf, torch.inf, lse.to(dtype) + most.log())
-    of_all = (variance + (share * off**2).sum(-1)).clamp(min=normal.TINY)
-
-    def behind(k):
-        """Log-sum-exp of each cluster's rows behind the k best of all, and h."""
-        z = quantile(k.clamp(min=normal.LEAST_VISITED) / n)
-        most_score = torch.minimum(mean + z * of_all.sqrt(), bound)
-        log_sum, h = below(most_score[..., None] - mean[..., None] - off,
-                           (variance[..., None] * factor).clamp(min=normal.TINY))  # fmt: skip
-        return log_sum + (n.log() + mean)[..., None] + off + share.log(), h
-
-    log_rest, shift = behind(visited)
-    weights = log_rest.softmax(-1)
-    log_rest = log_rest.logsumexp(-1)
+    most = torch.where(by_weight, min_weight, most)
+    known = lse.to(dtype)
     if scored is not None:
         seen = scored.n_scored.to(dtype).repeat_interleave(heads // scored.n_scored.shape[1], 1)
+        shared = (scaled @ scored.mean.to(dtype)[..., None]).flatten(1)
+        # Not more than as many rows can have of which none has more than `most`.
+        others = (seen - visited).clamp(min=0) * most
+        of_whole = torch.where(others < 1, others / (1 - others), torch.inf)
+        cap = known + torch.where(by_weight, of_whole, others).log()
+        cap = torch.where(known == -torch.inf, torch.inf, cap)
+        of_scored = torch.minimum(scored.lse.to(dtype) + shared, cap)
+        known = torch.logaddexp(known, of_scored)
+    bound = torch.where(known == -torch.inf, torch.inf, known + most.log())
+    of_all = (variance + (share * off**2).sum(-1)).clamp(min=normal.TINY)
+    own_variance = (variance[..., None] * factor).clamp(min=normal.TINY)
+    middle = mean[..., None] + off
+
+    def below_score(most_score):
+        """Log-sum-exp of each cluster's rows with no larger score, and h."""
+        log_sum, h = below(most_score[..., None] - middle, own_variance)
+        return log_sum + n.log()[..., None] + middle + share.log(), h
+
+    def behind(k):
+        """As `below_score`, of rows behind the k best of all."""
+        z = quantile(k.clamp(min=normal.LEAST_VISITED) / n)
+        return below_score(torch.minimum(mean + z * of_all.sqrt(), bound))
+
+    if scored is None:
+        parts, shift = behind(visited)
+        log_rest = parts.logsumexp(-1)
+    else:
         best = (n / scored.one_of).ceil() if scored.one_of else torch.zeros_like(n)
         best = best.clamp(min=scored.n_best).minimum(seen)
         unseen = behind(best)[0].logsumexp(-1) + ((n - seen) / (n - best)).log()
-        unseen = torch.where(seen < n, unseen, -torch.inf)
-        shared = (scaled @ scored.mean.to(dtype)[..., None]).flatten(1)
-        log_rest = torch.logaddexp(scored.lse.to(dtype) + shared, unseen)
+        log_rest = torch.logaddexp(of_scored, torch.where(seen < n, unseen, -torch.inf))
+        deviation = own_variance.sqrt()
+        low = (middle - normal.REACH * deviation).amin(-1)
+        high = (middle + own_variance + normal.REACH * deviation).amax(-1)
+        for _ in range(60):
+            half = (low + high) / 2
+            less = below_score(half)[0].logsumexp(-1) < log_rest
+            low, high = torch.where(less, half, low), torch.where(less, high, half)
+        parts, shift = below_score(low)
+    weights = parts.softmax(-1)
     shift = (weights * shift * factor).sum(-1)
     own = (weights.unflatten(1, (n_kv, -1)) @ moments.values.to(dtype)).flatten(1, 2)
     value = means[..., dim:].repeat_interleave(group, 1) + own + shift[..., None] * tilt

@@ -14,6 +14,9 @@ B0, B1, B2 = (tl.constexpr(c) for c in normal.QUANTILE_BOTTOM)
 E0, E1, E2, E3, E4, E5, E6, E7, E8, E9 = (tl.constexpr(c) for c in normal.ERFC)
 LOG_ROOT_2_PI, LOG_2 = tl.constexpr(normal.LOG_ROOT_2_PI), tl.constexpr(normal.LOG_2)
 LEAST_VISITED, TINY = tl.constexpr(normal.LEAST_VISITED), tl.constexpr(normal.TINY)
+REACH = tl.constexpr(normal.REACH)
+SEARCHED = tl.constexpr(26)
+"""Times that a range of scores is halved."""
 ROOT_2 = tl.constexpr(1.4142135623730951)
 
 
@@ -180,40 +183,54 @@ def _add(
         of_all = tl.maximum(variance + tl.sum(share * off * off, 0), TINY)
         counted = tl.maximum(visited.to(tl.float32), LEAST_VISITED)
         most = heads_of_a_list / counted
-        most = tl.where((min_weight > 0) & (visited < max_tokens), min_weight, most)
+        by_weight = (min_weight > 0) & (visited < max_tokens)
+        most = tl.where(by_weight, min_weight, most)
         before_lse = tl.load(lse + query)
         deviation = tl.sqrt(of_all)
-        bound = before_lse + tl.log(most) - mean
-        bound = tl.where(before_lse > float("-inf"), bound, float("inf"))
-        most_score = tl.minimum(_quantile(counted / n) * deviation, bound)
-        own_variance = tl.maximum(variance * factors, TINY)
-        log_part, shift = _below(most_score - off, own_variance)
-        log_part = tl.where(share > 0, log_part + off + tl.log(share), float("-inf"))
-        largest = tl.max(log_part, 0)
-        weight = tl.exp(log_part - largest)
-        whole = tl.sum(weight, 0)
-        share_of_tilt = tl.sum(tl.where(weight > 0, weight * factors * shift, 0.0), 0) / whole
         log_of_all = tl.log(n.to(tl.float32)) + mean
-        log_rest = log_of_all + largest + tl.log(whole)
+        own_variance = tl.maximum(variance * factors, TINY)
+        known = before_lse
+        best = counted
+        seen = visited.to(tl.float32)
+        of_scored = tl.full([], float("-inf"), tl.float32)
         if SCORED:
             seen = tl.load(n_scored + query // heads_of_a_count).to(tl.float32)
             best = tl.full([], 0, tl.int32) + n_best
             if one_of > 0:
                 best = tl.maximum(best, (n + one_of - 1) // one_of)
             best = tl.minimum(best.to(tl.float32), seen)
-            reach = _quantile(tl.maximum(best, LEAST_VISITED) / n) * deviation
-            log_part, _ = _below(tl.minimum(reach, bound) - off, own_variance)
-            log_part = tl.where(share > 0, log_part + off + tl.log(share), float("-inf"))
-            largest = tl.max(log_part, 0)
-            unseen = log_of_all + largest + tl.log(tl.sum(tl.exp(log_part - largest), 0))
-            left = tl.maximum(n - seen, 0.0)
-            unseen = tl.where(left > 0, unseen + tl.log(left / (n - best)), float("-inf"))
             place = scored_mean + b.to(tl.int64) * scored_mean_batch + kv_head * DIM + dims
             shared = tl.sum(scaled * tl.load(place, mask=used, other=0.0), 0)
-            own = tl.load(scored_lse + query) + shared
-            top = tl.maximum(own, unseen)
-            sum_ = tl.exp(own - top) + tl.exp(unseen - top)
-            log_rest = tl.where(top > float("-inf"), top + tl.log(sum_), top)
+            # Not more than as many rows can have of which none has more than `most`.
+            others = tl.maximum(seen - visited, 0.0) * most
+            of_whole = tl.where(others < 1, others / tl.maximum(1 - others, 1e-30), float("inf"))
+            cap = known + tl.log(tl.where(by_weight, of_whole, others))
+            cap = tl.where(known > float("-inf"), cap, float("inf"))
+            of_scored = tl.minimum(tl.load(scored_lse + query) + shared, cap)
+            known = _log_of_both(known, of_scored)
+        bound = known + tl.log(most) - mean
+        bound = tl.where(known > float("-inf"), bound, float("inf"))
+        reach = tl.minimum(_quantile(tl.maximum(best, LEAST_VISITED) / n) * deviation, bound)
+        log_part, shift = _parts(reach, off, own_variance, share)
+        log_rest = log_of_all + _log_sum(log_part)
+        if SCORED:
+            left = tl.maximum(n - seen, 0.0)
+            unseen = tl.where(left > 0, log_rest + tl.log(left / (n - best)), float("-inf"))
+            log_rest = _log_of_both(of_scored, unseen)
+            reach = REACH * tl.sqrt(own_variance)
+            low = tl.min(tl.where(there, off - reach, float("inf")), 0)
+            high = tl.max(tl.where(there, off + own_variance + reach, float("-inf")), 0)
+            for _ in range(SEARCHED):
+                half = (low + high) / 2
+                log_part, shift = _parts(half, off, own_variance, share)
+                less = _log_sum(log_part) < log_rest - log_of_all
+                low = tl.where(less, half, low)
+                high = tl.where(less, high, half)
+            log_part, shift = _parts(low, off, own_variance, share)
+        largest = tl.max(log_part, 0)
+        weight = tl.exp(log_part - largest)
+        whole = tl.sum(weight, 0)
+        share_of_tilt = tl.sum(tl.where(weight > 0, weight * factors * shift, 0.0), 0) / whole
         value = tl.load(own_means + DIM, mask=used, other=0.0) + share_of_tilt * tilt
         values += b.to(tl.int64) * values_batch + kv_head * (DIM * CLUSTERS)
         place = values + cluster[:, None] * DIM + dims[None, :]
@@ -230,6 +247,26 @@ def _add(
             found = (known + added * value) / total
             tl.store(out + dims, found.to(out.dtype.element_ty), mask=used)
             tl.store(lse + query, top + tl.log(total))
+
+
+@triton.jit
+def _parts(most, off, variance, share):
+    """Of each cluster, relative to all rows and the score of the mean key."""
+    log_mean, shift = _below(most - off, variance)
+    return tl.where(share > 0, log_mean + off + tl.log(share), float("-inf")), shift
+
+
+@triton.jit
+def _log_sum(parts):
+    largest = tl.max(parts, 0)
+    return largest + tl.log(tl.sum(tl.exp(parts - largest), 0))
+
+
+@triton.jit
+def _log_of_both(a, b):
+    top = tl.maximum(a, b)
+    shift = tl.where(top > float("-inf"), top, 0.0)
+    return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
 
 
 @triton.jit

@@ -189,10 +189,11 @@ class DecodeSteps:
         counts, moments = counts[..., LOCAL:], self.estimated
         if len(counts) != len(lengths):
             moments = moments.expand(len(counts))
+        layer = self._selector.layer
         options = {
             "sm_scale": sm_scale, "max_tokens": budget.max_tokens,
-            "min_weight": budget.least_weight(self._selector.layer.number),
-            "scored": self._selector.left_out,
+            "min_weight": budget.least_weight(layer.number),
+            "scored": self._selector.left_out if sm_scale == layer.sm_scale else None,
         }  # fmt: skip
         if self._adds is None or not self._adds.fits(moments, counts, **options):
             self._adds = PreparedRest(moments, counts, **options)

@@ -1,12 +1,10 @@
 """FAISS's top-k over the rows of a KV store: an `AsymmetricIVF` that is a view of them."""
 
-import copy
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saap.budget import Budget
+from saap.budget import Budget, is_integer
 from saap.index import checks
 from saap.index.ivf import AsymmetricIVF
 from saap.index.sorted_rows import SortedRows
@@ -40,14 +38,16 @@ class StoreIndex(AsymmetricIVF):
                 f"{'no selector' if selector is None else type(selector).__name__}"
                 f"{'' if selector is None or selector.ready else ' without a partition yet'}"
             )
-        if not 0 <= sequence < store.batch:
-            raise ValueError(f"sequence must be in 0..{store.batch - 1}; got {sequence}")
+        if store.batch == 0:
+            raise ValueError("a store must hold tokens to be searched as an index; got none")
+        if not is_integer(sequence, 0) or sequence >= store.batch:
+            raise ValueError(f"sequence must be in 0..{store.batch - 1}; got {sequence!r}")
         store.flush()
         whole, n = store.middle, store.middles[sequence]
         own = slice(sequence, sequence + 1)
         k, lists, tokens = (t[own, :, :n] for t in (whole.k, whole.lists, whole.tokens))
         self._middle = Middle(k, lists, tokens, [n], whole.first_row)
-        self._selector = copy.copy(selector)
+        self._selector = selector.for_view()
         self._selector.update(self._middle)
         self._asks_at = store.lengths[sequence] - 1
         self._store, self._seen = store, selector.offsets
@@ -85,12 +85,33 @@ class StoreIndex(AsymmetricIVF):
         budget = Budget(nprobe=self.nlist, share=share)
         return self._selector.scores(self._query(xq, route_by), self._middle, budget)
 
-    def _query(self, xq: Tensor, route_by: Tensor) -> Query:
+    @property
+    def vectors(self):
+        self._check_current()
+        return super().vectors
+
+    @property
+    def positions(self):
+        self._check_current()
+        return super().positions
+
+    @property
+    def offsets(self):
+        self._check_current()
+        return super().offsets
+
+    def flush(self) -> None:
+        self._check_current()
+
+    def _check_current(self) -> None:
         if self._store.selector.offsets is not self._seen:
             raise ValueError(
                 "an index of a KV store must be made after its rows moved for the last time; got "
                 "one of before: call as_index again"
             )
+
+    def _query(self, xq: Tensor, route_by: Tensor) -> Query:
+        self._check_current()
         checks.queries("xq", xq, self.n_kv, self.d)
         checks.queries("route_by", route_by, self.n_kv, self.d)
         positions = torch.full((len(xq),), self._asks_at, device=xq.device)

@@ -4,6 +4,7 @@ A list is a bucket of the partition or, with `n_segments` above 1, a cell: one o
 of a bucket (`saap.index.cells`).
 """
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -50,6 +51,10 @@ class ListSelector(Selector):
         super().check_budget(budget)
         if (budget.nprobe or 0) > self.n_lists:
             raise ValueError(f"nprobe must be in 1..{self.n_lists}; got {budget.nprobe}")
+
+    def for_view(self) -> "ListSelector":
+        """One that scores alike, for another middle; neither changes what the other chooses."""
+        return copy.copy(self)
 
     def assign(self, keys):
         return assign(keys, self.centroids)

@@ -11,6 +11,11 @@ class RandomSelector(ListSelector):
         super().__init__(centroids)
         self.generator = torch.Generator().manual_seed(seed)
 
+    def for_view(self):
+        own = super().for_view()
+        own.generator = self.generator.clone_state()
+        return own
+
     def scores(self, query, middle, budget):
         heads = middle.n_kv if budget.share == "group" else query.q_rope.shape[1]
         shape = (len(query.q_rope), heads, self.n_lists)

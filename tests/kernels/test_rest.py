@@ -240,6 +240,75 @@ def test_rows_that_were_scored_are_counted_as_they_are(impl, n_best):
     assert (own.run(impl, scored=None)[1][0] - true).abs().max() > 0.1
 
 
+def of_real_rows(seed=0, size=1.0, n=1500, clusters=6, chosen=40, n_best=1500):
+    """Rows in clusters far apart, the heaviest of which are visited; each head's best were scored.
+
+    A case, and attention over all.
+    """
+    own = case(batch=1, n_kv=1, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    dim = own.q.shape[2]
+    number = (torch.arange(n) / n).sqrt().mul(clusters).long().clamp(max=clusters - 1)
+    k = (
+        0.5 * torch.randn(n, dim, generator=rng)
+        + 2 * torch.randn(clusters, dim, generator=rng)[number]
+    )
+    v = torch.randn(n, dim, generator=rng) + 0.5 * k @ torch.randn(dim, dim, generator=rng) / 4
+    q = size * own.q
+    scores = SCALE * (q[0] @ k.mT)
+    visited = torch.zeros(n, dtype=torch.bool)
+    visited[scores.softmax(1).sum(0).topk(chosen).indices] = True
+    inside = scores.masked_fill(~visited, -torch.inf)
+    seen = visited.clone()
+    seen[scores.topk(n_best).indices.unique()] = True
+    lse = scores.masked_fill(visited | ~seen, -torch.inf).logsumexp(1)
+    scored = Scored(lse[None], torch.zeros(1, 1, dim), seen.sum().view(1, 1), n_best)
+    own = Case(
+        (inside.softmax(1) @ v)[None], inside.logsumexp(1)[None], q,
+        moments_of(k[None, None], v[None, None], clusters),
+        torch.full((1, 1, 1), chosen, dtype=torch.int32), {}, scored,
+    )  # fmt: skip
+    return own, (scores.softmax(1) @ v)[None], scores.logsumexp(1)[None]
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("size", [1.5, 4.0])
+def test_the_mean_value_is_that_of_rows_which_weigh_as_much(impl, size):
+    """A cluster that is visited in part weighs as much as what is left of it."""
+    errors = []
+    for seed in range(4):
+        own, out, lse = of_real_rows(seed, size)
+        for scored in (own.scored, None):
+            found = own.run(impl, scored=scored)
+            errors.append(float((found[0] - out).norm() / out.norm()))
+            assert scored is None or (found[1] - lse).abs().max() < 1e-5
+    assert sum(errors[::2]) < 0.7 * sum(errors[1::2])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_where_few_rows_weigh_enough(impl):
+    """A least weight is a share of all attention, also of what is left out."""
+    own, out, lse = of_real_rows(size=0.3, chosen=5, n_best=200)
+    own.bounds = {"min_weight": 0.01, "max_tokens": 400}
+    found = own.run(impl)
+    assert (found[1] - lse).abs().max() < 0.4
+    assert (found[0] - out).norm() < 0.2 * out.norm()
+    assert (own.run(impl, scored=None)[0] - out).norm() > 0.5 * out.norm()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("min_weight", [None, 1e-4])
+def test_scores_that_cannot_be_are_bounded(impl, min_weight):
+    """None of the rows that were left out weighs more than the chosen ones do."""
+    own, _, _ = of_real_rows()
+    own.bounds = {"min_weight": min_weight, "max_tokens": 400}
+    wrong = dataclasses.replace(own.scored, lse=own.scored.lse + 1000)
+    most = 1460 * 3 / 40 if min_weight is None else 0.146 / (1 - 0.146)
+    found = own.run(impl, scored=wrong)
+    torch.testing.assert_close(found[1], own.lse + math.log1p(most), rtol=1e-4, atol=1e-4)
+    assert found[0].isfinite().all()
+
+
 def test_what_was_scored_is_checked():
     own = case()
     fine = scored_of(own)
