@@ -41,7 +41,8 @@ def as_array(x: Float[Tensor, "n D"]) -> np.ndarray:
 def cluster(
     x: Float[Tensor, "n D"], nlist: int, *, n_iter: int, seed: int, use_gpu: bool = False
 ) -> Float[Tensor, "nlist D"]:
-    """Spherical k-means of unit vectors. Of a seed 31 bits count: FAISS begins with the time otherwise."""
+    """Spherical k-means of unit vectors. 31 bits of a seed count: FAISS takes the time for a seed
+    below 0."""
     faiss = load_faiss()
     kmeans = faiss.Kmeans(
         x.shape[1],
