@@ -78,11 +78,42 @@ def test_keys_that_are_not_finite_name_the_layer(tiny_tokens):
         ({"nlist": 0}, "nlist must be at least 1; got 0"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"window": -1}, "window must be at least 0; got -1"),
+        ({"nlist": 16.0}, r"nlist must be at least 1; got 16\.0"),
+        ({"steps": "3"}, "steps must be at least 1; got '3'"),
+        ({"seed": None}, "seed must be at least 0; got None"),
+        ({"nlist": 65537}, "nlist must be at most 65536; got 65537"),
+        ({"n_segments": 4097}, "n_segments must be at most 4096; got 4097"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**options)
+
+
+@pytest.mark.parametrize("length", [66, 70, 72])
+@pytest.mark.parametrize("which", ["first", "all"])
+def test_sequences_in_which_no_query_is_looked_at(length, which):
+    """Before a layer is trained."""
+    sequences = list(text(3, 120))
+    sequences[0] = sequences[0][:length]
+    if which == "all":
+        sequences = [t[:length] for t in sequences]
+    options = TrainingOptions(nlist=16, window=33, n_sink=16)
+    with pytest.raises(ValueError, match=r"longer than n_sink .* = 65 tokens by at least 8; got"):
+        make_plan(sequences, options)
+
+
+def test_tokens_that_the_model_does_not_have(tiny_model, tiny_tokens):
+    size = tiny_model.get_input_embeddings().weight.shape[0]
+    for wrong in (-1, size):
+        tokens = tiny_tokens.clone()
+        tokens[1, 5] = wrong
+        with pytest.raises(
+            ValueError, match=rf"token_ids must be in 0\.\.{size - 1}; got {wrong}"
+        ):
+            train(tiny_model, tokens, **SHORT)
+    with pytest.raises(ValueError, match="token_ids must be tensors; got list"):
+        train(tiny_model, tiny_tokens.tolist(), **SHORT)
 
 
 def test_long_corpora_have_no_more_targets_than_short_ones():

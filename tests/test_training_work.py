@@ -1,5 +1,6 @@
 """A training in a work folder: killed at any point it goes on, to the same file."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -174,6 +175,7 @@ def test_another_training_in_the_folder(model, tokens, training, tmp_path):
         (prepare(model, tokens + (tokens == 7), OPTIONS), model, "corpus.sha256="),
         (prepare(random_model("qwen3", num_hidden_layers=3), tokens, OPTIONS), model,
          "model.model_type='llama'; got 'qwen3'"),
+        (training, tuned(model), "model.weights="),
     )  # fmt: skip
     for other, own_model, message in others:
         with pytest.raises(ValueError, match="unfinished training with ") as error:
@@ -181,6 +183,61 @@ def test_another_training_in_the_folder(model, tokens, training, tmp_path):
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     assert json.loads((work_folder_of(out) / "manifest.json").read_text())["options"]["nlist"] == 8
+
+
+def tuned(model):
+    """One whose attention is the same."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight += 1e-3
+    return other
+
+
+def test_other_cuts_of_the_same_tokens(model, tokens, tmp_path):
+    out = tmp_path / "index"
+    flat, cuts = tokens.flatten(), ([100, 140, 120, 120], [100, 120, 140, 120])
+    first, other = (prepare(model, list(flat[:480].split(own)), OPTIONS) for own in cuts)
+    with pytest.raises(Killed):
+        train_file(model, first, out, progress=killed_at(8))
+    with pytest.raises(ValueError, match=r"corpus\.cuts="):
+        train_file(model, other, out)
+
+
+def test_two_trainings_at_once(model, training, whole, tmp_path):
+    """The second is refused, and the first goes on."""
+    out, refused = tmp_path / "index", []
+
+    def second(*_):
+        if not refused:
+            with pytest.raises(
+                ValueError, match="must be used by one training at a time"
+            ) as error:
+                train_file(model, training, out)
+            refused.append(error)
+
+    train_file(model, training, out, progress=second)
+    assert refused
+    assert out.read_bytes() == whole
+    assert not work_folder_of(out).exists()
+
+
+def test_a_damaged_layer_is_told_before_others_are_trained(model, training, whole, tmp_path):
+    out, said = tmp_path / "index", []
+    layer = work_folder_of(out) / "layer-0.safetensors"
+
+    def until_it_is_there(*_):
+        if layer.is_file():
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_file(model, training, out, progress=until_it_is_there)
+    layer.write_bytes(layer.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="delete that file to train the layer again"):
+        train_file(model, training, out, progress=lambda *now: said.append(now))
+    assert not said
+    layer.unlink()
+    train_file(model, training, out)
+    assert out.read_bytes() == whole
 
 
 def test_a_folder_of_something_else(model, training, tmp_path):

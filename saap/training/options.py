@@ -2,9 +2,11 @@
 
 from dataclasses import asdict, dataclass, replace
 
-from saap.budget import Budget
+from saap.budget import Budget, is_integer
 from saap.defaults import N_SEGMENTS, default_nlist
+from saap.index.file_fields import MOST_LISTS
 from saap.index.routers import TRAINABLE
+from saap.index_file import MOST_SEGMENTS
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,19 @@ class TrainingOptions:
             raise ValueError(f"router must be one of {', '.join(TRAINABLE)}; got {self.router!r}")
         for name in ("nlist", "n_segments", "hidden", "steps"):
             self._check_at_least(name, 1)
-        for name in ("n_sink", "window"):
+        for name in ("n_sink", "window", "seed"):
             self._check_at_least(name, 0)
+        for name, most in (("nlist", MOST_LISTS), ("n_segments", MOST_SEGMENTS)):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}; got {value}")
 
     def _check_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+        if value is None and name == "nlist":
+            return
+        if not is_integer(value, least):
+            raise ValueError(f"{name} must be at least {least}; got {value!r}")
 
     def for_context(self, context: int) -> "TrainingOptions":
         """With what was left open chosen for sequences of `context` tokens."""

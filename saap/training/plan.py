@@ -63,6 +63,9 @@ class Plan:
 def as_sequences(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return 1-D sequences of int64; raise ValueError for other input and an empty corpus."""
     sequences = list(token_ids)
+    if not all(isinstance(t, Tensor) for t in sequences):
+        kinds = ", ".join(sorted({type(t).__name__ for t in sequences}))
+        raise ValueError(f"token_ids must be tensors; got {kinds}")
     if not sequences or any(t.ndim != 1 or t.numel() == 0 for t in sequences):
         shapes = [tuple(t.shape) for t in sequences[:3]]
         raise ValueError(
@@ -95,7 +98,14 @@ def make_plan(sequences: list[Tensor], options: TrainingOptions) -> Plan:
         order = torch.randperm(len(middle), generator=generator)
         picks[number] = middle[order[:each]].sort().values
     stride = max(QUERY_STRIDE, -(-sum(len(t) - shortest for t in long_enough) // MAX_QUERIES))
-    return Plan(long_enough, n_held, picks, stride, shortest)
+    plan = Plan(long_enough, n_held, picks, stride, shortest)
+    if not (plan.n_queries(plan.held) and plan.n_queries(plan.fitted)):
+        raise ValueError(
+            f"sequences must be longer than n_sink + window + nlist = {shortest} tokens by at "
+            f"least {stride}; got {max(map(len, long_enough))} tokens: lower nlist or bring "
+            "more text"
+        )
+    return plan
 
 
 def check_variety(sequences: list[Tensor], nlist: int) -> None:

@@ -5,6 +5,7 @@ keys are clustered, its queries' true mass over buckets computed, its routers fi
 bounded by one layer (`plan.memory_needed`).
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from .meter import Meter, Progress
 from .options import N_SEGMENTS, TrainingOptions
 from .plan import MemoryNeeded, Plan, as_sequences, make_plan, memory_needed
 from .processes import Processes
-from .work import WorkFolder, remove_work
+from .work import WorkFolder, remove_work, weights_digest
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Training:
             "software": {"saap": __version__, "torch": torch.__version__},
             "model": {
                 **self.description,
+                "weights": weights_digest(model),
                 "dtype": str(model.dtype),
                 "device": model.device.type,
             },
             "corpus": {
                 **self.corpus,
                 "sequences": len(self.plan.sequences),
+                "cuts": hf.fingerprint(torch.tensor([len(t) for t in self.plan.sequences])),
                 "context": self.plan.context,
             },
             "options": self.options.as_dict(),
@@ -67,6 +70,11 @@ def prepare(model, token_ids: Tensor | Sequence[Tensor], options: TrainingOption
             f"a sequence must have at most the model's max_position_embeddings="
             f"{hf.max_context(model)} tokens; got {longest}"
         )
+    size = model.get_input_embeddings().weight.shape[0]
+    for tokens in sequences:
+        if int(tokens.min()) < 0 or int(tokens.max()) >= size:
+            wrong = tokens.min() if int(tokens.min()) < 0 else tokens.max()
+            raise ValueError(f"token_ids must be in 0..{size - 1}; got {int(wrong)}")
     options = options.for_context(longest)
     plan = make_plan(sequences, options)
     description = hf.describe(model)
@@ -137,25 +145,40 @@ def run(
     """Do what `prepare` checked; see `train`."""
     if processes is not None and work is None:
         raise ValueError("several processes must share a work folder; got none: pass `work`")
-    n_layers = training.description["num_layers"]
     stream = LayerStream(model)
     # Layers with a sliding window are never searched: they are run for their outputs alone.
     searched = [n for n, layer in enumerate(stream.attention_layers) if layer.is_full]
     if not searched:
         raise ValueError("a model must have layers of full attention to be searched; got none")
     own = [n for n in searched if processes is None or processes.owns(n)]
-    folder = None
-    if work is not None:
-        folder = WorkFolder(
-            Path(work),
-            training.manifest(model),
-            processes,
-            bytes_needed=2
-            * training.memory.hidden
-            * (1 if processes is None else processes.world),
-        )
+    if work is None:
+        return _trained(stream, training, own, searched, None, processes, progress)
+    folder = WorkFolder(
+        Path(work),
+        training.manifest(model),
+        processes,
+        bytes_needed=2 * training.memory.hidden * (1 if processes is None else processes.world),
+    )
+    with contextlib.closing(folder):
+        return _trained(stream, training, own, searched, folder, processes, progress)
+
+
+def _trained(
+    stream: LayerStream,
+    training: Training,
+    own: list[int],
+    searched: list[int],
+    folder: WorkFolder | None,
+    processes: Processes | None,
+    progress: Progress | None,
+) -> TrainedIndex:
+    """`own`: layers that this process trains, of those that are `searched`."""
+    n_layers = training.description["num_layers"]
     finished: dict[int, FinishedLayer] = {}
     todo = [n for n in own if folder is None or not folder.has(n)]
+    for n in own:
+        if n not in todo:
+            folder.check(n)
     if todo:
         hidden = HiddenInMemory() if folder is None else folder.hidden_states(todo[0])
         meter = Meter(n_layers, own, todo, hidden.layer, progress, processes)

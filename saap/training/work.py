@@ -4,12 +4,19 @@
 `TrainedIndex` of one; `hidden-*` are hidden states on their way (`saap.training.hidden`).
 """
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 from saap.index.file_fields import Fields
-from saap.index.tensor_files import write_atomically
+from saap.index.tensor_files import pieces, write_atomically
 from saap.trained_index import TrainedIndex
 
 from .hidden import HiddenOnDisk
@@ -17,7 +24,7 @@ from .layer import FinishedLayer
 from .processes import Processes
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 class WorkFolder:
@@ -40,8 +47,13 @@ class WorkFolder:
         self.folder = folder
         self.rank = 0 if processes is None else processes.rank
         manifest = json.loads(json.dumps({"version": MANIFEST_VERSION, **manifest}))
+        self._held: int | None = None  # the folder, locked
         if self.rank == 0:
-            self._open_or_create(manifest)
+            try:
+                self._open_or_create(manifest)
+            except ValueError:
+                self.close()
+                raise
         if processes is not None:
             processes.reach("work folder")
             if not (folder / MANIFEST).is_file():
@@ -51,6 +63,12 @@ class WorkFolder:
                 )
             self._check(manifest)
 
+    def close(self) -> None:
+        """Another training may go on in the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def _open_or_create(self, manifest: dict) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +76,7 @@ class WorkFolder:
             is_empty = all(path.name.startswith(".") for path in self.folder.iterdir())
         except OSError as error:
             raise ValueError(f"{self.folder}: cannot be used ({error.strerror})") from error
+        self._take()
         if (self.folder / MANIFEST).is_file():
             self._check(manifest)
         elif is_empty:
@@ -68,6 +87,21 @@ class WorkFolder:
                 f"{self.folder}: must be a folder that `saap train` made, an empty one, or none; "
                 f"got one that holds files but no {MANIFEST}"
             )
+
+    def _take(self) -> None:
+        """Until this is closed, no other training is at work in the folder."""
+        if fcntl is None:
+            return
+        self._held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.folder}: must be used by one training at a time; got a second one while "
+                "another is at work"
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def _check(self, manifest: dict) -> None:
         try:
@@ -114,12 +148,30 @@ class WorkFolder:
         }
         TrainedIndex((layer,), metadata).save_layer(self._layer(number))
 
+    def check(self, number: int) -> None:
+        """ValueError for a finished layer that cannot be read, before others are trained."""
+        try:
+            self.load(number)
+        except ValueError as error:
+            raise ValueError(f"{error}: delete that file to train the layer again") from error
+
     def load(self, number: int) -> FinishedLayer:
         path = self._layer(number)
         index = TrainedIndex.load_layer(path)
         recall = Fields(path, index.metadata).section("recall")
         count = index.metadata["model"]["num_heads"]
         return FinishedLayer(index.layers[0], {n: recall.numbers(n, count) for n in recall.values})
+
+
+def weights_digest(model) -> str:
+    """SHA-256 of all parameters that are in memory, by name, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            for piece in pieces(weight.detach().resolve_neg()):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -163,6 +215,7 @@ def _same(before, now) -> bool:
     """Equal; lists of measured numbers, which threads add in another order, to 1 %."""
     if isinstance(before, list) and isinstance(now, list):
         return len(before) == len(now) and all(
-            abs(a - b) <= 0.01 * abs(a) for a, b in zip(before, now, strict=True)
+            isinstance(a, (int, float)) and abs(a - b) <= 0.01 * abs(a)
+            for a, b in zip(before, now, strict=True)
         )
     return before == now
