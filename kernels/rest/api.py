@@ -21,9 +21,11 @@ distribution and density, `z_c = (t - m) / sqrt(v)` and `x = z_c - sqrt(v)`:
 The rest as a whole is the clusters' parts, weighed by their sums.
 
 Who chose the rows may have scored others (`Scored`): of those not chosen the log-sum-exp is known
-then, if with the errors of these scores. They hold most of what the rest does, so the log-sum-exp
-of the rest is theirs and that of the rows which were not scored, which follows as above, with the
-number of each head's best rows among those scored for k. Its mean value is as without scores.
+then, but for the errors of these scores. They hold most of what the rest does. So its log-sum-exp
+is theirs and that of the rows which were not scored; this follows as above, with the number of
+each head's best rows among those scored for k. Then t is what the clusters' parts have that sum
+below, and their mean value follows. Scores that err badly are bounded: none of the rows that were
+left out weighs more than the least of the visited ones.
 
 Scatterbrain (Chen et al., arXiv 2110.15343) adds a sparse and a low-rank part of attention, too;
 RetroInfer (arXiv 2505.02922) estimates far clusters from their means.
