@@ -25,6 +25,8 @@ def fit_linear(
     relative to the mean variance of the queries. The normal equations are summed over chunks in
     float64.
     """
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge must be a number of at least 0; got {ridge}")
     heads, n, dim = q.shape
     classes = mass.shape[-1] - 1
     gram = torch.zeros(heads, dim + 1, dim + 1, dtype=torch.float64, device=q.device)

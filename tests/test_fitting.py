@@ -41,3 +41,10 @@ def test_gradients_of_the_cross_entropy(monkeypatch, cached_floats, with_sizes):
     assert (losses - expected).abs().max() < 1e-5
     for name, parameter in trained.items():
         assert (ours[name] - parameter.grad).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
+def test_a_ridge_that_is_none(ridge):
+    q, mass = torch.randn(1, 50, 4), torch.rand(1, 50, 3)
+    with pytest.raises(ValueError, match=f"ridge must be a number of at least 0; got {ridge}"):
+        fitting.fit_linear(q, mass, ridge=ridge)

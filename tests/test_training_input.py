@@ -103,6 +103,14 @@ def test_sequences_in_which_no_query_is_looked_at(length, which):
         make_plan(sequences, options)
 
 
+def test_under_autocast_it_is_the_same(tiny_model, tiny_tokens):
+    expected = train(tiny_model, tiny_tokens, **SHORT)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = train(tiny_model, tiny_tokens, **SHORT)
+    assert torch.equal(found.layers[0].centroids, expected.layers[0].centroids)
+    assert found.metadata["recall"] == expected.metadata["recall"]
+
+
 def test_tokens_that_the_model_does_not_have(tiny_model, tiny_tokens):
     size = tiny_model.get_input_embeddings().weight.shape[0]
     for wrong in (-1, size):

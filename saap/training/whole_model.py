@@ -16,6 +16,7 @@ from torch import Tensor
 from saap import __version__, hf
 from saap.budget import Budget
 from saap.hf.layerwise import LayerStream
+from saap.stateful import stateful
 from saap.trained_index import TrainedIndex
 
 from .hidden import HiddenInMemory
@@ -133,6 +134,7 @@ def train(
     return run(model, training, progress=progress, work=work, processes=processes)
 
 
+@stateful
 @torch.no_grad()
 def run(
     model,
