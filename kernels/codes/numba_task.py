@@ -139,9 +139,10 @@ def _best_of_all(job, task, slot, n, space):
             total += share * totals[g, chunk]
         total += _outside(job, task, g, largest)
         for chunk in range(n_chunks):
+            totals[g, chunk] = maxima[g, chunk]
             maxima[g, chunk] /= np.float32(total)
         if job.left_out:
-            _left_out_of(job, task)[g] = largest + np.float32(math.log(total))
+            _left_out_of(job, task)[g] = largest
     room = job.chunks * CHUNK
     weights, sums = job.scores + 4 * slot * job.group * room, job.sums + 4 * slot * room
     for chunk in range(n_chunks):
@@ -151,7 +152,7 @@ def _best_of_all(job, task, slot, n, space):
                     4 * job.chunks, vectors, sums + first)  # fmt: skip
     kept, least, equal = _best_of(job, sums, n, space, 0)
     if job.left_out:
-        _leave_out(job, task, weights, room, maxima, n_chunks, sums, n, least, equal)
+        _leave_out(job, task, weights, room, totals, n_chunks, sums, n, least, equal)
     return kept
 
 
@@ -172,11 +173,12 @@ def _best_of_candidates(job, task, slot, found, space):
         total += _outside(job, task, g, largest)
         maxima[g, 0] = np.float32(1.0) / total
         if job.left_out:
-            _left_out_of(job, task)[g] = largest + np.float32(math.log(total))
+            _left_out_of(job, task)[g] = largest
     sums = job.sums + 4 * slot * room
     add_weighed(scores, 4 * room, job.group, place, 4 * job.listed_chunks, vectors, sums)
     kept, least, equal = _best_of(job, sums, found, space, _listed_at(job, slot))
     if job.left_out:
+        maxima[:, 0] = np.float32(1.0)
         _leave_out(job, task, scores, room, maxima, 1, sums, found, least, equal)
     return kept
 
@@ -204,9 +206,10 @@ def _best_of(job, weights, n, out, names):
 def _leave_out(job, task, weights, room, factors, n_chunks, sums, n, least, equal):
     """Tell of each head the log-sum-exp of its scores with the rows that were not chosen.
 
-    That of all is there already, and what is visited in any case with it. weights: in so many
-    chunks, or all in one, shares of that sum but for `factors`. Chosen are those of n rows whose
-    `sums` are above `least`, and the first so many that are `equal`.
+    Its largest score is there already. weights: of rows beside one of that score, in so many
+    chunks, or all in one, but for `factors`. Chosen are those of n rows whose `sums` are above
+    `least`, and the first so many that are `equal`. What is visited in any case has no part in it:
+    the same to the bit, however its scores were worked out.
     """
     left_out, bits = _left_out_of(job, task), carray(int32_pointer(sums), n)
     size = n if n_chunks == 1 else CHUNK

@@ -242,9 +242,9 @@ def _add(
             before = tl.exp(before_lse - top)
             added = tl.exp(log_rest - top)
             total = before + added
-            known = tl.load(out + dims, mask=used, other=0.0).to(tl.float32)
-            known = tl.where(before > 0, known * before, 0.0)
-            found = (known + added * value) / total
+            kept = tl.load(out + dims, mask=used, other=0.0).to(tl.float32)
+            kept = tl.where(before > 0, kept * before, 0.0)
+            found = (kept + added * value) / total
             tl.store(out + dims, found.to(out.dtype.element_ty), mask=used)
             tl.store(lse + query, top + tl.log(total))
 
