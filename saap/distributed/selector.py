@@ -155,8 +155,7 @@ class SplitSelector(SaapSelector):
         others, counts = self.group.add(own).split([others.numel(), len(counts)])
         lse = (top.flatten() + others.log()).float()
         search = self.method.search_options
-        n_best = max(budget.max_tokens, search.of_any_context(budget.max_tokens))
-        mean = self.coordinates.mean
+        n_best, mean = search.of_any_context(budget.max_tokens), self.coordinates.mean
         return Scored(lse[None], mean, counts.round().long()[None], n_best, search.one_of)
 
 

@@ -374,7 +374,7 @@ class SaapSelector(Selector):
         if not budget.estimate_rest:
             return None
         mean, search, held = self.coordinates.mean, self.method.search_options, self.left_out
-        n_best = max(budget.max_tokens, search.of_any_context(budget.max_tokens))
+        n_best = search.of_any_context(budget.max_tokens)
         if (
             held is not None and held.lse.shape == q.shape[:2] and held.mean is mean
             and held.n_scored is self.scored and held.n_best == n_best
